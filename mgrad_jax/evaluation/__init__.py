@@ -1,0 +1,1 @@
+"""Evaluation: metrics and full-sort ranking, on the device."""

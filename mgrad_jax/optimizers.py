@@ -1,0 +1,129 @@
+"""Optimizers by name; those with a namesake in PyTorch have its defaults and its rules.
+
+Adam, SGD, RMSprop and Adagrad of the published runs differ from Optax's in defaults and in where epsilon stands:
+RMSprop forgets with 0.99 and adds 1e-8 outside the square root, Adagrad starts at 0 and adds 1e-10 outside it. Weight
+decay is coupled there: `weight_decay * parameter` joins the gradient before the moments see it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mgrad_jax.errors import UserError
+
+
+class AccumulatorState(NamedTuple):
+    """Running second moments, shaped and typed like the parameters."""
+
+    squares: optax.Updates
+
+
+def adam(learning_rate: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam with bias correction, `eps` outside the square root (Kingma and Ba 2015)."""
+    return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+
+
+def sgd(learning_rate: Any, momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
+    """Gradient descent, without momentum unless asked for."""
+    return optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov)
+
+
+def rmsprop(learning_rate: Any, decay: float = 0.99, eps: float = 1e-8) -> optax.GradientTransformation:
+    """RMSprop: v = decay v + (1 - decay) g^2 from 0, step g / (sqrt(v) + eps)."""
+    return optax.chain(
+        _scale_by_accumulator(lambda v, g: decay * v + (1 - decay) * g * g, eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adagrad(learning_rate: Any, initial: float = 0.0, eps: float = 1e-10) -> optax.GradientTransformation:
+    """Adagrad: v = v + g^2 from `initial`, step g / (sqrt(v) + eps) (Duchi et al. 2011)."""
+    return optax.chain(
+        _scale_by_accumulator(lambda v, g: v + g * g, eps, initial),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_accumulator(
+    accumulate: Callable[[jax.Array, jax.Array], jax.Array], eps: float, initial: float = 0.0
+) -> optax.GradientTransformation:
+    """Divide by the root of a running second moment, with `eps` outside the root as PyTorch has it."""
+
+    def init_fn(params: optax.Params) -> AccumulatorState:
+        return AccumulatorState(jax.tree.map(lambda p: jnp.full_like(p, initial), params))
+
+    def update_fn(
+        updates: optax.Updates, state: AccumulatorState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AccumulatorState]:
+        del params
+        squares = jax.tree.map(lambda v, g: accumulate(v, g).astype(v.dtype), state.squares, updates)
+        updates = jax.tree.map(lambda g, v: (g / (jnp.sqrt(v) + eps)).astype(g.dtype), updates, squares)
+        return updates, AccumulatorState(squares)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+# Those of PyTorch's semantics take coupled weight decay; the others bring their own `weight_decay` argument, if any.
+_COUPLED: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adam": adam,
+    "sgd": sgd,
+    "rmsprop": rmsprop,
+    "adagrad": adagrad,
+}
+_OPTAX: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adabelief": optax.adabelief,
+    "adamax": optax.adamax,
+    "adamw": optax.adamw,
+    "lamb": optax.lamb,
+    "lion": optax.lion,
+    "muon": optax.contrib.muon,
+    "nadam": optax.nadam,
+    "radam": optax.radam,
+}
+
+
+def optimizer_names() -> list[str]:
+    """The names `make_optimizer` knows, in alphabetical order."""
+    return sorted({*_COUPLED, *_OPTAX})
+
+
+def make_optimizer(
+    name: str, learning_rate: Any, *, weight_decay: Any = 0.0, **arguments: Any
+) -> optax.GradientTransformation:
+    """An optimizer by name.
+
+    Args:
+        name: one of `optimizer_names()`.
+        learning_rate: a number, a traced scalar (a grid under `jax.vmap`) or an Optax schedule.
+        weight_decay: coupled (added to the gradient) for adam, sgd, rmsprop and adagrad, as in PyTorch; handed to the
+            optimizer's own `weight_decay` otherwise.
+        **arguments: the optimizer's other arguments, e.g. `momentum=0.9`.
+
+    Raises:
+        UserError: unknown name or argument, or weight decay where the optimizer has none.
+
+    >>> make_optimizer("sgd", 0.1, momentum=0.9).init(0.0) is not None
+    True
+    """
+    known = {**_OPTAX, **_COUPLED}
+    if name not in known:
+        raise UserError(f"unknown optimizer '{name}'; choose one of {', '.join(optimizer_names())}.")
+    accepted = [p for p in inspect.signature(known[name]).parameters if p != "learning_rate"]
+    for argument in arguments:
+        if argument not in accepted:
+            raise UserError(f"{name} has no argument '{argument}'; choose among {', '.join(accepted)}.")
+    decays = isinstance(weight_decay, jax.Array) or weight_decay > 0
+    if name in _COUPLED:
+        optimizer = known[name](learning_rate, **arguments)
+        return optax.chain(optax.add_decayed_weights(weight_decay), optimizer) if decays else optimizer
+    if decays:
+        if "weight_decay" not in accepted:
+            raise UserError(f"{name} has no weight decay; leave it out or choose adamw.")
+        arguments["weight_decay"] = weight_decay
+    return known[name](learning_rate, **arguments)

@@ -1,0 +1,199 @@
+"""One epoch of training as one pure, jit-able program.
+
+The program is a scan over *passes*, not over batches: a mirror batch is two consecutive passes over the same batch, so
+nothing in the loop is conditional and an epoch of J batches at interval beta costs exactly J + ceil(J / beta) gradient
+evaluations, alone and under `jax.vmap`. Which batch each pass reads is known before compilation
+(`mgrad_jax.mirror.pass_schedule`); what a pass does with its gradient is the transformation's own business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.data.sampling import UserHistory, sample_negatives, shuffle, user_history
+from mgrad_jax.mirror import restart_epoch
+from mgrad_jax.models import EpochState, Recommender
+
+
+class TrainState(NamedTuple):
+    """What an epoch changes.
+
+    Attributes:
+        params: the model's `nnx.Param` variables.
+        opt_state: state of the Optax chain.
+        epoch_state: the model's `EpochState` variables.
+        stale_params: parameters before the epoch's last update (only with `evaluate="stale"`, else None).
+    """
+
+    params: nnx.State
+    opt_state: optax.OptState
+    epoch_state: nnx.State
+    stale_params: nnx.State | None = None
+
+
+class TrainingData(NamedTuple):
+    """Training interactions on the device: users and items (n_train,) int32, and each user's history."""
+
+    users: Int[Array, " train"]
+    items: Int[Array, " train"]
+    history: UserHistory
+
+
+class EpochLog(NamedTuple):
+    """Losses of every pass (passes,) and the parts of the loss, each (passes,)."""
+
+    losses: Float[Array, " passes"]
+    parts: dict[str, Float[Array, " passes"]]
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What is fixed before compilation.
+
+    Attributes:
+        batch_size: interactions a batch; the last batch holds the rest.
+        schedule: batch number of every pass, in order.
+        keep_stale: whether to return the parameters before the last update.
+    """
+
+    batch_size: int
+    schedule: tuple[int, ...]
+    keep_stale: bool = False
+
+    @property
+    def first_passes(self) -> np.ndarray:
+        """Index of each batch's first pass, (n_batches,): the published epoch loss adds these up."""
+        return np.unique(np.asarray(self.schedule), return_index=True)[1]
+
+
+class SplitModel(NamedTuple):
+    """A model taken apart for jit: what is static, what is trained, what is redrawn and what is constant."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    epoch_state: nnx.State
+    constants: nnx.State
+
+
+def split_model(model: Recommender) -> SplitModel:
+    """Split a model by the types of its variables (see `models/base.py`)."""
+    return SplitModel(*nnx.split(model, nnx.Param, EpochState, ...))
+
+
+def training_data(data: Interactions) -> TrainingData:
+    """Put the training interactions on the device."""
+    return TrainingData(jnp.asarray(data.train[:, 0]), jnp.asarray(data.train[:, 1]), user_history(data))
+
+
+def run_epoch(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    plan: EpochPlan,
+    state: TrainState,
+    constants: nnx.State,
+    train: TrainingData,
+    key: Array,
+    rate_factor: Float[Array, ""] | float = 1.0,
+) -> tuple[TrainState, EpochLog]:
+    """Train one epoch: resample, shuffle, draw negatives, scan over the passes.
+
+    Args:
+        graphdef, tx, plan: static; the model's structure, the optimizer chain and the order of passes.
+        state: parameters and states before the epoch.
+        constants: the model's frozen variables and scalar hyper-parameters.
+        train: training interactions.
+        key: the epoch's key; everything random in the epoch follows from it.
+        rate_factor: factor on the learning rate in this epoch.
+    """
+    resample_key, order_key, negative_key, pass_key = jax.random.split(key, 4)
+    model = nnx.merge(graphdef, state.params, state.epoch_state, constants)
+    for name, value in model.resample(resample_key).items():
+        getattr(model, name).set_value(value)
+    epoch_state = nnx.state(model, EpochState)
+    samples = _samples(train, model.uses_negatives, order_key, negative_key)
+    step = partial(_pass, graphdef, tx, epoch_state, constants, pass_key, rate_factor)
+
+    carry = (state.params, restart_epoch(state.opt_state))
+    stale = None
+    logs = []
+    for batches, indices, numbers, is_last in _segments(samples, plan):
+        if is_last and plan.keep_stale:
+            stale = carry[0]
+        carry, log = jax.lax.scan(partial(step, batches), carry, (jnp.asarray(indices), jnp.asarray(numbers)))
+        logs.append(log)
+    log = jax.tree.map(lambda *parts: jnp.concatenate(parts), *logs)
+    return TrainState(carry[0], carry[1], epoch_state, stale), log
+
+
+def _samples(train: TrainingData, negatives: bool, order_key: Array, negative_key: Array) -> Batch:
+    """The epoch's interactions in a fresh random order, each with its own negative, (n_train,) each."""
+    order = shuffle(order_key, train.users.shape[0])
+    users, positives = train.users[order], train.items[order]
+    drawn = sample_negatives(negative_key, users, train.history) if negatives else positives
+    return Batch(users, positives, drawn)
+
+
+def _segments(samples: Batch, plan: EpochPlan) -> list[tuple[Batch, np.ndarray, np.ndarray, bool]]:
+    """The scans of an epoch: the full batches, then the last partial one (another shape, so a program of its own).
+
+    Each segment is (batches with a leading axis, batch index of each pass within them, number of each pass, is it the
+    last). With `keep_stale` the very last pass is a segment of its own.
+    """
+    schedule = np.asarray(plan.schedule, np.int32)
+    numbers = np.arange(len(schedule), dtype=np.int32)
+    n_full = samples.users.shape[0] // plan.batch_size
+    cut = n_full * plan.batch_size
+    full = jax.tree.map(lambda x: x[:cut].reshape(n_full, plan.batch_size), samples)
+    rest = jax.tree.map(lambda x: x[None, cut:], samples)
+    in_full = schedule < n_full
+    segments = [(full, schedule[in_full], numbers[in_full], False)]
+    segments.append((rest, np.zeros_like(schedule[~in_full]), numbers[~in_full], False))
+    segments = [segment for segment in segments if len(segment[1])]
+    if plan.keep_stale:
+        batches, indices, passes, _ = segments.pop()
+        segments += [(batches, indices[:-1], passes[:-1], False)] if len(indices) > 1 else []
+        segments.append((batches, indices[-1:], passes[-1:], True))
+    return segments
+
+
+def _pass(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    epoch_state: nnx.State,
+    constants: nnx.State,
+    pass_key: Array,
+    rate_factor: Float[Array, ""] | float,
+    batches: Batch,
+    carry: tuple[nnx.State, optax.OptState],
+    position: tuple[Int[Array, ""], Int[Array, ""]],
+) -> tuple[tuple[nnx.State, optax.OptState], EpochLog]:
+    """One gradient and one update. Forms that need more gradients of the batch get `grad_fn(params, pass_index)`."""
+    params, opt_state = carry
+    index, number = position
+    batch = jax.tree.map(lambda x: x[index], batches)
+    key = jax.random.fold_in(pass_key, number)
+
+    def loss_fn(params: nnx.State, key: Array = key) -> tuple[Array, dict[str, Array]]:
+        return nnx.merge(graphdef, params, epoch_state, constants).loss(batch, key)
+
+    def grad_fn(params: nnx.State, pass_index: Any) -> nnx.State:
+        # 2**30 keeps these keys apart from the pass numbers.
+        return jax.grad(loss_fn, has_aux=True)(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
+
+    (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    tx = optax.with_extra_args_support(tx)
+    updates, opt_state = tx.update(
+        grads, opt_state, params, value=loss, grad=grads, value_fn=lambda p: loss_fn(p)[0], grad_fn=grad_fn
+    )
+    updates = jax.tree.map(lambda u: u * jnp.asarray(rate_factor, u.dtype), updates)
+    return (optax.apply_updates(params, updates), opt_state), EpochLog(loss, parts)

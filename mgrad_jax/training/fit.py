@@ -1,0 +1,369 @@
+"""Train a model to its best validation epoch: epochs, evaluation, early stopping, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from mgrad_jax.data import Interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.evaluation.metrics import METRICS
+from mgrad_jax.evaluation.ranking import Ranker, make_ranker, rank_metrics
+from mgrad_jax.mirror import pass_schedule
+from mgrad_jax.models import Recommender
+from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.training.epoch import (
+    EpochLog,
+    EpochPlan,
+    SplitModel,
+    TrainState,
+    run_epoch,
+    split_model,
+    training_data,
+)
+
+
+class TrainingDiverged(UserError):
+    """The loss or the scores became NaN or infinite; the last good checkpoint is kept."""
+
+
+class EpochReport(NamedTuple):
+    """One epoch in numbers.
+
+    Attributes:
+        epoch: counts from 1.
+        loss: sum over the epoch's batches of the first pass's loss (published rule).
+        parts: the same for each part of the loss.
+        valid, test: metrics, e.g. `{"recall@5": 0.03}`.
+        best_epoch: the best epoch so far by the selection metric on validation.
+        is_best: whether this one is it.
+        seconds_train, seconds_evaluate: wall-clock time.
+    """
+
+    epoch: int
+    loss: float
+    parts: dict[str, float]
+    valid: dict[str, float]
+    test: dict[str, float]
+    best_epoch: int
+    is_best: bool
+    seconds_train: float
+    seconds_evaluate: float
+
+
+@dataclass
+class FitResult:
+    """What came of a training run; the model holds the best epoch's parameters.
+
+    Attributes:
+        epochs_run: epochs trained, those before a resume included.
+        best_epoch: the epoch with the best selection metric on validation; `valid` and `test` are its metrics.
+        history: reports of the epochs run in this process.
+        seconds: "compile", "train" and "evaluate", in this process.
+    """
+
+    epochs_run: int
+    best_epoch: int
+    valid: dict[str, float]
+    test: dict[str, float]
+    history: list[EpochReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """Early stopping: a strictly greater value of the metric is an improvement.
+
+    Attributes:
+        epoch, best_epoch, bad_epochs: epochs so far, the best of them, and epochs since without improvement.
+        best_value: the selection metric at the best epoch.
+        valid, test: all metrics at the best epoch.
+    """
+
+    epoch: int = 0
+    best_epoch: int = 0
+    bad_epochs: int = 0
+    best_value: float = -1.0
+    valid: dict[str, float] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+
+    def update(self, metric: str, valid: dict[str, float], test: dict[str, float]) -> bool:
+        """Count one more epoch with these metrics; returns whether it is the best so far."""
+        self.epoch += 1
+        if valid[metric] > self.best_value:
+            self.best_epoch, self.bad_epochs, self.best_value = self.epoch, 0, valid[metric]
+            self.valid, self.test = valid, test
+            return True
+        self.bad_epochs += 1
+        return False
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The same as arrays of fixed shapes, for a checkpoint; metrics in the order of their names."""
+        names = sorted(self.valid)
+        return {
+            "counters": np.asarray([self.epoch, self.best_epoch, self.bad_epochs], np.int64),
+            "best_value": np.asarray(self.best_value, np.float64),
+            "valid": np.asarray([self.valid[name] for name in names], np.float64),
+            "test": np.asarray([self.test[name] for name in names], np.float64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], names: Sequence[str]) -> Progress:
+        """The inverse of `to_arrays` for metrics of these names."""
+        epoch, best_epoch, bad_epochs = (int(n) for n in arrays["counters"])
+        return cls(
+            epoch,
+            best_epoch,
+            bad_epochs,
+            float(arrays["best_value"]),
+            {name: float(x) for name, x in zip(sorted(names), arrays["valid"], strict=True)},
+            {name: float(x) for name, x in zip(sorted(names), arrays["test"], strict=True)},
+        )
+
+
+class _Scoring(NamedTuple):
+    """The variables evaluation reads."""
+
+    params: nnx.State
+    epoch_state: nnx.State
+
+
+_Evaluation = tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]
+
+
+class _Programs(NamedTuple):
+    """The two compiled programs of a run and the seconds their compilation took."""
+
+    train: Callable[[TrainState, jax.Array, np.float32], tuple[TrainState, EpochLog]]
+    evaluate: Callable[[_Scoring], _Evaluation]
+    seconds: float
+
+
+def fit(
+    model: Recommender,
+    data: Interactions,
+    tx: optax.GradientTransformation,
+    *,
+    epochs: int = 1000,
+    patience: int = 20,
+    seed: int = 999,
+    batch_size: int = 2048,
+    metric: str = "recall@5",
+    ks: Sequence[int] = (5, 10, 20, 50),
+    learning_rate_decay: tuple[float, float] = (1.0, 50.0),
+    evaluate: Literal["fresh", "stale"] = "fresh",
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> FitResult:
+    """Train `model` on `data` with the Optax chain `tx` until validation stops improving.
+
+    The interval of `mirror_gradient` starts anew with every epoch, as published. On return the model holds the
+    parameters of the best validation epoch.
+
+    Args:
+        model: from `mgrad_jax.models.create`.
+        data: from `mgrad_jax.data.load_interactions`; the dataset the model was created with.
+        tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms work too.
+        epochs: the most epochs to run.
+        patience: stop when more than this many epochs in a row bring no improvement.
+        seed: of shuffling, negatives, dropout and resampling.
+        batch_size: interactions a batch; the last, partial batch is kept.
+        metric: what selects the best epoch, on validation only.
+        ks: cut-offs of the metrics.
+        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s).
+        evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
+            published MMGCN, GRCN, DualGNN and SLMRec do.
+        checkpoints: where the latest and the best state are kept.
+        resume: go on from the latest checkpoint; the numbers equal those of an unbroken run.
+        on_epoch: called after every epoch, once its checkpoint is written.
+
+    Raises:
+        UserError: an option out of range, data without validation or test interactions.
+        TrainingDiverged: a loss or score became NaN or infinite.
+    """
+    _check_options(data, epochs, patience, batch_size, metric, ks)
+    names = [f"{name}@{k}" for name in METRICS for k in ks]
+    run = _start(model, data, tx, batch_size, seed, ks, learning_rate_decay, evaluate)
+    if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
+        run.restore(checkpoints, names)
+    history: list[EpochReport] = []
+    while run.progress.epoch < epochs and run.progress.bad_epochs <= patience:
+        report = run.epoch(metric)
+        if checkpoints is not None:
+            checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
+        history.append(report)
+        if on_epoch is not None:
+            on_epoch(report)
+    nnx.update(model, run.best.params, run.best.epoch_state)
+    progress = run.progress
+    seconds = {
+        "compile": run.programs.seconds,
+        "train": sum(report.seconds_train for report in history),
+        "evaluate": sum(report.seconds_evaluate for report in history),
+    }
+    return FitResult(progress.epoch, progress.best_epoch, progress.valid, progress.test, history, seconds)
+
+
+@dataclass
+class _Run:
+    """A training run under way: its programs, its state and its best epoch so far."""
+
+    programs: _Programs
+    plan: EpochPlan
+    state: TrainState
+    best: _Scoring
+    key: jax.Array
+    decay: tuple[float, float]
+    description: str
+    progress: Progress = field(default_factory=Progress)
+
+    def epoch(self, metric: str) -> EpochReport:
+        """Train and evaluate one epoch; a value that is not finite ends the run before anything is overwritten."""
+        number = self.progress.epoch
+        started = time.perf_counter()
+        factor = np.float32(self.decay[0] ** (number / self.decay[1]))
+        key = jax.random.fold_in(self.key, number)
+        self.state, log = self.programs.train(self.state._replace(stale_params=None), key, factor)
+        log = jax.device_get(log)
+        trained = time.perf_counter()
+        self._check_losses(log.losses)
+        scoring = _scoring(self.state)
+        valid, test, finite = jax.device_get(self.programs.evaluate(scoring))
+        if not finite:
+            raise TrainingDiverged(self._diverged("the scores", max(self.plan.schedule)))
+        evaluated = time.perf_counter()
+        first = self.plan.first_passes
+        valid, test = _floats(valid), _floats(test)
+        is_best = self.progress.update(metric, valid, test)
+        if is_best:
+            self.best = jax.tree.map(jnp.copy, scoring)
+        return EpochReport(
+            epoch=self.progress.epoch,
+            loss=float(log.losses[first].sum(dtype=np.float64)),
+            parts={name: float(part[first].sum(dtype=np.float64)) for name, part in log.parts.items()},
+            valid=valid,
+            test=test,
+            best_epoch=self.progress.best_epoch,
+            is_best=is_best,
+            seconds_train=trained - started,
+            seconds_evaluate=evaluated - trained,
+        )
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What a later process needs to go on exactly from here."""
+        return {"state": self.state, "progress": self.progress.to_arrays()}
+
+    def restore(self, checkpoints: Checkpoints, names: Sequence[str]) -> None:
+        """Go on from the latest checkpoint, with the best one at hand."""
+        stale = self.state.params if self.plan.keep_stale else None
+        metrics = dict.fromkeys(names, 0.0)
+        like = {
+            "state": self.state._replace(stale_params=stale),
+            "progress": Progress(valid=metrics, test=metrics).to_arrays(),
+        }
+        _, latest = checkpoints.restore(like, "latest")
+        _, best = checkpoints.restore(like, "best")
+        self.state = latest["state"]
+        self.best = _scoring(best["state"])
+        self.progress = Progress.from_arrays(latest["progress"], names)
+
+    def _check_losses(self, losses: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad):
+            raise TrainingDiverged(self._diverged("the loss", self.plan.schedule[bad[0]]))
+
+    def _diverged(self, what: str, batch: int) -> str:
+        return (
+            f"epoch {self.progress.epoch + 1}, batch {batch}: {what} became NaN or infinite ({self.description}); "
+            "lower the learning rate or alpha1 and alpha2, or clip the gradient. The last good checkpoint is kept."
+        )
+
+
+def _start(
+    model: Recommender,
+    data: Interactions,
+    tx: optax.GradientTransformation,
+    batch_size: int,
+    seed: int,
+    ks: Sequence[int],
+    decay: tuple[float, float],
+    evaluate: str,
+) -> _Run:
+    """Put model and data on the device and compile the two programs."""
+    parts = split_model(model)
+    # The state is donated to each epoch; without a copy the first one would take the model's own arrays with it.
+    state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+    schedule = pass_schedule(state.opt_state, -(-len(data.train) // batch_size))
+    plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale")
+    programs = _compile(parts, tx, plan, state, data, ks)
+    best = jax.tree.map(jnp.copy, _scoring(state))
+    description = f"{model.name}, {model.config}, batch size {batch_size}, seed {seed}"
+    return _Run(programs, plan, state, best, jax.random.key(seed), decay, description)
+
+
+def _compile(
+    parts: SplitModel,
+    tx: optax.GradientTransformation,
+    plan: EpochPlan,
+    state: TrainState,
+    data: Interactions,
+    ks: Sequence[int],
+) -> _Programs:
+    """Compile the epoch and the evaluation ahead of time, so that compilation is timed apart."""
+    started = time.perf_counter()
+    train = training_data(data)
+    rankers = (make_ranker(data, "valid", ks), make_ranker(data, "test", ks))
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_epoch(
+        state: TrainState, constants: nnx.State, train: TrainingData, key: jax.Array, factor: jax.Array
+    ) -> tuple[TrainState, EpochLog]:
+        return run_epoch(parts.graphdef, tx, plan, state, constants, train, key, factor)
+
+    @jax.jit
+    def evaluate(scoring: _Scoring, constants: nnx.State, rankers: tuple[Ranker, Ranker]) -> _Evaluation:
+        users, items = nnx.merge(parts.graphdef, scoring.params, scoring.epoch_state, constants).embed()
+        valid, test = (rank_metrics(ranker, users, items) for ranker in rankers)
+        return valid, test, jnp.isfinite(users.sum() + items.sum())
+
+    key, factor = jax.random.key(0), np.float32(1.0)
+    trainer = train_epoch.lower(state, parts.constants, train, key, factor).compile()
+    evaluator = evaluate.lower(_scoring(state), parts.constants, rankers).compile()
+    return _Programs(
+        lambda state, key, factor: trainer(state, parts.constants, train, key, factor),
+        lambda scoring: evaluator(scoring, parts.constants, rankers),
+        time.perf_counter() - started,
+    )
+
+
+def _scoring(state: TrainState) -> _Scoring:
+    """What evaluation scores with: the final parameters of the epoch, or the stale ones where they are kept."""
+    return _Scoring(state.params if state.stale_params is None else state.stale_params, state.epoch_state)
+
+
+def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _check_options(
+    data: Interactions, epochs: int, patience: int, batch_size: int, metric: str, ks: Sequence[int]
+) -> None:
+    for name, value, least in (("epochs", epochs, 1), ("patience", patience, 0), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}.")
+    known = [f"{name}@{k}" for name in METRICS for k in ks]
+    if metric not in known:
+        raise UserError(f"unknown metric '{metric}'; choose one of {', '.join(known)}.")
+    for split in ("valid", "test"):
+        if not len(getattr(data, split)):
+            raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")

@@ -1,0 +1,83 @@
+"""Flax NNX ports of the paper's recommenders, by name.
+
+>>> names()[0]
+'bm3'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mgrad_jax.data import Interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, Scalar
+
+_CLASSES = {
+    "bm3": "BM3",
+    "freedom": "FREEDOM",
+    "layergcn": "LayerGCN",
+    "lightgcn": "LightGCN",
+    "selfcf": "SelfCF",
+    "slmrec": "SLMRec",
+    "vbpr": "VBPR",
+}
+
+
+def names() -> list[str]:
+    """The models' names, in alphabetical order."""
+    return sorted(_CLASSES)
+
+
+def model_class(name: str) -> type[Recommender]:
+    """The class of a model; an unknown name is a `UserError` that lists the known ones."""
+    if name not in _CLASSES:
+        raise UserError(f"unknown model '{name}'; choose one of {', '.join(names())}.")
+    module = importlib.import_module(f"mgrad_jax.models.{name}")
+    return getattr(module, _CLASSES[name])
+
+
+def make_config(name: str, hyper_parameters: dict[str, Any]) -> ModelConfig:
+    """A model's configuration; an unknown hyper-parameter is a `UserError` that lists the known ones."""
+    config_class = model_class(name).config_class
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for key in hyper_parameters:
+        if key not in known:
+            raise UserError(f"{name} has no hyper-parameter '{key}'; choose among {', '.join(known)}.")
+    return config_class(**hyper_parameters)
+
+
+def create(
+    name: str, data: Interactions, *, seed: int = 999, dtype: Any = jnp.float32, **hyper_parameters: Any
+) -> Recommender:
+    """Build a model for a dataset.
+
+    Args:
+        name: one of `names()`, e.g. "freedom".
+        data: the interactions and features it is built on.
+        seed: seed of the initial parameters.
+        dtype: floating-point type of parameters, features and graphs.
+        **hyper_parameters: published names, e.g. `reg_weight=1e-3`; the rest keep their published defaults.
+
+    Raises:
+        UserError: unknown model or hyper-parameter, a value out of range, or a feature that the data lack.
+    """
+    config = make_config(name, hyper_parameters)
+    return model_class(name)(data, config, rngs=nnx.Rngs(seed), dtype=dtype)
+
+
+__all__ = [
+    "EpochState",
+    "Frozen",
+    "ModelConfig",
+    "Recommender",
+    "Scalar",
+    "create",
+    "make_config",
+    "model_class",
+    "names",
+]

@@ -1,0 +1,156 @@
+"""The contract every recommender follows (docs/architecture.md, "Models")."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.errors import UserError
+
+
+class Frozen(nnx.Variable):
+    """Constant arrays and graphs: an argument of every compiled function, never closed over, never trained."""
+
+
+class Scalar(nnx.Variable):
+    """A scalar hyper-parameter that is traced, so that one compiled program serves a whole grid of values."""
+
+
+class EpochState(nnx.Variable):
+    """What `Recommender.resample` redraws at the start of every epoch, such as a pruned graph."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Hyper-parameters every model has; subclasses add theirs under their published names.
+
+    A field with `metadata={"traced": True}` becomes a `Scalar` attribute of the model under the same name.
+    """
+
+    embedding_dim: int = dataclasses.field(default=64, metadata={"help": "width of the embeddings"})
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        if self.embedding_dim < 1:
+            raise UserError(f"embedding_dim is {self.embedding_dim}; it must be at least 1.")
+
+
+def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
+    """Reject a value whose type cannot be the field's: `n_layers=1.5`, `dropout="high"`, `reg_weight=nan`."""
+    kind = type(field.default)
+    if kind in (bool, str):
+        fits = isinstance(value, kind)
+    elif kind is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if not fits:
+        raise UserError(f"{field.name}={value!r} does not fit; {field.name} must be of type {kind.__name__}.")
+
+
+class Recommender(nnx.Module):
+    """A recommender over `n_users` users and `n_items` items whose score is a dot product of two vectors.
+
+    Attributes:
+        name: the name in the registry and on the command line.
+        paper: citation of the model.
+        config_class: its hyper-parameters.
+        needs: features ("image", "text") without which it cannot be built.
+        uses_negatives: whether `loss` reads `batch.negatives`.
+        published_names: our parameter path -> name in the published state_dict; a path that ends in
+            `.kernel` is stored transposed there.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    config_class: ClassVar[type[ModelConfig]] = ModelConfig
+    needs: ClassVar[tuple[str, ...]] = ()
+    uses_negatives: ClassVar[bool] = True
+    published_names: ClassVar[Mapping[str, str]]
+
+    def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        del rngs  # the subclasses draw their parameters from it
+        self.n_users = data.n_users
+        self.n_items = data.n_items
+        self.config = config
+        self.dtype = dtype
+        for field in dataclasses.fields(config):
+            if field.metadata.get("traced"):
+                setattr(self, field.name, Scalar(jnp.asarray(getattr(config, field.name), dtype)))
+
+    def feature(self, data: Interactions, modality: str) -> Float[Array, "items dim"]:
+        """The raw features of one modality in the model's dtype; a missing one is a `UserError`."""
+        if modality not in data.features:
+            raise UserError(
+                f"{data.source}: {self.name} needs {modality} features and there are none; "
+                f"add {modality}_feat.npy (one row an item) or choose a model that needs no features."
+            )
+        return jnp.asarray(data.features[modality], self.dtype)
+
+    def resample(self, key: Array) -> dict[str, Any]:
+        """New values of the `EpochState` attributes for one epoch, by attribute name. Pure, with static shapes."""
+        del key
+        return {}
+
+    def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Training loss of a batch and its parts.
+
+        Args:
+            batch: users, positives and negatives, (B,) int32 each.
+            key: drives dropout; every pass over a batch gets its own.
+        """
+        raise NotImplementedError
+
+    def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        """Vectors of all users and items in evaluation mode; the score of a pair is their dot product."""
+        raise NotImplementedError
+
+    def scores(self, users: Int[Array, " n"]) -> Float[Array, "n items"]:
+        """Scores of all items for some users, (len(users), n_items)."""
+        user_vectors, item_vectors = self.embed()
+        return user_vectors[jnp.asarray(users)] @ item_vectors.T
+
+
+def xavier_uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "rows cols"]:
+    """U(-a, a) with a = sqrt(6 / (rows + columns)) (Glorot and Bengio 2010)."""
+    bound = (6.0 / (shape[0] + shape[1])) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def xavier_normal(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "rows cols"]:
+    """N(0, 2 / (rows + columns)) (Glorot and Bengio 2010)."""
+    return jax.random.normal(key, shape, dtype) * jnp.asarray((2.0 / (shape[0] + shape[1])) ** 0.5, dtype)
+
+
+def torch_uniform(fan_in: int) -> Any:
+    """PyTorch's default for the weight and the bias of a linear map: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = fan_in**-0.5
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(
+    fan_in: int, fan_out: int, *, rngs: nnx.Rngs, dtype: Any, kernel_init: Any = None, bias_init: Any = None
+) -> nnx.Linear:
+    """`y = x @ kernel + bias` with PyTorch's default initialisation unless told otherwise; kernel (fan_in, fan_out)."""
+    return nnx.Linear(
+        fan_in,
+        fan_out,
+        kernel_init=kernel_init or torch_uniform(fan_in),
+        bias_init=bias_init or torch_uniform(fan_in),
+        dtype=dtype,
+        param_dtype=dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,168 @@
+"""SLMRec: in-batch contrast of fused representations, with a fine-to-coarse contrast between modalities."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mgrad_jax import losses
+from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import normalized_bipartite
+from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.propagation import lightgcn_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class SLMRecConfig(ModelConfig):
+    """Hyper-parameters of SLMRec under their published names (the published `recdim` is `embedding_dim` here)."""
+
+    layer_num: int = dataclasses.field(default=3, metadata={"help": "propagation steps over the user-item graph"})
+    temp: float = dataclasses.field(
+        default=0.2, metadata={"help": "temperature of the contrast between users and items", "traced": True}
+    )
+    ssl_temp: float = dataclasses.field(
+        default=0.2, metadata={"help": "temperature of the contrast between modalities", "traced": True}
+    )
+    ssl_alpha: float = dataclasses.field(
+        default=0.1, metadata={"help": "weight of the contrast between modalities", "traced": True}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embedding_dim < 2:
+            raise UserError(f"embedding_dim is {self.embedding_dim}; SLMRec halves it, so it must be at least 2.")
+        if self.layer_num < 0:
+            raise UserError(f"layer_num is {self.layer_num}; it must not be negative.")
+        for field, value in (("temp", self.temp), ("ssl_temp", self.ssl_temp)):
+            if value <= 0:
+                raise UserError(f"{field} is {value}; it must be positive.")
+        if self.ssl_alpha < 0:
+            raise UserError(f"ssl_alpha is {self.ssl_alpha}; it must not be negative.")
+
+
+class SLMRec(Recommender):
+    """Three propagated views (id, image, text), fused for ranking and contrasted with each other (Tao et al. 2022).
+
+    With A the normalised graph (1e-8 added to the degrees), X_v, X_t the features with rows of unit length, V and T linear
+    maps to the embedding width, and LG the mean over layers 0..layer_num,
+
+        G_id = LG([E_u; E_i]),  G_v = LG([E_u; V X_v]),  G_t = LG([E_u; T X_t]),
+        z_u = F_u [G_id; G_v; G_t]_u,  z_i = F_i [G_id; G_v; G_t]_i,  score(u, i) = <z_u, z_i>.
+
+    CE(S) is the mean over rows of logsumexp(S_r) - S_rr; nrm gives rows unit length. For a batch of pairs (u, i) the task
+    "FAC" (fine and coarse) contrasts a = g_i(G_id,i) with b = g_v(G_v,i), and c = g_c2(g_c(a)) with t = g_t(G_t,i):
+
+        loss = CE(nrm(z_u) nrm(z_i)^T / temp) + ssl_alpha (CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp)).
+
+    As published: the other positives of a batch are the negatives, so the loss depends on the batch size and
+    `batch.negatives` are not read; the modality contrast is not normalised; the step for audio is passed over.
+
+    Deviations, none of which changes the training loss: scores come from the current parameters, where the published code
+    scores with the representations of the last training step; they are dot products without the published sigmoid, which
+    orders the items alike but saturates to ties in float32. The published `reg` takes no part in its loss and is left out, as is
+    the head for audio, which never gets a gradient. Biases of `head_image` and `head_text` have gradient zero.
+    `published_weight_decay` is what the published configuration gives Adam (added to the gradient).
+    """
+
+    name: ClassVar[str] = "slmrec"
+    paper: ClassVar[str] = (
+        "Tao, Liu, Xia, Wang, Yang, Huang, Chua: Self-supervised Learning for Multimedia Recommendation, "
+        "IEEE Transactions on Multimedia 2022"
+    )
+    config_class: ClassVar[type[ModelConfig]] = SLMRecConfig
+    needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    uses_negatives: ClassVar[bool] = False
+    published_weight_decay: ClassVar[float] = 1e-4
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "learning_rate": (1e-4, 1e-3, 1e-2, 1e-1),
+        "ssl_temp": (0.1, 0.2, 0.5, 1.0),
+        "ssl_alpha": (0.01, 0.05, 0.1, 0.5, 1.0),
+    }
+    published_names: ClassVar[Mapping[str, str]] = {
+        "user_embedding": "embedding_user.weight",
+        "item_embedding": "embedding_item.weight",
+        **{
+            f"{ours}.{part}": f"{published}.{'weight' if part == 'kernel' else part}"
+            for ours, published in {
+                "image_map": "v_dense",
+                "text_map": "t_dense",
+                "fuse_users": "embedding_user_after_GCN",
+                "fuse_items": "embedding_item_after_GCN",
+                "head_id": "g_i_iv",
+                "head_image": "g_v_iv",
+                "head_coarse": "g_iv_iva",
+                "head_coarse_narrow": "g_iva_ivat",
+                "head_text": "g_t_ivat",
+            }.items()
+            for part in ("kernel", "bias")
+        },
+    }
+
+    config: SLMRecConfig
+    temp: nnx.Variable[Array]
+    ssl_temp: nnx.Variable[Array]
+    ssl_alpha: nnx.Variable[Array]
+
+    def __init__(self, data: Interactions, config: SLMRecConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        super().__init__(data, config, rngs=rngs, dtype=dtype)
+        self.image = Frozen(losses.normalize(self.feature(data, "image")))
+        self.text = Frozen(losses.normalize(self.feature(data, "text")))
+        self.graph = Frozen(
+            normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, eps=1e-8, dtype=dtype)
+        )
+        dim = config.embedding_dim
+        self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
+        self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
+
+        def dense(fan_in: int, fan_out: int) -> nnx.Linear:
+            return linear(fan_in, fan_out, rngs=rngs, dtype=dtype, kernel_init=xavier_uniform)
+
+        self.image_map = dense(self.image[...].shape[1], dim)
+        self.text_map = dense(self.text[...].shape[1], dim)
+        self.fuse_users = dense(3 * dim, dim)
+        self.fuse_items = dense(3 * dim, dim)
+        self.head_id = dense(dim, dim)
+        self.head_image = dense(dim, dim)
+        self.head_coarse = dense(dim, dim)
+        self.head_coarse_narrow = dense(dim, dim // 2)
+        self.head_text = dense(dim, dim // 2)
+
+    def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Contrast of users with the batch's items, and of the items' modalities; `key` is not used."""
+        del key
+        user_views, item_views = self._views()
+        item_rows = item_views[batch.positives]
+        users = losses.normalize(self.fuse_users(user_views[batch.users]))
+        items = losses.normalize(self.fuse_items(item_rows))
+        ranking = losses.info_nce(users @ items.T / self.temp[...])
+        contrast = self.ssl_alpha[...] * self._modality_contrast(item_rows)
+        return ranking + contrast, {"ranking": ranking, "modality_contrast": contrast}
+
+    def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        """The fused representations, of users and of items."""
+        user_views, item_views = self._views()
+        return self.fuse_users(user_views), self.fuse_items(item_views)
+
+    def _views(self) -> tuple[Float[Array, "users 3*dim"], Float[Array, "items 3*dim"]]:
+        """[G_id; G_v; G_t] side by side: the three propagations run as one, three times as wide."""
+        users = jnp.tile(self.user_embedding[...], (1, 3))
+        items = jnp.concatenate(
+            [self.item_embedding[...], self.image_map(self.image[...]), self.text_map(self.text[...])], axis=1
+        )
+        nodes = lightgcn_layers(self.graph.get_value(), jnp.concatenate([users, items]), self.config.layer_num)
+        return nodes[: self.n_users], nodes[self.n_users :]
+
+    def _modality_contrast(self, item_rows: Float[Array, "batch 3*dim"]) -> Float[Array, ""]:
+        """CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp): id with image (fine), both with text (coarse)."""
+        id_rows, image_rows, text_rows = jnp.split(item_rows, 3, axis=1)
+        fine = self.head_id(id_rows)
+        coarse = self.head_coarse_narrow(self.head_coarse(fine))
+        id_with_image = losses.info_nce(fine @ self.head_image(image_rows).T / self.ssl_temp[...])
+        coarse_with_text = losses.info_nce(coarse @ self.head_text(text_rows).T / self.ssl_temp[...])
+        return id_with_image + coarse_with_text

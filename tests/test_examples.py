@@ -1,0 +1,26 @@
+"""Every example runs as a script and prints a result."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path, capsys):
+    with jax.numpy_rank_promotion("allow"):
+        runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    numbers = re.findall(r"\d+\.\d+", printed)
+    assert numbers, printed
+    assert "nan" not in printed.lower()
+
+
+def test_there_are_examples():
+    assert {"plain_optax", "flax_nnx", "scan_and_vmap"} <= {path.stem for path in EXAMPLES}
