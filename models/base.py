@@ -63,7 +63,7 @@ class Recommender(nnx.Module):
         name: the name in the registry and on the command line.
         paper: citation of the model.
         config_class: its hyper-parameters.
-        needs: features ("image", "text") without which it cannot be built.
+        needs: features ("image", "text") it reads; without any of them it cannot be built.
         uses_negatives: whether `loss` reads `batch.negatives`.
         published_names: our parameter path -> name in the published state_dict; a path that ends in
             `.kernel` is stored transposed there.
@@ -94,6 +94,13 @@ class Recommender(nnx.Module):
                 f"add {modality}_feat.npy (one row an item) or choose a model that needs no features."
             )
         return jnp.asarray(data.features[modality], self.dtype)
+
+    def features_given(self, data: Interactions) -> list[str]:
+        """The modalities the data have among those the model can use; none at all is a `UserError`."""
+        given = [modality for modality in self.needs if modality in data.features]
+        if not given:
+            self.feature(data, self.needs[0])
+        return given
 
     def resample(self, key: Array) -> dict[str, Any]:
         """New values of the `EpochState` attributes for one epoch, by attribute name. Pure, with static shapes."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -16,7 +17,6 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
     SparseGraph,
     bipartite_edges,
-    keep_edges,
     normalized_bipartite,
     propagate,
     prune_edges,
@@ -34,7 +34,8 @@ class LayerGCNConfig(ModelConfig):
     n_layers: int = dataclasses.field(default=4, metadata={"help": "propagation steps over the user-item graph"})
     dropout: float = dataclasses.field(default=0.0, metadata={"help": "share of the edges pruned in each epoch"})
     reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squared norms of the batch's embeddings", "traced": True}
+        default=1e-3,
+        metadata={"help": "weight of the squared norms of the batch's embeddings", "traced": True},
     )
 
     def __post_init__(self) -> None:
@@ -61,10 +62,10 @@ class LayerGCN(Recommender):
 
     over the gathered layer-0 rows, repeats included. Gradients flow through the cosine.
 
-    As published: the loss is a sum over the batch, not a mean (it matters to SGD, Adagrad and clipping, not to Adam); layer 0 itself
-    is left out of z. With `dropout` p > 0 each epoch trains on int(E (1 - p)) edges drawn without replacement and normalised
-    again: in the first, third, fifth ... epoch with weight 1 / sqrt(degree_u degree_i), in the others uniformly. Scores
-    always come from the whole graph.
+    As published: the loss is a sum over the batch, not a mean (it matters to SGD, Adagrad and clipping, not to
+    Adam), and layer 0 is left out of z. With `dropout` p > 0 each epoch trains on int(E (1 - p)) of the E edges,
+    drawn without replacement and normalised again: in the first, third, fifth ... epoch with weight 1 /
+    sqrt(degree_u degree_i), in the others uniformly. Scores always come from the whole graph.
     """
 
     name: ClassVar[str] = "layergcn"
@@ -89,20 +90,19 @@ class LayerGCN(Recommender):
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        users, items = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(normalized_bipartite(users, items, data.n_users, data.n_items, dtype=dtype))
+        pairs = np.unique(data.train, axis=0)
+        sizes = (data.n_users, data.n_items)
+        self.graph = Frozen(normalized_bipartite(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype))
         if config.dropout > 0:
-            self._prepare_pruning(data, config.dropout)
-
-    def _prepare_pruning(self, data: Interactions, dropout: float) -> None:
-        """Edges to draw from; until the first `resample` the first ones are kept."""
-        edges = bipartite_edges(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=self.dtype)
-        self.n_keep = int(edges.n_edges * (1.0 - dropout))
-        if self.n_keep < 1:
-            raise UserError(f"dropout={dropout} leaves none of the {edges.n_edges} training pairs; choose a smaller one.")
-        self.edges = Frozen(edges)
-        self.pruned_graph = EpochState(keep_edges(edges, jnp.arange(self.n_keep)))
-        self.epoch = EpochState(jnp.zeros((), jnp.int32))
+            self.n_keep = int(len(pairs) * (1.0 - config.dropout))
+            if self.n_keep < 1:
+                raise UserError(
+                    f"dropout={config.dropout} leaves none of the {len(pairs)} training pairs; choose a smaller one."
+                )
+            edges = bipartite_edges(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype)
+            self.edges = Frozen(edges)
+            self.pruned_graph = EpochState(prune_edges(rngs.params(), edges, self.n_keep))
+            self.epoch = EpochState(jnp.zeros((), jnp.int32))
 
     def resample(self, key: Array) -> dict[str, Any]:
         """The epoch's pruned graph: weighted in epochs 0, 2, 4 ..., uniform in epochs 1, 3, 5 ..."""
@@ -113,7 +113,7 @@ class LayerGCN(Recommender):
         return {"pruned_graph": pruned, "epoch": epoch + 1}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Pairwise ranking summed over the batch, plus half the squared norms of the layer-0 rows; `key` is not used."""
+        """Pairwise ranking, summed over the batch, plus the squared norms of the layer-0 rows; `key` is not used."""
         del key
         users, items = self._refine((self.pruned_graph if self.config.dropout > 0 else self.graph).get_value())
         user_rows = users[batch.users]

@@ -27,7 +27,8 @@ class LightGCNConfig(ModelConfig):
         default=1e-4, metadata={"help": "weight of the norms of the batch's embeddings", "traced": True}
     )
     original_loss: bool = dataclasses.field(
-        default=False, metadata={"help": "squared norms and an unclipped pairwise loss, as in the paper of LightGCN"}
+        default=False,
+        metadata={"help": "squared norms and an unclipped pairwise loss, as in the paper of LightGCN"},
     )
 
     def __post_init__(self) -> None:
@@ -41,7 +42,8 @@ class LightGCNConfig(ModelConfig):
 class LightGCN(Recommender):
     """Embeddings E of users and items, propagated without weights or activations (He et al. 2020).
 
-    With A the symmetrically normalised graph of the training pairs (1e-7 added to the degrees) and E the stacked tables,
+    With A the symmetrically normalised graph of the training pairs (1e-7 added to the degrees) and E both tables
+    stacked,
 
         Z = 1 / (L + 1) sum_{l=0..L} A^l E,     score(u, i) = <z_u, z_i>
 
@@ -50,9 +52,9 @@ class LightGCN(Recommender):
         loss = mean -log(1e-10 + sigmoid(score(u, i) - score(u, j)))
              + reg_weight (|E_u|_F + |E_i|_F + |E_j|_F) / B.
 
-    The norms are those of the gathered layer-0 rows, repeats included, and they are not squared: this is the loss of the
-    MMRec collection. `original_loss=True` gives the paper's: mean softplus(-difference) + reg_weight (sum of the *squared*
-    norms) / (2 B).
+    The norms are those of the gathered layer-0 rows, repeats included, and they are not squared: this is the loss
+    of the MMRec collection. `original_loss=True` gives the paper's: mean softplus(-difference) + reg_weight (sum of
+    the *squared* norms) / (2 B).
     """
 
     name: ClassVar[str] = "lightgcn"

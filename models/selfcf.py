@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import SparseGraph, drop_entries, normalized_bipartite
+from mgrad_jax.graph import SparseGraph, drop_entries, normalized_bipartite, with_transpose
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
 from mgrad_jax.models.propagation import lightgcn_layers
 
@@ -31,10 +31,12 @@ class SelfCFConfig(ModelConfig):
         default=0.1, metadata={"help": "share of a target vector's entries dropped", "traced": True}
     )
     reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squared norms of the batch's representations", "traced": True}
+        default=1e-3,
+        metadata={"help": "weight of the squared norms of the batch's representations", "traced": True},
     )
     edge_dropout: bool = dataclasses.field(
-        default=True, metadata={"help": "drop edges in every training step, at a rate drawn from U(0, 1), as published"}
+        default=True,
+        metadata={"help": "drop edges in every training step, at a rate drawn from U(0, 1), as published"},
     )
 
     def __post_init__(self) -> None:
@@ -50,19 +52,19 @@ class SelfCFConfig(ModelConfig):
 class SelfCF(Recommender):
     """The variant published as SELFCFED_LGN: LightGCN encoder, embedding dropout (Zhou, Sun, Liu, Zhang, Miao 2023).
 
-    With A the normalised graph (1e-7 added to the degrees), LG the mean over layers 0..L, q a linear predictor and sg the
-    stop-gradient, for a batch of pairs (u, i)
+    With A the normalised graph (1e-7 added to the degrees), LG the mean over layers 0..L, q a linear predictor and
+    sg the stop-gradient, for a batch of pairs (u, i)
 
         h = LG(A', [E_u; E_i])  rows u and i,   u~ = drop(sg h_u),   i~ = drop(sg h_i)
         loss = - mean cos(q(h_u), i~) / 2 - mean cos(q(h_i), u~) / 2 + reg_weight (|h_u|^2 + |h_i|^2) / 2
         score(u, i) = <q(z_u), z_i> + <z_u, q(z_i)>,   z = LG(A, [E_u; E_i]).
 
-    The squared norms are those of the *propagated* rows and are summed over the batch. `batch.negatives` are not read. `embed` gives
-    [q(z_u); z_u] and [z_i; q(z_i)], whose dot product is the score.
+    The squared norms are those of the *propagated* rows and are summed over the batch. `batch.negatives` are not
+    read. `embed` gives [q(z_u); z_u] and [z_i; q(z_i)], whose dot product is the score.
 
-    As published, A' is A with entries dropped anew in every pass: a rate r ~ U(0, 1), each stored entry (each direction of an
-    edge by itself) kept with probability 1 - r and divided by 1 - r, one matrix for all layers. The paper describes no
-    such dropout for this variant; `edge_dropout=False` trains on A.
+    As published, A' is A with entries dropped anew in every pass: a rate r ~ U(0, 1), each stored entry (each
+    direction of an edge by itself) kept with probability 1 - r and divided by 1 - r, one matrix for all layers. The
+    paper describes no such dropout for this variant; `edge_dropout=False` trains on A.
     """
 
     name: ClassVar[str] = "selfcf"
@@ -94,9 +96,8 @@ class SelfCF(Recommender):
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         self.predictor = linear(dim, dim, rngs=rngs, dtype=dtype)
-        self.graph = Frozen(
-            normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
-        )
+        graph = normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
+        self.graph = Frozen(with_transpose(graph) if config.edge_dropout else graph)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Online rows towards dropped-out target rows, on a graph whose entries `key` drops."""

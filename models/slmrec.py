@@ -49,25 +49,29 @@ class SLMRecConfig(ModelConfig):
 class SLMRec(Recommender):
     """Three propagated views (id, image, text), fused for ranking and contrasted with each other (Tao et al. 2022).
 
-    With A the normalised graph (1e-8 added to the degrees), X_v, X_t the features with rows of unit length, V and T linear
-    maps to the embedding width, and LG the mean over layers 0..layer_num,
+    With A the normalised graph (1e-8 added to the degrees), X_v, X_t the features with rows of unit length, V and T
+    linear maps to the embedding width, and LG the mean over layers 0..layer_num,
 
         G_id = LG([E_u; E_i]),  G_v = LG([E_u; V X_v]),  G_t = LG([E_u; T X_t]),
         z_u = F_u [G_id; G_v; G_t]_u,  z_i = F_i [G_id; G_v; G_t]_i,  score(u, i) = <z_u, z_i>.
 
-    CE(S) is the mean over rows of logsumexp(S_r) - S_rr; nrm gives rows unit length. For a batch of pairs (u, i) the task
-    "FAC" (fine and coarse) contrasts a = g_i(G_id,i) with b = g_v(G_v,i), and c = g_c2(g_c(a)) with t = g_t(G_t,i):
+    CE(S) is the mean over rows of logsumexp(S_r) - S_rr; nrm gives rows unit length. For a batch of pairs (u, i)
+    the task "FAC" (fine and coarse) contrasts a = g_i(G_id,i) with b = g_v(G_v,i), and c = g_c2(g_c(a)) with t =
+    g_t(G_t,i):
 
         loss = CE(nrm(z_u) nrm(z_i)^T / temp) + ssl_alpha (CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp)).
 
     As published: the other positives of a batch are the negatives, so the loss depends on the batch size and
     `batch.negatives` are not read; the modality contrast is not normalised; the step for audio is passed over.
 
-    Deviations, none of which changes the training loss: scores come from the current parameters, where the published code
-    scores with the representations of the last training step; they are dot products without the published sigmoid, which
-    orders the items alike but saturates to ties in float32. The published `reg` takes no part in its loss and is left out, as is
-    the head for audio, which never gets a gradient. Biases of `head_image` and `head_text` have gradient zero.
-    `published_weight_decay` is what the published configuration gives Adam (added to the gradient).
+    None of these deviations changes the training loss: scores come from the current parameters, where the published
+    code scores with the representations of the last training step (`fit(..., evaluate="stale")`); they are dot
+    products without the published sigmoid, which orders the items alike but saturates to ties in float32; the
+    published `reg`, which takes no part in its loss, and the head for audio, which never gets a gradient, are left
+    out.
+
+    The biases of `head_image` and `head_text` have gradient zero. `published_weight_decay` is what the published
+    configuration gives Adam (added to the gradient).
     """
 
     name: ClassVar[str] = "slmrec"

@@ -85,7 +85,7 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 
 def loss_and_gradients(model: Recommender, batch: Batch, loss: Any = None) -> tuple[float, dict[str, np.ndarray]]:
-    """The loss and its gradients by our path, kernels transposed as published; `loss(model)` replaces the training loss."""
+    """The loss and its gradients by path, kernels transposed as published; `loss(model)` replaces the training loss."""
     graph_def, parameters, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
@@ -99,7 +99,9 @@ def loss_and_gradients(model: Recommender, batch: Batch, loss: Any = None) -> tu
     return float(value), {dotted(path): g.T if path[-1] == "kernel" else g for path, g in flat.items()}
 
 
-def assert_recorded(name: str, model: Recommender, loss: float, gradients: dict[str, np.ndarray], **bounds: Any) -> None:
+def assert_recorded(
+    name: str, model: Recommender, loss: float, gradients: dict[str, np.ndarray], **bounds: Any
+) -> None:
     """Loss and gradients equal those recorded, under `prefix` in the file where one is given."""
     file, _, no_gradient = RECORDED[name]
     prefix, atol, rtol = bounds.get("prefix", ""), bounds["atol"], bounds.get("rtol", 0.0)
@@ -174,17 +176,20 @@ def test_layergcn_alternates_weighted_and_uniform_pruning() -> None:
     popular = popularity > np.median(popularity)
     user_of, item_of = jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1])
 
+    graph_def, state = nnx.split(model)
+
     @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, None))
-    def kept(key: Any, epoch: Any) -> Any:
-        model.epoch[...] = epoch
-        state = model.resample(key)
-        dense = propagate(state["pruned_graph"], jnp.eye(model.n_users + model.n_items))
-        return dense[user_of, model.n_users + item_of] > 0, state["epoch"]
+    @functools.partial(jax.vmap, in_axes=(None, 0, None))
+    def kept(state: Any, key: Any, epoch: Any) -> Any:
+        lane = nnx.merge(graph_def, state)
+        lane.epoch.set_value(epoch)
+        drawn = lane.resample(key)
+        dense = propagate(drawn["pruned_graph"], jnp.eye(lane.n_users + lane.n_items))
+        return dense[user_of, lane.n_users + item_of] > 0, drawn["epoch"]
 
     keys = jax.random.split(jax.random.key(1), 400)
     for epoch in range(4):
-        drawn, following = kept(keys, jnp.asarray(epoch, jnp.int32))
+        drawn, following = kept(state, keys, jnp.asarray(epoch, jnp.int32))
         np.testing.assert_array_equal(following, epoch + 1)
         np.testing.assert_array_equal(np.sum(drawn, axis=1), 101)
         share = np.mean(drawn, axis=0)
@@ -236,7 +241,7 @@ def test_selfcf_drops_each_entry_by_itself_and_scales_the_rest() -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_selfcf_dropped_graph_has_the_gradient_of_its_dense_matrix() -> None:
-    model = build("selfcf", jnp.float64)
+    model = build("selfcf", jnp.float64, edge_dropout=True)
     graph = drop_entries(jax.random.key(3), model.graph.get_value(), jnp.asarray(0.4))
     x = jax.random.normal(jax.random.key(4), (graph.shape[1], 3), jnp.float64)
     weights = jax.random.normal(jax.random.key(5), (graph.shape[0], 3), jnp.float64)

@@ -1,0 +1,13 @@
+"""Data: interactions in MMRec format, the embedded demo dataset, sampling on the device."""
+
+from mgrad_jax.data.interactions import Batch, Interactions, load_interactions, problems
+from mgrad_jax.data.synthetic import demo_interactions, synthetic_interactions
+
+__all__ = [
+    "Batch",
+    "Interactions",
+    "demo_interactions",
+    "load_interactions",
+    "problems",
+    "synthetic_interactions",
+]

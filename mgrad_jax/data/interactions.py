@@ -1,0 +1,275 @@
+"""Interactions and features: loaded from an MMRec directory, validated once, immutable afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mgrad_jax.errors import UserError
+
+MODALITIES = ("image", "text")
+SPLITS = ("train", "valid", "test")
+# Past this an id is taken for a raw identifier: arrays are sized by the largest id.
+MAX_ID = 50_000_000
+_COLUMNS = {
+    "user": ("userid", "user_id", "user_id:token", "user"),
+    "item": ("itemid", "item_id", "item_id:token", "item"),
+    "label": ("x_label", "x_label:float", "label"),
+}
+
+
+class Batch(NamedTuple):
+    """A training batch.
+
+    Attributes:
+        users, positives, negatives: (B,) int32; a negative is an item the user does not have in training.
+    """
+
+    users: Any
+    positives: Any
+    negatives: Any
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """A dataset: interactions in three splits, and item features.
+
+    Attributes:
+        name: of the dataset.
+        n_users, n_items: the largest id over the whole file plus one (published rule).
+        train, valid, test: (n, 2) int32 rows (user, item) in file order, read-only. Users without training
+            interactions are left out of valid and test; items without (cold items) stay.
+        features: "image" and "text", where given: (n_items, dim) float32, read-only.
+        source: where it came from, for messages.
+    """
+
+    name: str
+    n_users: int
+    n_items: int
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    source: str = "memory"
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            getattr(self, split).setflags(write=False)
+        for table in self.features.values():
+            table.setflags(write=False)
+        object.__setattr__(self, "features", MappingProxyType(dict(self.features)))
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts as in the paper's Table 1, and more: sparsity, interactions a user and an item, cold items."""
+        splits = {split: len(getattr(self, split)) for split in SPLITS}
+        total = sum(splits.values())
+        pairs = np.concatenate([getattr(self, split) for split in SPLITS])
+        users = np.bincount(pairs[:, 0], minlength=self.n_users)
+        items = np.bincount(pairs[:, 1], minlength=self.n_items)
+        return {
+            "users": self.n_users,
+            "items": self.n_items,
+            "interactions": total,
+            **splits,
+            "sparsity": 1.0 - total / (self.n_users * self.n_items),
+            "interactions a user (mean, median)": (float(users.mean()), float(np.median(users))),
+            "interactions an item (mean, median)": (float(items.mean()), float(np.median(items))),
+            "cold items (not in train)": self.n_items - len(np.unique(self.train[:, 1])),
+            **{f"{name} features": table.shape[1] for name, table in self.features.items()},
+        }
+
+
+def load_interactions(path: str | Path, name: str | None = None) -> Interactions:
+    """Load and validate a dataset directory in MMRec format.
+
+    The directory holds `<name>.inter`, tab-separated with a header (user, item and label columns in any order, others
+    ignored; label 0 = train, 1 = validation, 2 = test), and optionally `image_feat.npy` and `text_feat.npy`, one row an
+    item.
+
+    Args:
+        path: the directory, its `.inter` file, or "demo" for the embedded dataset.
+        name: which `.inter` file, where there are several and none is named like the directory.
+
+    Raises:
+        UserError: one sentence naming the file, the place and the remedy.
+    """
+    if str(path) == "demo":
+        from mgrad_jax.data.synthetic import demo_interactions
+
+        return demo_interactions()
+    directory = Path(path)
+    if directory.suffix == ".inter" and directory.is_file():
+        directory, name = directory.parent, directory.stem
+    file = _interaction_file(directory, name)
+    users, items, labels = _read_interactions(file)
+    n_users, n_items = (_count_ids(file, column, ids) for column, ids in (("user", users), ("item", items)))
+    pairs = np.stack([users, items], axis=1).astype(np.int32)
+    splits = [pairs[labels == label] for label in range(3)]
+    for split, rows in zip(SPLITS, splits, strict=True):
+        if not len(rows):
+            label = SPLITS.index(split)
+            raise UserError(f"{file}: the {split} split is empty (no row has x_label {label}); label at least one row.")
+    _check_overlap(file, pairs, labels)
+    known = np.bincount(splits[0][:, 0], minlength=n_users) > 0
+    splits[1:] = [rows[known[rows[:, 0]]] for rows in splits[1:]]
+    for split, rows in zip(SPLITS[1:], splits[1:], strict=True):
+        if not len(rows):
+            raise UserError(f"{file}: no user of the {split} split has a training row; give its users some.")
+    _check_negatives(file, splits[0])
+    features = {m: t for m in MODALITIES if (t := _read_features(directory / f"{m}_feat.npy", n_items)) is not None}
+    return Interactions(file.stem, n_users, n_items, *splits, features, str(path))
+
+
+def problems(path: str | Path) -> list[str]:
+    """What is wrong or noteworthy in a dataset directory, one sentence each; empty where nothing is."""
+    try:
+        data = load_interactions(path)
+    except UserError as error:
+        return [str(error)]
+    notes = [
+        f"{data.source}: no {m}_feat.npy; models that need {m} features cannot train on it."
+        for m in MODALITIES
+        if m not in data.features
+    ]
+    for modality, table in data.features.items():
+        zero = np.flatnonzero(~table.any(axis=1))
+        if len(zero):
+            notes.append(f"{modality}_feat.npy: {len(zero)} rows are all zero (first: row {zero[0]}); fill them.")
+    repeated = len(data.train) - len(np.unique(data.train, axis=0))
+    if repeated:
+        notes.append(f"{data.source}: {repeated} training rows repeat an earlier pair.")
+    cold = data.n_items - len(np.unique(data.train[:, 1]))
+    if cold:
+        notes.append(f"{data.source}: {cold} items have no training interaction.")
+    return notes
+
+
+def _interaction_file(directory: Path, name: str | None) -> Path:
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise UserError(f"{directory} {what}; give a directory in MMRec format, or 'demo'.")
+    files = sorted(directory.glob("*.inter"))
+    wanted = [f for f in files if f.stem == (name or directory.resolve().name)]
+    if name is not None and not wanted:
+        raise UserError(f"{directory / name}.inter does not exist; there is {_listing(files)}.")
+    if len(files) == 1 or wanted:
+        return (wanted or files)[0]
+    if not files:
+        raise UserError(f"{directory} holds no .inter file; `mgrad-jax prepare` makes one from raw ratings.")
+    raise UserError(f"{directory} holds several .inter files ({_listing(files)}); name one or keep one.")
+
+
+def _listing(files: list[Path]) -> str:
+    return ", ".join(f.name for f in files) or "none"
+
+
+def _read_interactions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Users, items and labels of every row, int64, checked one column at a time."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            header = stream.readline().rstrip("\r\n").split("\t")
+        found = {role: _find_column(file, header, role) for role in _COLUMNS}
+        table = pd.read_csv(file, sep="\t", usecols=list(found.values()), dtype=str, keep_default_na=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); check its permissions and that it is UTF-8 text.") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is not a tab-separated table ({error}); write one row a line.") from None
+    if table.empty:
+        raise UserError(f"{file} has a header and no rows; give it interactions.")
+    users, items, labels = (_integers(file, found[role], table[found[role]]) for role in _COLUMNS)
+    for column, ids in ((found["user"], users), (found["item"], items)):
+        _check_range(file, column, ids, ids > MAX_ID, f"is above {MAX_ID:,}; re-index with `mgrad-jax prepare`")
+    _check_range(file, found["label"], labels, labels > 2, "is none of 0 (train), 1 (validation) and 2 (test)")
+    return users, items, labels
+
+
+def _find_column(file: Path, header: list[str], role: str) -> str:
+    for column in header:
+        if column.strip().lower() in _COLUMNS[role]:
+            return column
+    example = {"user": "userID", "item": "itemID", "label": "x_label"}[role]
+    raise UserError(f"{file} line 1: there is no {example} column among {', '.join(header)}; rename it to {example}.")
+
+
+def _integers(file: Path, column: str, values: pd.Series[str]) -> np.ndarray:
+    """The column as int64; the first value that is no whole number at or above zero is named."""
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)
+    whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
+    bad = np.flatnonzero(~whole)
+    if len(bad):
+        value = values.iloc[bad[0]]
+        raise UserError(f"{file} line {bad[0] + 2}: {column} is {value!r}, not a whole number; correct the row.")
+    _check_range(file, column, numbers, numbers < 0, "is negative; count from 0")
+    return numbers.astype(np.int64)
+
+
+def _check_range(file: Path, column: str, values: np.ndarray, wrong: np.ndarray, complaint: str) -> None:
+    bad = np.flatnonzero(wrong)
+    if len(bad):
+        raise UserError(f"{file} line {bad[0] + 2}: {column} {int(values[bad[0]])} {complaint}.")
+
+
+def _count_ids(file: Path, what: str, ids: np.ndarray) -> int:
+    count = int(ids.max()) + 1
+    missing = np.flatnonzero(np.bincount(ids, minlength=count) == 0)
+    if len(missing):
+        raise UserError(
+            f"{file}: {what} id {missing[0]} never occurs though the largest is {count - 1} "
+            f"(such gaps: {len(missing)}); re-index with `mgrad-jax prepare`."
+        )
+    return count
+
+
+def _check_overlap(file: Path, pairs: np.ndarray, labels: np.ndarray) -> None:
+    """A pair in two splits would leak the answer into training."""
+    code = pairs[:, 0].astype(np.int64) * (int(pairs[:, 1].max()) + 1) + pairs[:, 1]
+    order = np.lexsort((labels, code))
+    clash = np.flatnonzero((np.diff(code[order]) == 0) & (np.diff(labels[order]) != 0))
+    if len(clash):
+        first, second = sorted(order[clash[0] : clash[0] + 2] + 2)
+        user, item = pairs[second - 2]
+        raise UserError(
+            f"{file} lines {first} and {second}: user {user} and item {item} stand in two splits; keep one of the rows."
+        )
+
+
+def _check_negatives(file: Path, train: np.ndarray) -> None:
+    pairs = np.unique(train, axis=0)
+    n_items = len(np.unique(pairs[:, 1]))
+    users, counts = np.unique(pairs[:, 0], return_counts=True)
+    full = np.flatnonzero(counts >= n_items)
+    if len(full):
+        raise UserError(
+            f"{file}: user {users[full[0]]} has every training item, so that no negative can be drawn; "
+            "remove the user or some of its rows."
+        )
+
+
+def _read_features(file: Path, n_items: int) -> np.ndarray | None:
+    """One feature table as float32, or None where there is no file."""
+    if not file.exists():
+        return None
+    try:
+        table = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} is damaged or not a plain .npy array ({error}); write it with numpy.save.") from None
+    if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind not in "fiu":
+        shape = getattr(table, "shape", "several arrays")
+        raise UserError(f"{file} has shape {shape} and type {getattr(table, 'dtype', '?')}; give (items, dim) numbers.")
+    if len(table) != n_items:
+        raise UserError(f"{file} has {len(table)} rows and the dataset {n_items} items; give one row an item.")
+    with np.errstate(over="ignore"):
+        table = np.ascontiguousarray(table, dtype=np.float32)
+    bad = np.argwhere(~np.isfinite(table))
+    if len(bad):
+        row, column = bad[0]
+        raise UserError(f"{file}: row {row}, column {column} is NaN or infinite; fill it, e.g. with the column's mean.")
+    return table

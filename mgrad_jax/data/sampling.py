@@ -1,0 +1,87 @@
+"""Sampling inside the compiled epoch: the order of the interactions, and their negatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mgrad_jax.data.interactions import Interactions
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["row_starts", "ranks", "candidates"],
+    meta_fields=["max_degree"],
+)
+@dataclass(frozen=True)
+class UserHistory:
+    """Each user's training items, as positions in the list of candidates.
+
+    Attributes:
+        row_starts: (n_users + 1,) int32; user u owns ranks[row_starts[u]:row_starts[u + 1]].
+        ranks: (n_pairs,) int32, ascending within a user: positions of the user's items in `candidates`.
+        candidates: (n_candidates,) int32, the items that occur in training, ascending.
+        max_degree: most items of one user; static.
+    """
+
+    row_starts: Int[Array, " users_plus_1"]
+    ranks: Int[Array, " pairs"]
+    candidates: Int[Array, " candidates"]
+    max_degree: int
+
+
+def user_history(data: Interactions) -> UserHistory:
+    """The histories of a dataset's training split; repeated pairs count once."""
+    pairs = np.unique(data.train, axis=0)
+    candidates = np.unique(pairs[:, 1])
+    degrees = np.bincount(pairs[:, 0], minlength=data.n_users)
+    return UserHistory(
+        row_starts=jnp.asarray(np.concatenate([[0], np.cumsum(degrees)]), jnp.int32),
+        ranks=jnp.asarray(np.searchsorted(candidates, pairs[:, 1]), jnp.int32),
+        candidates=jnp.asarray(candidates, jnp.int32),
+        max_degree=int(degrees.max()),
+    )
+
+
+def sample_negatives(key: Array, users: Int[Array, " n"], history: UserHistory) -> Int[Array, " n"]:
+    """One negative a user: uniform over the training items that the user does not have in training.
+
+    The published rule redraws until the item is new to the user. The same distribution without a loop: draw r below
+    the number of free items; the r-th free item stands at position r plus the number of the user's own items before
+    it, which a binary search over rank - (own items before it) finds.
+
+    Args:
+        key: a PRNG key.
+        users: (n,) int32.
+        history: from `user_history`.
+
+    Returns:
+        (n,) int32 item ids.
+    """
+    start = history.row_starts[users]
+    degree = history.row_starts[users + 1] - start
+    draw = jax.random.randint(key, users.shape, 0, history.candidates.shape[0] - degree)
+    low, high = jnp.zeros_like(degree), degree
+    last = history.ranks.shape[0] - 1
+    for _ in range(history.max_degree.bit_length()):
+        middle = (low + high) // 2
+        before = history.ranks[jnp.minimum(start + middle, last)] - middle <= draw
+        searching = low < high
+        low = jnp.where(searching & before, middle + 1, low)
+        high = jnp.where(searching & ~before, middle, high)
+    return history.candidates[draw + low]
+
+
+def shuffle(key: Array, n: int) -> Int[Array, " n"]:
+    """A random permutation of 0 .. n - 1, by one sort of random 32-bit keys.
+
+    `jax.random.permutation` sorts twice or more to break ties between equal keys at random; here ties (one pair in
+    2**32) stay in order, which costs half the time and nothing that training could notice.
+    """
+    bits = jax.random.bits(key, (n,), jnp.uint32)
+    return jax.lax.sort_key_val(bits, jnp.arange(n, dtype=jnp.int32))[1]

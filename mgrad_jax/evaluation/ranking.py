@@ -1,0 +1,245 @@
+"""Full-sort evaluation on the device: the rank of every positive among all items, and lists of recommendations.
+
+Evaluation needs the ranks of the positives, not the sorted list: an item's rank is the number of items that score
+higher, or equal with a lower id. Counting them is exact, ties included, and several times faster than a top-k of the
+whole row. Users pass through in blocks, so that no users x items array ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mgrad_jax.data import Interactions
+from mgrad_jax.evaluation.metrics import ranking_metrics
+
+BLOCK = 512  # measured: larger blocks of scores leave the CPU's cache
+
+
+class Pairs(NamedTuple):
+    """(user, item) pairs of every block of users, padded at the end.
+
+    Attributes:
+        rows: (blocks, pairs) int32, the user's position in its block; at or beyond the block's size for padding.
+        items: (blocks, pairs) int32; 0 for padding.
+    """
+
+    rows: Int[Array, "blocks pairs"]
+    items: Int[Array, "blocks pairs"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["users", "positive_counts", "positives", "training"],
+    meta_fields=["ks"],
+)
+@dataclass(frozen=True)
+class Ranker:
+    """What the evaluation of one split needs, on the device; a pytree.
+
+    Attributes:
+        users: (blocks, block) int32 user ids; 0 for padding.
+        positive_counts: (blocks, block) int32 number of the user's positives; 0 for padding and nobody else.
+        positives: the split's pairs, each once.
+        training: the users' training pairs, each once: masked in every list.
+        ks: cut-offs of the metrics; static.
+    """
+
+    users: Int[Array, "blocks block"]
+    positive_counts: Int[Array, "blocks block"]
+    positives: Pairs
+    training: Pairs
+    ks: tuple[int, ...]
+
+
+def make_ranker(
+    data: Interactions,
+    split: Literal["train", "valid", "test"],
+    ks: Sequence[int] = (5, 10, 20, 50),
+    *,
+    block: int = BLOCK,
+) -> Ranker:
+    """Prepare the evaluation of one split.
+
+    Every user with at least one positive in the split is evaluated over all items. Only training items are masked,
+    for validation and for test, as published: a validation item can take a rank in the test list.
+
+    Args:
+        data: the interactions.
+        split: "valid" or "test" ("train" ranks the training items against everything, unmasked).
+        ks: cut-offs; they may exceed the number of items.
+        block: users scored at a time.
+    """
+    pairs = np.unique(getattr(data, split), axis=0)
+    users, counts = np.unique(pairs[:, 0], return_counts=True)
+    n_blocks = max(1, -(-len(users) // block))
+    # Users are dealt out by their number of positives, so that all blocks hold about equally many pairs.
+    order = np.argsort(-counts, kind="stable")
+    deal = np.full(n_blocks * min(block, max(1, -(-len(users) // n_blocks))), -1)
+    deal[: len(users)] = order
+    dealt = deal.reshape(-1, n_blocks).T
+    real = dealt >= 0
+    ids = np.where(real, users[dealt], -1) if len(users) else np.full_like(dealt, -1)
+    masked = np.unique(data.train, axis=0) if split != "train" else pairs[:0]
+    return Ranker(
+        users=jnp.asarray(np.maximum(ids, 0), jnp.int32),
+        positive_counts=jnp.asarray(np.where(real, counts[dealt], 0) if len(users) else real, jnp.int32),
+        positives=_block_pairs(pairs, ids, data.n_users),
+        training=_block_pairs(masked, ids, data.n_users),
+        ks=tuple(int(k) for k in ks),
+    )
+
+
+def _block_pairs(pairs: np.ndarray, ids: np.ndarray, n_users: int) -> Pairs:
+    """Sort pairs into the blocks of their users; `ids` (blocks, block) holds each user at most once, -1 for padding."""
+    n_blocks, size = ids.shape
+    position = np.full(n_users, -1)
+    flat = ids.ravel()
+    position[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    pairs = pairs[position[pairs[:, 0]] >= 0]
+    slots = position[pairs[:, 0]]
+    order = np.argsort(slots, kind="stable")
+    slots, items = slots[order], pairs[order, 1]
+    blocks = slots // size
+    lengths = np.bincount(blocks, minlength=n_blocks)
+    width = max(1, int(lengths.max(initial=0)))
+    column = np.arange(len(slots)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    # Padding points at rows beyond the block, each another one, so that the indices of a block are unique.
+    rows = np.tile(size + np.arange(width), (n_blocks, 1))
+    columns = np.zeros((n_blocks, width), np.int64)
+    rows[blocks, column] = slots % size
+    columns[blocks, column] = items
+    return Pairs(jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32))
+
+
+def rank_metrics(
+    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
+) -> dict[str, Float[Array, ""]]:
+    """Metrics of a split, averaged over its users. Pure and jit-able.
+
+    Args:
+        ranker: from `make_ranker`.
+        user_vectors, item_vectors: the score of a pair is their dot product. A score that is NaN ranks last.
+
+    Returns:
+        `{"recall@5": (), ...}`, not rounded.
+    """
+
+    def block(part: tuple[Array, Array, Pairs, Pairs]) -> dict[str, Array]:
+        counts = part[1]
+        values = ranking_metrics(_hits(part, user_vectors, item_vectors, max(ranker.ks)), counts, ranker.ks)
+        return {name: jnp.sum(jnp.where(counts > 0, value, 0.0)) for name, value in values.items()}
+
+    sums = jax.lax.map(block, _parts(ranker))
+    n_users = jnp.maximum(jnp.sum(ranker.positive_counts > 0), 1)
+    return {name: jnp.sum(value) / n_users.astype(value.dtype) for name, value in sums.items()}
+
+
+def per_user_metrics(
+    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Metrics of a split user by user, for paired tests.
+
+    Args:
+        ranker: from `make_ranker`.
+        user_vectors, item_vectors: the score of a pair is their dot product.
+
+    Returns:
+        The evaluated users' ids (n,), ascending, and `{"recall@5": (n,), ...}` in the same order, on the host.
+    """
+    values = jax.device_get(_per_user(ranker, user_vectors, item_vectors))
+    real = np.asarray(ranker.positive_counts).ravel() > 0
+    users = np.asarray(ranker.users).ravel()[real]
+    order = np.argsort(users)
+    return users[order], {name: value.ravel()[real][order] for name, value in values.items()}
+
+
+@jax.jit
+def _per_user(ranker: Ranker, user_vectors: Array, item_vectors: Array) -> dict[str, Array]:
+    def block(part: tuple[Array, Array, Pairs, Pairs]) -> dict[str, Array]:
+        return ranking_metrics(_hits(part, user_vectors, item_vectors, max(ranker.ks)), part[1], ranker.ks)
+
+    return jax.lax.map(block, _parts(ranker))
+
+
+def _parts(ranker: Ranker) -> tuple[Array, Array, Pairs, Pairs]:
+    return ranker.users, ranker.positive_counts, ranker.positives, ranker.training
+
+
+def _hits(
+    part: tuple[Array, Array, Pairs, Pairs], user_vectors: Array, item_vectors: Array, max_k: int
+) -> Bool[Array, "block ranks"]:
+    """Whether the item at each of the first `max_k` ranks is a positive, for one block of users."""
+    users, _, positives, training = part
+    scores = _masked_scores(users, training, user_vectors, item_vectors)
+    n_items = scores.shape[1]
+    own = scores.at[positives.rows, positives.items].get(mode="fill", fill_value=0.0)
+    rows = scores[jnp.minimum(positives.rows, len(users) - 1)]
+    # What does not rank before the positive is counted, not what does: a NaN is in neither, and so ranks last.
+    not_before = jnp.arange(n_items)[None, :] >= positives.items[:, None]
+    behind = (rows < own[:, None]) | ((rows == own[:, None]) & not_before)
+    ranks = n_items - jnp.sum(behind, axis=1, dtype=jnp.int32)
+    return jnp.zeros((len(users), max_k), bool).at[positives.rows, ranks].set(True, mode="drop")
+
+
+def _masked_scores(
+    users: Int[Array, " block"], training: Pairs, user_vectors: Array, item_vectors: Array
+) -> Float[Array, "block items"]:
+    """Scores of one block with the training items at minus infinity."""
+    # Full precision: the reduced one that GPUs take by default makes ties and reorders the list.
+    scores = jnp.matmul(user_vectors[users], item_vectors.T, precision="highest")
+    return scores.at[training.rows, training.items].set(-jnp.inf, mode="drop", unique_indices=True)
+
+
+def top_items(
+    user_vectors: Float[Array, "users dim"],
+    item_vectors: Float[Array, "items dim"],
+    training: np.ndarray,
+    users: np.ndarray,
+    k: int,
+    *,
+    block: int = BLOCK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best new items of some users, best first, equal scores in the order of their ids.
+
+    Args:
+        user_vectors, item_vectors: the score of a pair is their dot product.
+        training: (n, 2) pairs (user, item) to leave out.
+        users: (n,) user ids, in any order, repeated or not.
+        k: length of the lists; at most the number of items is returned.
+        block: users scored at a time.
+
+    Returns:
+        Item ids (n, k) int32 and scores (n, k). Where a user has fewer than k new items, the rest of the row scores
+        minus infinity.
+
+    >>> items, scores = top_items(jnp.eye(2), jnp.eye(2), np.array([[0, 0]]), np.array([1]), 1)
+    >>> items.tolist(), scores.tolist()
+    ([[1]], [[1.0]])
+    """
+    unique, inverse = np.unique(np.asarray(users), return_inverse=True)
+    n_blocks = max(1, -(-len(unique) // block))
+    padded = np.full(n_blocks * min(block, max(1, len(unique))), -1)
+    padded[: len(unique)] = unique
+    ids = padded.reshape(n_blocks, -1)
+    pairs = _block_pairs(np.unique(training, axis=0), ids, user_vectors.shape[0])
+    blocks = jnp.asarray(np.maximum(ids, 0), jnp.int32)
+    k = min(k, item_vectors.shape[0])
+    scores, items = jax.device_get(_top(blocks, pairs, user_vectors, item_vectors, k))
+    return items.reshape(-1, k)[inverse].astype(np.int32), scores.reshape(-1, k)[inverse]
+
+
+@partial(jax.jit, static_argnames="k")
+def _top(blocks: Array, pairs: Pairs, user_vectors: Array, item_vectors: Array, k: int) -> Any:
+    def block(part: tuple[Array, Pairs]) -> Any:
+        users, training = part
+        return tuple(jax.lax.top_k(_masked_scores(users, training, user_vectors, item_vectors), k))
+
+    return jax.lax.map(block, (blocks, pairs))

@@ -1,0 +1,152 @@
+"""FREEDOM: a frozen item graph from features and a user-item graph pruned anew every epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mgrad_jax import losses
+from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import (
+    bipartite_edges,
+    blend_graphs,
+    knn_graph,
+    normalized_bipartite,
+    propagate,
+    prune_edges,
+)
+from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.propagation import lightgcn_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class FREEDOMConfig(ModelConfig):
+    """Hyper-parameters of FREEDOM under their published names."""
+
+    feat_embed_dim: int = dataclasses.field(
+        default=0, metadata={"help": "width of the projected features: embedding_dim, the only one that fits"}
+    )
+    n_ui_layers: int = dataclasses.field(default=2, metadata={"help": "propagation steps over the user-item graph"})
+    n_mm_layers: int = dataclasses.field(default=1, metadata={"help": "propagation steps over the item graph"})
+    knn_k: int = dataclasses.field(default=10, metadata={"help": "nearest items in the item graph, itself included"})
+    mm_image_weight: float = dataclasses.field(default=0.1, metadata={"help": "share of images in the item graph"})
+    dropout: float = dataclasses.field(default=0.8, metadata={"help": "share of edges pruned in every epoch"})
+    reg_weight: float = dataclasses.field(
+        default=1e-3, metadata={"help": "weight of the ranking by projected features", "traced": True}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_ui_layers", "n_mm_layers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+        if not 0 <= self.mm_image_weight <= 1:
+            raise UserError(f"mm_image_weight is {self.mm_image_weight}; it must be between 0 and 1.")
+        if self.feat_embed_dim not in (0, self.embedding_dim):
+            raise UserError(
+                f"feat_embed_dim is {self.feat_embed_dim} and embedding_dim {self.embedding_dim}; users are compared "
+                "with projected features, so leave it out or set both to one value."
+            )
+
+
+class FREEDOM(Recommender):
+    """Frozen item-item structure and degree-sensitive edge pruning (Zhou and Shen, ACM MM 2023).
+
+    With M the kNN item graph (share mm_image_weight of images, the rest text), A~ the user-item graph pruned for the
+    epoch (dropout of the edges, kept in proportion to 1 / sqrt(d_u d_i), then normalised by the kept degrees) and Z =
+    LG(A~, [E_u; E_i]) the mean over layers 0..n_ui_layers,
+
+        z_u = Z_u,   z_i = Z_i + M^n_mm_layers E_i,   m = T F (tables F are trained, starting at the raw features)
+        b(x, y) = mean -log sigmoid(<z_u, x> - <z_u, y>)
+        loss = b(z_i, z_j) + reg_weight sum over modalities b(m_i, m_j)
+        score(u, i) = <z_u, z_i>, with the full graph in place of A~.
+    """
+
+    name: ClassVar[str] = "freedom"
+    paper: ClassVar[str] = (
+        "Zhou, Shen: A Tale of Two Graphs: Freezing and Denoising Graph Structures for Multimodal Recommendation, "
+        "ACM MM 2023"
+    )
+    config_class: ClassVar[type[ModelConfig]] = FREEDOMConfig
+    needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"dropout": (0.8, 0.9), "reg_weight": (0.0, 1e-5, 1e-4, 1e-3)}
+    published_names: ClassVar[Mapping[str, str]] = {
+        "user_embedding": "user_embedding.weight",
+        "item_id_embedding": "item_id_embedding.weight",
+        "image_embedding": "image_embedding.weight",
+        "image_trs.kernel": "image_trs.weight",
+        "image_trs.bias": "image_trs.bias",
+        "text_embedding": "text_embedding.weight",
+        "text_trs.kernel": "text_trs.weight",
+        "text_trs.bias": "text_trs.bias",
+    }
+
+    config: FREEDOMConfig
+    reg_weight: nnx.Variable[Array]
+
+    def __init__(self, data: Interactions, config: FREEDOMConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        super().__init__(data, config, rngs=rngs, dtype=dtype)
+        dim = config.embedding_dim
+        self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
+        self.item_id_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
+        self.modalities = self.features_given(data)
+        shares = {"image": config.mm_image_weight, "text": 1.0 - config.mm_image_weight}
+        graphs = []
+        for modality in self.modalities:
+            table = self.feature(data, modality)
+            setattr(self, f"{modality}_embedding", nnx.Param(table))
+            setattr(self, f"{modality}_trs", linear(table.shape[1], dim, rngs=rngs, dtype=dtype))
+            share = shares[modality] if len(self.modalities) > 1 else 1.0
+            graphs.append((share, knn_graph(table, config.knn_k, dtype)))
+        self.item_graph = Frozen(blend_graphs(graphs))
+        users, items = data.train[:, 0], data.train[:, 1]
+        self.graph = Frozen(normalized_bipartite(users, items, data.n_users, data.n_items, dtype=dtype))
+        if config.dropout > 0:
+            edges = bipartite_edges(users, items, data.n_users, data.n_items, dtype=dtype)
+            self.n_keep = int(edges.users.shape[0] * (1.0 - config.dropout))
+            self.edges = Frozen(edges)
+            self.pruned_graph = EpochState(prune_edges(rngs.params(), edges, self.n_keep))
+
+    def resample(self, key: Array) -> dict[str, Any]:
+        """The epoch's pruned graph."""
+        if self.config.dropout == 0:
+            return {}
+        return {"pruned_graph": prune_edges(key, self.edges.get_value(), self.n_keep)}
+
+    def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Pairwise ranking by the propagated vectors and by the projected features; `key` is not used."""
+        del key
+        users, items = self._propagated(self.pruned_graph if self.config.dropout > 0 else self.graph)
+        user_rows = users[batch.users]
+
+        def rank(positives: Array, negatives: Array) -> Array:
+            return losses.bpr_loss(jnp.sum(user_rows * (positives - negatives), axis=-1))
+
+        ranking = rank(items[batch.positives], items[batch.negatives])
+        features = jnp.zeros((), self.dtype)
+        for modality in self.modalities:
+            table, projection = getattr(self, f"{modality}_embedding")[...], getattr(self, f"{modality}_trs")
+            features += rank(projection(table[batch.positives]), projection(table[batch.negatives]))
+        weighted = self.reg_weight[...] * features
+        return ranking + weighted, {"bpr": ranking, "feature_bpr": weighted}
+
+    def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        """z_u and z_i on the full graph."""
+        return self._propagated(self.graph)
+
+    def _propagated(self, graph: nnx.Variable[Any]) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        item_ids = self.item_id_embedding[...]
+        neighbours = item_ids
+        for _ in range(self.config.n_mm_layers):
+            neighbours = propagate(self.item_graph.get_value(), neighbours)
+        nodes = jnp.concatenate([self.user_embedding[...], item_ids])
+        nodes = lightgcn_layers(graph.get_value(), nodes, self.config.n_ui_layers)
+        return nodes[: self.n_users], nodes[self.n_users :] + neighbours
