@@ -1,155 +1,218 @@
-"""Checkpoints of a run: the latest and the best, written atomically by Orbax while training goes on."""
+"""The latest and the best state of a run on disk, written by orbax.
+
+A checkpoint is a directory `<epoch>-best-<best epoch>` that orbax moves into place once it is complete, so its name tells
+which checkpoint is the latest and which the best, and a process killed at any moment leaves the previous ones as they
+were. Writing goes on while the next epoch trains: about 10 ms of the loop's time for 35 MB instead of 100.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from mgrad_jax.errors import UserError
 
+_NAME = re.compile(r"(\d+)-best-(\d+)")
+_FINGERPRINT = "fingerprint"
+
+
+class _Entry(NamedTuple):
+    """A complete checkpoint: its epoch, the best epoch as of then, and its directory."""
+
+    epoch: int
+    best_epoch: int
+    path: Path
+
 
 class Checkpoints:
-    """The checkpoints of one run directory, named by epoch; only the latest and the best are kept.
+    """The checkpoints of one run.
 
-    A checkpoint appears under its name only once it is complete, so that a process killed at any moment leaves the one
-    before. Saving copies the arrays to the host and writes them in the background.
+    Nothing on disk changes until the first `save`, so that a run under way can be read from another process.
 
     Args:
-        directory: where they lie; made if missing.
-
-    Raises:
-        UserError: the directory cannot be written.
+        directory: where they live; made by the first `save`.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step it takes
-        self.directory = Path(directory).resolve()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
-        except OSError as error:
-            raise UserError(f"{self.directory} cannot be written ({error.strerror}); choose another --out.") from None
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-        self._best: int | None = None
-        self._keep: set[int | None] | None = None
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory).absolute()
+        self._writer: Any = None
+        self._best: int | None = self.best_epoch()
 
     def save(self, epoch: int, state: Any, is_best: bool) -> None:
-        """Write a state under its epoch and drop what is neither the latest nor the best any more.
+        """Start writing the state after an epoch; the previous one is complete when this returns.
 
         Args:
-            epoch: counts from 1.
-            state: any pytree of arrays; it may be donated or changed as soon as this returns.
-            is_best: whether this epoch is the best so far.
+            epoch: counts from 1; larger than that of any checkpoint there.
+            state: a pytree of arrays (raw key data instead of typed PRNG keys). It is copied to the host before this
+                returns, so its buffers may be donated.
+            is_best: whether it is the best so far; the first one always is.
+
+        Raises:
+            UserError: the directory cannot be written.
         """
-        self._best = epoch if is_best else self.best_epoch()
-        self.wait()
-        self._checkpointer.save(self.directory / str(epoch), _to_dict(state, self._best))
-        self._keep = {epoch, self._best}
-
-    def wait(self) -> None:
-        """Return once the last save is complete."""
-        self._checkpointer.wait_until_finished()
-        if self._keep is not None:
-            for epoch in set(self._epochs()) - self._keep:
-                _remove(self.directory / str(epoch))
-            self._keep = None
-
-    def latest_epoch(self) -> int | None:
-        """The epoch of the latest checkpoint; None where there is none."""
-        self.wait()
-        return max(self._epochs(), default=None)
-
-    def best_epoch(self) -> int | None:
-        """The epoch of the best checkpoint, as the latest one records it; None where there is none."""
-        if self._best is None and (latest := self.latest_epoch()) is not None:
-            self._best = int(self._read(latest)["best_epoch"])
-        return self._best
+        # Empty arrays are left out: orbax refuses them, and there is nothing to remember.
+        leaves = {name: np.array(leaf) for name, leaf in _named_leaves(state).items() if leaf.size}
+        leaves[_FINGERPRINT] = _fingerprint(leaves)
+        self._best = epoch if is_best or self._best is None else self._best
+        try:
+            if self._writer is None:
+                self._writer = self._open()
+            self._writer.wait_until_finished()
+            self._prune()
+            self._writer.save(
+                self.directory / f"{epoch:06d}-best-{self._best:06d}", args=_orbax().args.PyTreeSave(leaves)
+            )
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from None
 
     def restore(self, like: Any, which: Literal["latest", "best"] = "latest") -> tuple[int, Any]:
-        """Read a checkpoint.
+        """Read a checkpoint back.
 
         Args:
-            like: a pytree of the same structure, shapes and types.
+            like: a pytree of the saved one's structure, shapes and dtypes. Where it holds numpy arrays, numpy arrays
+                come back, otherwise JAX arrays.
             which: the latest or the best.
 
         Returns:
             The epoch and the state.
 
         Raises:
-            UserError: none is there, it is damaged, or it belongs to another model or configuration.
+            UserError: there is none, it is damaged, or it belongs to another model, optimizer or dataset.
         """
-        epoch = self.latest_epoch() if which == "latest" else self.best_epoch()
-        if epoch is None:
-            raise UserError(f"{self.directory} holds no checkpoint; train without --resume.")
-        return epoch, self._fill(like, self._read(epoch), epoch)
+        self.wait()
+        wanted = self.latest_epoch() if which == "latest" else self.best_epoch()
+        found = [entry for entry in self._entries() if entry.epoch == wanted]
+        if not found:
+            raise UserError(f"{self.directory} holds no {which} checkpoint; train the run without --resume first.")
+        path = found[0].path
+        saved = self._read(path)
+        expected = _named_leaves(like)
+        saved.update({name: np.array(leaf) for name, leaf in expected.items() if not leaf.size})
+        for name, leaf in expected.items():
+            if name not in saved or saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
+                raise UserError(
+                    f"{path} holds another state than this run's (they differ at {name}); resume with the model, data "
+                    "and optimizer it was trained with, or start anew in another directory."
+                )
+        if len(saved) != len(expected):
+            extra = sorted(saved.keys() - expected.keys())[0]
+            raise UserError(
+                f"{path} holds another state than this run's ({extra} is too much); resume with the model, data and "
+                "optimizer it was trained with, or start anew in another directory."
+            )
+        # In the order of the names, which is that of the leaves.
+        leaves = [
+            saved[name] if isinstance(leaf, np.ndarray) else jnp.asarray(saved[name]) for name, leaf in expected.items()
+        ]
+        return found[0].epoch, jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def latest_epoch(self) -> int | None:
+        """The epoch of the latest complete checkpoint, None where there is none."""
+        entries = self._entries()
+        return entries[-1].epoch if entries else None
+
+    def best_epoch(self) -> int | None:
+        """The epoch of the best checkpoint, None where there is none."""
+        entries = self._entries()
+        return entries[-1].best_epoch if entries else None
+
+    def wait(self) -> None:
+        """Block until everything saved is complete on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._writer is not None:
+            try:
+                self._writer.wait_until_finished()
+            except (OSError, ValueError) as error:
+                raise self._unwritable(error) from None
 
     def close(self) -> None:
-        """Finish the last save and free the writer."""
-        self.wait()
-        self._checkpointer.close()
+        """Finish writing and remove what is neither the latest nor the best."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            try:
+                writer.wait_until_finished()
+                self._prune()
+            except (OSError, ValueError) as error:
+                raise self._unwritable(error) from None
+            finally:
+                writer.close()
 
-    def _epochs(self) -> list[int]:
-        return [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
-
-    def _remove_unfinished(self) -> None:
+    def _open(self) -> Any:
+        """The directory, cleared of what a killed process left unfinished, and orbax's writer."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
-            if path.is_dir() and not path.name.isdigit():
-                _remove(path)
+            if _NAME.match(path.name) and not _NAME.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        ocp = _orbax()
+        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
-    def _read(self, epoch: int) -> dict[str, np.ndarray]:
-        path = self.directory / str(epoch)
+    def _entries(self) -> list[_Entry]:
+        """Complete checkpoints, by epoch."""
+        if not self.directory.is_dir():
+            return []
+        matches = [(_NAME.fullmatch(path.name), path) for path in self.directory.iterdir()]
+        return sorted(_Entry(int(m[1]), int(m[2]), path) for m, path in matches if m)
+
+    def _prune(self) -> None:
+        entries = self._entries()
+        for entry in entries[:-1]:
+            if entry.epoch != entries[-1].best_epoch:
+                shutil.rmtree(entry.path)
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        """The leaves of a checkpoint by name; damage of any kind is a `UserError`."""
         try:
-            with ocp.PyTreeCheckpointer() as reader:
-                stored = reader.metadata(path).item_metadata.tree
-                arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(stored))
-                return reader.restore(path, restore_args=arguments)
-        except Exception as error:
-            # Orbax and TensorStore raise many kinds for a file that is missing, cut short or altered.
-            reason = str(error).split("\n")[0][:120] or type(error).__name__
+            leaves = {name: np.asarray(leaf) for name, leaf in _orbax().PyTreeCheckpointer().restore(path).items()}
+            intact = np.array_equal(leaves.pop(_FINGERPRINT), _fingerprint(leaves))
+        except Exception:  # orbax and its storage raise whatever they trip over
+            intact = False
+        if not intact:
             raise UserError(
-                f"{path} is damaged ({reason}); delete that folder to go on from an earlier one, or start anew with "
-                "another --out."
-            ) from None
-
-    def _fill(self, like: Any, stored: dict[str, np.ndarray], epoch: int) -> Any:
-        wanted = _to_dict(like, None)
-        for name in sorted(wanted.keys() ^ stored.keys()) or sorted(
-            name for name in wanted if np.shape(wanted[name]) != np.shape(stored[name])
-        ):
-            raise UserError(
-                f"{self.directory / str(epoch)} does not fit this model or configuration (at {name}); resume with the "
-                "settings the run was started with."
+                f"{path} is damaged; delete it to go on from an earlier checkpoint of {self.directory}, if there is one, "
+                "or start anew in another directory."
             )
-        leaves, structure = jax.tree.flatten(like)
-        names = [name for name in wanted if name != "best_epoch"]
-        filled = [_as(leaf, stored[name]) for leaf, name in zip(leaves, names, strict=True)]
-        return jax.tree.unflatten(structure, filled)
+        return leaves
+
+    def _unwritable(self, error: Exception) -> UserError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return UserError(
+            f"{self.directory} cannot be written ({reason}); free space or choose another output directory."
+        )
 
 
-def _to_dict(state: Any, best: int | None) -> dict[str, Any]:
-    """Leaves by path, on the host: the caller may donate the state's buffers right away."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    named = {f"{index:03d}{_slug(path)}": np.array(leaf) for index, (path, leaf) in enumerate(leaves)}
-    return {**named, "best_epoch": np.asarray(-1 if best is None else best)}
+def _orbax() -> Any:
+    """Orbax, imported on first use (over a second), its notes about its own internals silenced."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import orbax.checkpoint
+
+    return orbax.checkpoint
 
 
-def _slug(path: tuple[Any, ...]) -> str:
-    return "".join(c if c.isalnum() or c == "_" else "." for c in jax.tree_util.keystr(path)).replace("..", ".")
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their place in the tree, in order."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _as(leaf: Any, value: np.ndarray) -> Any:
-    return value if isinstance(leaf, np.ndarray) else jax.numpy.asarray(value, leaf.dtype)
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint so that a process killed half-way does not leave a damaged one under its name."""
-    doomed = path.with_name(f"removed.{path.name.split('.')[-1]}")
-    path.rename(doomed)
-    for child in sorted(doomed.rglob("*"), key=lambda p: len(p.parts), reverse=True):
-        child.rmdir() if child.is_dir() else child.unlink()
-    doomed.rmdir()
+def _fingerprint(leaves: dict[str, np.ndarray]) -> np.ndarray:
+    """(2,) uint64 that change with any single byte of the leaves: storage formats do not notice every damage."""
+    total = np.zeros(2, np.uint64)
+    for name in sorted(leaves):
+        data = np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8)
+        words = data[: data.size // 8 * 8].view(np.uint64)
+        rest = data[data.size // 8 * 8 :]
+        # Arrays of one element, not scalars: these wrap around without a warning.
+        total[:1] ^= np.bitwise_xor.reduce(words, initial=np.uint64(0))
+        total[1:] += np.sum(words, dtype=np.uint64, keepdims=True)
+        total[1:] += np.sum(rest, dtype=np.uint64, keepdims=True)
+    return total

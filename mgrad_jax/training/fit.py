@@ -185,25 +185,24 @@ def fit(
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run.
-        on_epoch: called after every epoch, once its checkpoint is written.
+        on_epoch: called after every epoch, before its checkpoint is written.
 
     Raises:
         UserError: an option out of range, data without validation or test interactions.
         TrainingDiverged: a loss or score became NaN or infinite.
     """
     _check_options(data, epochs, patience, batch_size, metric, ks)
-    names = [f"{name}@{k}" for name in METRICS for k in ks]
     run = _start(model, data, tx, batch_size, seed, ks, learning_rate_decay, evaluate)
     if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
-        run.restore(checkpoints, names)
+        run.restore(checkpoints, ks)
     history: list[EpochReport] = []
     while run.progress.epoch < epochs and run.progress.bad_epochs <= patience:
         report = run.epoch(metric)
-        if checkpoints is not None:
-            checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
         history.append(report)
         if on_epoch is not None:
             on_epoch(report)
+        if checkpoints is not None:
+            checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
     nnx.update(model, run.best.params, run.best.epoch_state)
     progress = run.progress
     seconds = {
@@ -263,19 +262,15 @@ class _Run:
         """What a later process needs to go on exactly from here."""
         return {"state": self.state, "progress": self.progress.to_arrays()}
 
-    def restore(self, checkpoints: Checkpoints, names: Sequence[str]) -> None:
+    def restore(self, checkpoints: Checkpoints, ks: Sequence[int]) -> None:
         """Go on from the latest checkpoint, with the best one at hand."""
         stale = self.state.params if self.plan.keep_stale else None
-        metrics = dict.fromkeys(names, 0.0)
-        like = {
-            "state": self.state._replace(stale_params=stale),
-            "progress": Progress(valid=metrics, test=metrics).to_arrays(),
-        }
+        like = _blank_checkpoint(self.state._replace(stale_params=stale), ks)
         _, latest = checkpoints.restore(like, "latest")
         _, best = checkpoints.restore(like, "best")
         self.state = latest["state"]
         self.best = _scoring(best["state"])
-        self.progress = Progress.from_arrays(latest["progress"], names)
+        self.progress = Progress.from_arrays(latest["progress"], _metric_names(ks))
 
     def _check_losses(self, losses: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))
@@ -287,6 +282,31 @@ class _Run:
             f"epoch {self.progress.epoch + 1}, batch {batch}: {what} became NaN or infinite ({self.description}); "
             "lower the learning rate or alpha1 and alpha2, or clip the gradient. The last good checkpoint is kept."
         )
+
+
+def restore_best(
+    model: Recommender,
+    tx: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    *,
+    stale: bool = False,
+    ks: Sequence[int] = (5, 10, 20, 50),
+) -> int:
+    """Give the model the parameters of a run's best epoch, which is returned.
+
+    Args:
+        model: created as in the run.
+        tx: the run's transformation, for the shape of its state.
+        checkpoints: the run's.
+        stale: whether the run evaluated with stale parameters.
+        ks: the run's cut-offs.
+    """
+    parts = split_model(model)
+    state = TrainState(parts.params, tx.init(parts.params), parts.epoch_state, parts.params if stale else None)
+    epoch, best = checkpoints.restore(_blank_checkpoint(state, ks), "best")
+    scoring = _scoring(best["state"])
+    nnx.update(model, scoring.params, scoring.epoch_state)
+    return epoch
 
 
 def _start(
@@ -351,6 +371,16 @@ def _scoring(state: TrainState) -> _Scoring:
     return _Scoring(state.params if state.stale_params is None else state.stale_params, state.epoch_state)
 
 
+def _metric_names(ks: Sequence[int]) -> list[str]:
+    return [f"{name}@{k}" for name in METRICS for k in ks]
+
+
+def _blank_checkpoint(state: TrainState, ks: Sequence[int]) -> dict[str, Any]:
+    """The structure of `_Run.checkpoint`, for reading one."""
+    metrics = dict.fromkeys(_metric_names(ks), 0.0)
+    return {"state": state, "progress": Progress(valid=metrics, test=metrics).to_arrays()}
+
+
 def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
@@ -361,7 +391,7 @@ def _check_options(
     for name, value, least in (("epochs", epochs, 1), ("patience", patience, 0), ("batch_size", batch_size, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}.")
-    known = [f"{name}@{k}" for name in METRICS for k in ks]
+    known = _metric_names(ks)
     if metric not in known:
         raise UserError(f"unknown metric '{metric}'; choose one of {', '.join(known)}.")
     for split in ("valid", "test"):
