@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from click.exceptions import ClickException, NoSuchOption
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Mirror Gradient for JAX: train multimodal recommenders with and without it.",
 )
@@ -36,7 +34,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
-    except ClickException as error:
+    except typer.TyperException as error:
         _fail(_usage_sentence(error))
     except (KeyboardInterrupt, typer.Abort):
         _stop("stopped; the epochs finished so far are kept, go on with the same command and --resume.", 130)
@@ -52,11 +50,13 @@ def _stop(sentence: str, code: int) -> None:
     sys.exit(code)
 
 
-def _usage_sentence(error: ClickException) -> str:
-    sentence = error.format_message().rstrip(".")
-    if isinstance(error, NoSuchOption) and error.ctx is not None:
-        options = sorted({o for p in error.ctx.command.params for o in p.opts if o.startswith("--")})
-        return f"no such option {error.option_name}; choose among {', '.join(options)}."
+def _usage_sentence(error: typer.TyperException) -> str:
+    """What is wrong with the command line, with the valid options where one is unknown."""
+    sentence = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    if hasattr(error, "option_name") and context is not None:
+        options = sorted({o for p in context.command.params for o in p.opts if o.startswith("--")})
+        return f"{sentence}; the options are {', '.join(options)}."
     return f"{sentence}."
 
 

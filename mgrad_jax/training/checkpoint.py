@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `<epoch>-best-<best epoch>` that orbax moves into place once it is complete, so its name tells
 which checkpoint is the latest and which the best, and a process killed at any moment leaves the previous ones as they
-were. Writing goes on while the next epoch trains: about 10 ms of the loop's time for 35 MB instead of 100.
+were. Writing goes on while the next epoch trains: some 30 ms of the loop's time for 35 MB instead of 100.
 """
 
 from __future__ import annotations
@@ -172,8 +172,15 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, np.ndarray]:
         """The leaves of a checkpoint by name; damage of any kind is a `UserError`."""
+        ocp = _orbax()
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        leaves: dict[str, np.ndarray] = {}
         try:
-            leaves = {name: np.asarray(leaf) for name, leaf in _orbax().PyTreeCheckpointer().restore(path).items()}
+            reader = ocp.PyTreeCheckpointer()
+            # One leaf at a time: where one of several concurrent reads fails, the others complain on the terminal.
+            for name in list(reader.metadata(path).item_metadata.keys()):
+                wanted = {"item": {name: 0}, "restore_args": {name: as_numpy}, "partial_restore": True}
+                leaves[name] = np.asarray(reader.restore(path, args=ocp.args.PyTreeRestore(**wanted))[name])
             intact = np.array_equal(leaves.pop(_FINGERPRINT), _fingerprint(leaves))
         except Exception:  # orbax and its storage raise whatever they trip over
             intact = False

@@ -7,7 +7,6 @@ embeddings and scores agree to rounding in float64; on the graph built here, in 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden import batch_of, dense_of, dotted, graph_of, loss_and_gradients, recorded, tiny
 
 from mgrad_jax import models
-from mgrad_jax.data import Batch, Interactions, load_interactions
+from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import SparseGraph, bipartite_edges, drop_entries, keep_edges, propagate, sparse_graph
+from mgrad_jax.graph import bipartite_edges, drop_entries, keep_edges, propagate
 from mgrad_jax.models import EpochState, Frozen, Recommender
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 KEY = 0
 
 # model -> file of recorded numbers, hyper-parameters they were recorded with, parameters whose true gradient is zero
@@ -41,31 +40,6 @@ RECORDED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@functools.cache
-def recorded(file: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{file}.npz") as numbers:
-        return {key: numbers[key] for key in numbers.files}
-
-
-@functools.cache
-def tiny() -> Interactions:
-    return load_interactions(GOLDEN / "tiny" / "tiny.inter")
-
-
-def graph_of(dense: np.ndarray, dtype: Any, *, symmetric: bool = True) -> SparseGraph:
-    rows, columns = np.nonzero(dense)
-    return sparse_graph(rows, columns, dense[rows, columns], dense.shape, symmetric=symmetric, dtype=dtype)
-
-
-def dense_of(graph: SparseGraph) -> np.ndarray:
-    return np.asarray(propagate(graph, jnp.eye(graph.shape[1], dtype=graph.values.dtype)))
-
-
-def batch_of(numbers: dict[str, np.ndarray]) -> Batch:
-    names = ("users", "pos_items", "neg_items")
-    return Batch(*(jnp.asarray(numbers[f"batch/{name}"], jnp.int32) for name in names))
-
-
 def build(name: str, dtype: Any, **changes: Any) -> Recommender:
     """A model with the recorded parameters, on the graph it builds itself."""
     file, hyper_parameters, _ = RECORDED[name]
@@ -78,25 +52,6 @@ def build(name: str, dtype: Any, **changes: Any) -> Recommender:
         assert parameter.shape == value.shape
         parameter[...] = jnp.asarray(value, dtype)
     return model
-
-
-def dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-def loss_and_gradients(model: Recommender, batch: Batch, loss: Any = None) -> tuple[float, dict[str, np.ndarray]]:
-    """The loss and its gradients by path, kernels transposed as published; `loss(model)` replaces the training loss."""
-    graph_def, parameters, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.jit
-    @jax.value_and_grad
-    def run(parameters: Any, rest: Any) -> Any:
-        merged = nnx.merge(graph_def, parameters, rest)
-        return merged.loss(batch, jax.random.key(KEY))[0] if loss is None else loss(merged)
-
-    value, gradients = run(parameters, rest)
-    flat = {path: np.asarray(gradient[...]) for path, gradient in nnx.to_flat_state(gradients)}
-    return float(value), {dotted(path): g.T if path[-1] == "kernel" else g for path, g in flat.items()}
 
 
 def assert_recorded(

@@ -1,0 +1,188 @@
+"""Run a checkout of the published PyTorch trainer once, unchanged, with timers around its epochs and evaluations.
+
+    PYTHON benchmarks/_published.py JOB.json        (started by benchmarks/vs_pytorch.py with the reference interpreter)
+
+Everything the trainer needs to run on current NumPy, SciPy and PyTorch is patched here, from outside, before its modules
+are imported. The job is a JSON object: `source` (its `src` folder), `model`, `dataset`, `mirror`, `config` (overrides of
+its configuration), `device`, `threads` and `output` (where the timings go). This file needs nothing of `mgrad_jax`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import platform
+import sys
+import time
+import types
+
+# Imported by the trainer and never reached by a training run.
+NEVER_USED = ("lmdb", "matplotlib", "PIL", "torchvision")
+REMOVED_ALIASES = {"bool": bool, "float": float, "int": int, "object": object, "str": str}
+
+
+def main(path: str) -> None:
+    """Run the job described in a file and write its timings."""
+    with open(path, encoding="utf-8") as stream:
+        job = json.load(stream)
+    limit_cores(job["threads"])
+    import numpy
+    import scipy.sparse
+    import torch
+
+    restore_aliases(numpy)
+    restore_dok_update(scipy.sparse.dok_matrix)
+    patch_torch(torch, job["device"])
+    torch.set_num_threads(job["threads"])
+    record = run(job, torch)
+    with open(job["output"], "w", encoding="utf-8") as stream:
+        json.dump(record, stream)
+
+
+def limit_cores(threads: int) -> None:
+    """Confine the process to its first `threads` cores, where the system can; before any thread is started."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def restore_aliases(numpy: types.ModuleType) -> None:
+    """`numpy.float` and its kin, gone since NumPy 1.24."""
+    for name, value in REMOVED_ALIASES.items():
+        if name not in vars(numpy):
+            setattr(numpy, name, value)
+
+
+def restore_dok_update(dok_matrix: type) -> None:
+    """`dok_matrix._update(entries)`, gone since SciPy 1.13: a dictionary of entries put in without checks."""
+    if not hasattr(dok_matrix, "_update"):
+        dok_matrix._update = lambda self, entries: self._dict.update(entries)
+
+
+@contextlib.contextmanager
+def stand_ins():
+    """An empty module in place of each one in `NEVER_USED` that is not installed, while the block imports."""
+    finder = _StandIns()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Anything)]:
+            del sys.modules[name]
+
+
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        del path, target
+        if name.split(".")[0] in NEVER_USED:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _Anything(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+class _Anything(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(f"{self.__name__}.{name}")
+
+
+def patch_torch(torch, device: str) -> None:
+    """Load the trainer's own pickled caches as before PyTorch 2.6; on the CPU `.cuda()` stays where it is."""
+    load = torch.load
+
+    def load_own_cache(*args, **kwargs):
+        kwargs.setdefault("weights_only", False)
+        return load(*args, **kwargs)
+
+    torch.load = load_own_cache
+    if device == "cpu":
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self
+        torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+def run(job, torch):
+    """Train as its own entry point does and return what the timers saw."""
+    sys.path[:] = [job["source"], *paths_without_rivals(sys.path)]
+    with stand_ins():
+        from common.trainer import Trainer
+        from utils.quick_start import quick_start
+
+        importlib.import_module("models." + job["model"].lower())
+
+    def now() -> float:
+        if job["device"] != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    record = {"epochs": [], "evaluations": [], "valid": {}, "test": {}}
+    attach_timers(Trainer, record, now)
+    started = now()
+    quick_start(
+        model=job["model"], dataset=job["dataset"], config_dict=job["config"], save_model=False, mg=job["mirror"]
+    )
+    record["seconds_run"] = now() - started
+    record["versions"] = {"python": platform.python_version(), **installed("torch", "numpy", "scipy")}
+    record["device"] = torch.cuda.get_device_name(0) if job["device"] != "cpu" else None
+    return record
+
+
+def paths_without_rivals(paths):
+    """The trainer's `models`, `common` and `utils` have no `__init__.py`: a package of that name elsewhere would win."""
+    names = ("models", "common", "utils")
+    return [path for path in paths if not any(os.path.isfile(os.path.join(path, n, "__init__.py")) for n in names)]
+
+
+def attach_timers(trainer_class, record, now) -> None:
+    """Time each epoch, from the start of `pre_epoch_processing` to the end of `_train_epoch`, and each evaluation."""
+    make, train, evaluate, fit = (
+        getattr(trainer_class, name) for name in ("__init__", "_train_epoch", "_valid_epoch", "fit")
+    )
+    begun = []
+
+    def timed_init(self, config, model, *args, **kwargs):
+        make(self, config, model, *args, **kwargs)
+        prepare = model.pre_epoch_processing
+
+        def timed_prepare():
+            begun[:] = [now()]
+            return prepare()
+
+        model.pre_epoch_processing = timed_prepare
+
+    def timed_train(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        record["epochs"].append(now() - begun[0])
+        return result
+
+    def timed_evaluate(self, *args, **kwargs):
+        started = now()
+        result = evaluate(self, *args, **kwargs)
+        record["evaluations"].append(now() - started)
+        return result
+
+    def kept_fit(self, *args, **kwargs):
+        best = fit(self, *args, **kwargs)
+        record["valid"], record["test"] = ({name: float(x) for name, x in metrics.items()} for metrics in best[1:3])
+        return best
+
+    trainer_class.__init__, trainer_class._train_epoch = timed_init, timed_train
+    trainer_class._valid_epoch, trainer_class.fit = timed_evaluate, kept_fit
+
+
+def installed(*names: str):
+    """Versions of modules by name."""
+    return {name: str(importlib.import_module(name).__version__) for name in names}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

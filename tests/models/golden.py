@@ -1,0 +1,73 @@
+"""What the parity tests share: recorded numbers of the published code, and models fed with them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mgrad_jax.data import Batch, Interactions, load_interactions
+from mgrad_jax.graph import SparseGraph, propagate, sparse_graph
+from mgrad_jax.models import Recommender
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@functools.cache
+def recorded(file: str) -> dict[str, np.ndarray]:
+    """The arrays of one file of recorded numbers."""
+    with np.load(GOLDEN / f"{file}.npz") as numbers:
+        return {key: numbers[key] for key in numbers.files}
+
+
+@functools.cache
+def tiny() -> Interactions:
+    """The small set the numbers were recorded on."""
+    return load_interactions(GOLDEN / "tiny")
+
+
+def recorded_parameters(file: str) -> dict[str, np.ndarray]:
+    """The published parameters of one file by published name."""
+    return {key.removeprefix("param/"): x for key, x in recorded(file).items() if key.startswith("param/")}
+
+
+def graph_of(dense: np.ndarray, dtype: Any, *, symmetric: bool = True) -> SparseGraph:
+    """A dense matrix as a graph."""
+    rows, columns = np.nonzero(dense)
+    return sparse_graph(rows, columns, dense[rows, columns], dense.shape, symmetric=symmetric, dtype=dtype)
+
+
+def dense_of(graph: SparseGraph) -> np.ndarray:
+    """A graph as a dense matrix, by propagating the identity."""
+    return np.asarray(propagate(graph, jnp.eye(graph.shape[1], dtype=graph.values.dtype)))
+
+
+def batch_of(numbers: dict[str, np.ndarray]) -> Batch:
+    """The recorded batch."""
+    names = ("users", "pos_items", "neg_items")
+    return Batch(*(jnp.asarray(numbers[f"batch/{name}"], jnp.int32) for name in names))
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A parameter's path as `published_names` spells it."""
+    return ".".join(map(str, path))
+
+
+def loss_and_gradients(model: Recommender, batch: Batch, loss: Any = None) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss and its gradients by path, kernels transposed as published; `loss(model)` replaces the training loss."""
+    graph_def, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(parameters: Any, rest: Any) -> Any:
+        merged = nnx.merge(graph_def, parameters, rest)
+        return merged.loss(batch, jax.random.key(0))[0] if loss is None else loss(merged)
+
+    value, gradients = run(parameters, rest)
+    flat = {path: np.asarray(gradient[...]) for path, gradient in nnx.to_flat_state(gradients)}
+    return float(value), {dotted(path): g.T if path[-1] == "kernel" else g for path, g in flat.items()}
