@@ -1,0 +1,161 @@
+"""One contract for every registered model, on a dataset with a planted answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mgrad_jax import interop, mirror_gradient, models
+from mgrad_jax.data import Batch, Interactions, demo_interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.training import fit
+from mgrad_jax.training.epoch import split_model
+
+NAMES = models.names()
+DATA = demo_interactions(n_users=120, n_items=80, n_groups=4)
+
+
+def create(name: str, data: Interactions = DATA, **hyper_parameters: Any) -> models.Recommender:
+    return models.create(name, data, seed=1, embedding_dim=16, **hyper_parameters)
+
+
+def first_batch(data: Interactions = DATA, n: int = 64) -> Batch:
+    users, positives = data.train[:n].T
+    negatives = (positives + 1 + np.arange(n) % 7) % data.n_items
+    return Batch(*(jnp.asarray(x, jnp.int32) for x in (users, positives, negatives)))
+
+
+def loss_of(model: models.Recommender) -> tuple[Any, models.Recommender]:
+    parts = split_model(model)
+
+    def loss(params: Any, batch: Batch, key: Any) -> Any:
+        return nnx.merge(parts.graphdef, params, parts.epoch_state, parts.constants).loss(batch, key)[0]
+
+    return loss, parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradients_are_finite_and_deterministic(name: str) -> None:
+    loss, parts = loss_of(create(name))
+    run = jax.jit(jax.value_and_grad(loss))
+    value, gradients = run(parts.params, first_batch(), jax.random.key(0))
+    again, _ = run(parts.params, first_batch(), jax.random.key(0))
+    assert value.shape == ()
+    assert value == again
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_planted_groups_are_found(name: str) -> None:
+    """Items of the user's own group, a quarter of all, fill well over a quarter of the lists after a short training."""
+    model = create(name)
+    tx = optax.chain(mirror_gradient(), optax.adam(1e-2))
+    result = fit(model, DATA, tx, epochs=25, batch_size=256, seed=1)
+    scores = np.array(model.scores(jnp.arange(DATA.n_users)))
+    scores[DATA.train[:, 0], DATA.train[:, 1]] = -np.inf
+    best = np.argsort(-scores, axis=1)[:, :5]
+    own_group = (best % 4 == np.arange(DATA.n_users)[:, None] % 4).mean()
+    assert own_group > 0.5, own_group
+    assert result.history[-1].loss < result.history[0].loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_products_of_the_embeddings(name: str) -> None:
+    model = create(name)
+    users, items = model.embed()
+    assert users.shape == (DATA.n_users, items.shape[1])
+    assert items.shape[0] == DATA.n_items
+    chosen = jnp.asarray([3, 0, 3])
+    np.testing.assert_allclose(model.scores(chosen), users[chosen] @ items.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
+    first, parts = loss_of(create(name))
+    other = jax.tree.map(lambda x: x * 1.1, parts.params)
+    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), parts.params, other)
+    run = jax.value_and_grad(first)
+    together = jax.vmap(run, in_axes=(0, None, None))(stacked, first_batch(), jax.random.key(0))
+    for member, params in enumerate((parts.params, other)):
+        alone = run(params, first_batch(), jax.random.key(0))
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[member], b, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resampling_keeps_shapes_and_follows_its_key(name: str) -> None:
+    model = create(name)
+    first, again, other = (model.resample(jax.random.key(seed)) for seed in (1, 1, 2))
+    for attribute, value in first.items():
+        before = getattr(model, attribute).get_value()
+        assert jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, before)
+        assert jax.tree.map(jnp.result_type, value) == jax.tree.map(jnp.result_type, before)
+    assert all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(again)))
+    if name == "freedom":
+        assert not all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(other)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_call_does_not_compile_again(name: str) -> None:
+    loss, parts = loss_of(create(name))
+    traces = 0
+
+    @jax.jit
+    def counted(params: Any, batch: Batch, key: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return loss(params, batch, key)
+
+    for seed in range(3):
+        counted(jax.tree.map(lambda x, s=seed: x + s, parts.params), first_batch(), jax.random.key(seed))
+    assert traces == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_names_go_out_and_come_back(name: str) -> None:
+    model, other = create(name), models.create(name, DATA, seed=2, embedding_dim=16)
+    state = interop.torch_state(model)
+    assert set(state) <= set(model.published_names.values())
+    interop.load_torch_state(other, state)
+    np.testing.assert_array_equal(model.scores(jnp.arange(5)), other.scores(jnp.arange(5)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_hyper_parameter_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError, match=r"no hyper-parameter 'n_laiers'; choose among embedding_dim"):
+        create(name, n_laiers=2)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if models.model_class(n).needs])
+def test_missing_features_are_named(name: str) -> None:
+    with pytest.raises(UserError, match=r"needs image features and there are none; add image_feat.npy"):
+        create(name, dataclasses.replace(DATA, features={}))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not models.model_class(n).needs])
+def test_models_without_features_train_without_them(name: str) -> None:
+    model = create(name, dataclasses.replace(DATA, features={}))
+    assert np.isfinite(model.loss(first_batch(), jax.random.key(0))[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configuration_explains_itself(name: str) -> None:
+    model = models.model_class(name)
+    assert model.name == name
+    assert model.paper
+    assert all(field.metadata.get("help") for field in dataclasses.fields(model.config_class))
+    axes = {field.name for field in dataclasses.fields(model.config_class)} | {"learning_rate"}
+    assert set(model.grid) <= axes
+    for axis, values in model.grid.items():
+        for value in values:
+            if axis != "learning_rate":
+                models.make_config(name, {axis: value})
