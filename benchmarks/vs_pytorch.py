@@ -93,10 +93,10 @@ def _compare(options: argparse.Namespace) -> None:
     data = load_interactions(options.data)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="vs_pytorch_") as folder:
-        lay_out(Path(folder), source, data)
+        files = lay_out(Path(folder), source, data)
         for model in options.models:
             for training in options.trainings:
-                rows += _pair(Path(folder), source, data, model, training, options)
+                rows += _pair(Path(folder), source, files, data.name, model, training, options)
                 write_json(options.output, rows)
     _print_table(rows)
 
@@ -114,32 +114,64 @@ def published_source(reference: Path | None) -> Path:
     )
 
 
-def lay_out(folder: Path, source: Path, data: Interactions) -> None:
-    """Give the trainer the working directory it expects: its own configurations, and the data in its layout."""
+def lay_out(folder: Path, source: Path, data: Interactions) -> dict[str, str]:
+    """Give the trainer the working directory it expects: its own configurations, and the data in its layout.
+
+    Returns:
+        The part of its configuration that says where the data are and how the columns are called.
+    """
     (folder / "run").mkdir()
     shutil.copytree(source / "configs", folder / "run" / "configs")
     home = folder / "data" / data.name
     home.mkdir(parents=True)
+    if data.source == "demo":
+        _write_files(home, data)
+    else:
+        given = Path(data.source).resolve()
+        for file in (given if given.is_dir() else given.parent).iterdir():
+            if file.name in (f"{data.name}.inter", "image_feat.npy", "text_feat.npy"):
+                (home / file.name).symlink_to(file)
+    with (home / f"{data.name}.inter").open(encoding="utf-8") as stream:
+        header = stream.readline().rstrip("\r\n").split("\t")
+    columns = {role: next(name for name in header if role in name.lower()) for role in ("user", "item", "label")}
+    return {
+        "data_path": f"{folder / 'data'}{os.sep}",
+        "inter_file_name": f"{data.name}.inter",
+        "vision_feature_file": "image_feat.npy",
+        "text_feature_file": "text_feat.npy",
+        "USER_ID_FIELD": columns["user"],
+        "ITEM_ID_FIELD": columns["item"],
+        "inter_splitting_label": columns["label"],
+        "field_separator": "\t",
+    }
+
+
+def _write_files(home: Path, data: Interactions) -> None:
     parts = (data.train, data.valid, data.test)
     table = np.concatenate([np.insert(pairs, 2, label, axis=1) for label, pairs in enumerate(parts)])
-    np.savetxt(
-        home / f"{data.name}.inter", table, fmt="%d", delimiter="\t", header="userID\titemID\tx_label", comments=""
-    )
+    file, header = home / f"{data.name}.inter", "userID\titemID\tx_label"
+    np.savetxt(file, table, fmt="%d", delimiter="\t", header=header, comments="")
     for modality, features in data.features.items():
         np.save(home / f"{modality}_feat.npy", features)
 
 
 def _pair(
-    folder: Path, source: Path, data: Interactions, model: str, training: str, options: argparse.Namespace
+    folder: Path,
+    source: Path,
+    files: dict[str, str],
+    dataset: str,
+    model: str,
+    training: str,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Both sides of one model and training, turn by turn; one row each."""
     published = {
         "source": str(source),
         "model": model.upper(),
-        "dataset": data.name,
-        "config": published_config(folder, data.name, model, training, options),
+        "dataset": dataset,
+        "config": {**files, **published_config(model, training, options)},
     }
-    ours = {"data": str(folder / "data" / data.name), "model": model, "epochs": options.epochs, "seed": options.seed}
+    ours = {"data": str(folder / "data" / dataset), "model": model, "epochs": options.epochs, "seed": options.seed}
     common = {"mirror": training == "mirror", "threads": options.threads, "device": options.device}
     jobs = {"published": {**published, **common}, "ours": {**ours, **common, "batch_size": options.batch_size}}
     records: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -147,7 +179,7 @@ def _pair(
         for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
             print(f"{model}, {training}: {side} ...", file=sys.stderr, flush=True)
             records[side].append(_launch(side, jobs[side], folder, options.reference_python))
-    rows = [_row(side, records[side], model, training, data, options) for side in SIDES]
+    rows = [_row(side, records[side], model, training, dataset, options) for side in SIDES]
     for row in rows:
         row["ratio"] = rows[0]["seconds_per_epoch"]["median"] / row["seconds_per_epoch"]["median"]
         row["ratio_evaluation"] = rows[0]["seconds_per_evaluation"]["median"] / row["seconds_per_evaluation"]["median"]
@@ -155,22 +187,12 @@ def _pair(
     return rows
 
 
-def published_config(
-    folder: Path, dataset: str, model: str, training: str, options: argparse.Namespace
-) -> dict[str, Any]:
+def published_config(model: str, training: str, options: argparse.Namespace) -> dict[str, Any]:
     """Overrides of the trainer's configuration files, with a single setting in place of its grid."""
     grid = {**SETTINGS[model], **(MIRROR if training == "mirror" else {}), "seed": options.seed}
     return {
         "use_gpu": options.device == "gpu",
         "gpu_id": 0,
-        "data_path": f"{folder / 'data'}{os.sep}",
-        "inter_file_name": f"{dataset}.inter",
-        "vision_feature_file": "image_feat.npy",
-        "text_feature_file": "text_feat.npy",
-        "USER_ID_FIELD": "userID",
-        "ITEM_ID_FIELD": "itemID",
-        "inter_splitting_label": "x_label",
-        "field_separator": "\t",
         "epochs": options.epochs,
         "stopping_step": options.epochs,
         "train_batch_size": options.batch_size,
@@ -239,7 +261,7 @@ def _row(
     records: list[dict[str, Any]],
     model: str,
     training: str,
-    data: Interactions,
+    dataset: str,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """One side's times over all its runs, without each run's first epoch, and its metrics (alike in every run)."""
@@ -248,7 +270,7 @@ def _row(
         "model": model,
         "training": training,
         "side": side,
-        "data": data.name,
+        "data": dataset,
         "seconds_per_epoch": _spread([x for record in records for x in record["epochs"][1:]]),
         "seconds_per_evaluation": _spread([x for record in records for x in _both_splits(record)[1:]]),
         "seconds_compile": first.get("seconds_compile", 0.0),

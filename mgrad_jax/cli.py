@@ -1,302 +1,443 @@
-"""`mgrad-jax`: train, evaluate, recommend, prepare, info, models. Each command is a thin call into the library."""
+"""`mgrad-jax`: train, evaluate and recommend from the command line; each command a thin call into the library.
+
+Every mistake gives one sentence on stderr and exit code 2. JAX is imported by the commands that need it, not here.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mgrad_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
     from mgrad_jax.training.fit import EpochReport
+    from mgrad_jax.training.run import RunConfig
 
 app = typer.Typer(
+    name="mgrad-jax",
+    help="Train multimodal recommenders in JAX with Mirror Gradient, and use them.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Mirror Gradient for JAX: train multimodal recommenders with and without it.",
+    no_args_is_help=True,
 )
-console = Console()
-_DATA = "a directory in MMRec format (<name>.inter, image_feat.npy, text_feat.npy), or 'demo'"
 
 
-def main() -> None:
-    """Entry point: a user's mistake is one sentence on standard error and exit code 2."""
+class _Stopped(Exception):
+    """Ctrl-C or a termination signal, with the sentence to show."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for bad input, 130 when stopped.
+
+    Args:
+        arguments: without the program's name; `sys.argv` by default.
+    """
+    warnings.showwarning = _show_warning
     try:
-        code = app(standalone_mode=False)
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except UserError as error:
-        _fail(str(error))
-    except typer.TyperException as error:
-        _fail(_usage_sentence(error))
-    except (KeyboardInterrupt, typer.Abort):
-        _stop("stopped; the epochs finished so far are kept, go on with the same command and --resume.", 130)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(str(error), 2)
+    except _Stopped as stop:
+        return _fail(str(stop), 130)
+    except (KeyboardInterrupt, EOFError):
+        return _fail("stopped.", 130)
+    except Exception as error:  # usage errors; their class depends on typer's version
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error)
+            return 2
+        if type(error).__name__ == "Abort":
+            return _fail("stopped.", 130)
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(_usage_sentence(error), 2)
+    return code if isinstance(code, int) else 0
 
 
-def _fail(sentence: str) -> None:
-    _stop(sentence, 2)
+def _fail(sentence: str, code: int) -> int:
+    print(" ".join(sentence.split()), file=sys.stderr)
+    return code
 
 
-def _stop(sentence: str, code: int) -> None:
-    print(f"mgrad-jax: {sentence}", file=sys.stderr)
-    sys.exit(code)
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    # Notes of libraries on their own internals are no business of the user's.
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
 
 
-def _usage_sentence(error: typer.TyperException) -> str:
-    """What is wrong with the command line, with the valid options where one is unknown."""
-    sentence = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+def _usage_sentence(error: Any) -> str:
+    """A usage error as one sentence that lists what would have been valid."""
     context = getattr(error, "ctx", None)
-    if hasattr(error, "option_name") and context is not None:
-        options = sorted({o for p in context.command.params for o in p.opts if o.startswith("--")})
-        return f"{sentence}; the options are {', '.join(options)}."
-    return f"{sentence}."
+    sentence = " ".join(error.format_message().split()).rstrip(".")
+    if context is None:
+        return f"{sentence}."
+    if type(error).__name__ == "NoSuchOption":
+        options = sorted(o for p in context.command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--"))
+        return f"{context.command_path} has no option '{error.option_name}'; choose among {', '.join(options)}, --help."
+    if sentence.startswith("No such command"):
+        return f"{sentence}; choose one of {', '.join(context.command.list_commands(context))}."
+    return f"{context.command_path}: {sentence[0].lower()}{sentence[1:]}; see {context.command_path} --help."
 
 
-def _enable_cache() -> None:
-    """Keep compiled programs between runs, unless MGRAD_JAX_NO_CACHE is set or the folder cannot be written."""
-    if os.environ.get("MGRAD_JAX_NO_CACHE"):
+def _pairs(option: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` arguments as a dictionary, the values read as numbers, booleans or text."""
+    values = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise UserError(f"{option} {pair} is not of the form key=value; write for example {option} dropout=0.8.")
+        values[key.strip()] = _scalar(text.strip())
+    return values
+
+
+def _scalar(text: str) -> Any:
+    """A YAML scalar; also 1e-3, which YAML itself reads as text."""
+    import yaml
+
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (bool, str)) else text
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache directory, so that a second run starts at once."""
+    if os.environ.get("MGRAD_JAX_NO_CACHE", "") not in ("", "0"):
         return
     import jax
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgrad_jax"
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(base) / "mgrad_jax"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _parse_assignments(assignments: list[str], option: str) -> dict[str, Any]:
-    """`key=value` pairs, values as YAML scalars: 0.8, 1e-3, true, cosine."""
-    values: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise UserError(f"{option} {assignment} is not of the form key=value, e.g. {option} dropout=0.8.")
-        value = yaml.safe_load(text)
-        try:
-            values[key.strip()] = float(value) if isinstance(value, str) else value  # YAML reads 1e-3 as text
-        except ValueError:
-            values[key.strip()] = value
-    return values
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        # The many small programs that build a model take longer to compile than the epoch.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help="name of the model, see `mgrad-jax models`")],
-    data: Annotated[str, typer.Option(help=_DATA)],
+    model: Annotated[str, typer.Option(help="A model's name; `mgrad-jax models` lists them.")],
+    data: Annotated[str, typer.Option(help="Directory in MMRec format, or 'demo'.")],
     mirror: Annotated[
-        bool, typer.Option("--mirror/--no-mirror", help="Mirror Gradient, or the plain optimizer")
-    ] = True,
-    replay: Annotated[bool, typer.Option("--replay", help="the equal-update control: second passes with +1")] = False,
-    alpha1: Annotated[float, typer.Option(help="factor of the first pass over a mirror batch")] = 1.0,
-    alpha2: Annotated[float, typer.Option(help="factor of the second pass, against the gradient")] = 0.2,
-    interval: Annotated[int, typer.Option(help="one batch in how many is mirrored; the paper's beta")] = 3,
-    optimizer: Annotated[
-        str, typer.Option(help="adam, sgd, rmsprop, adagrad (with PyTorch's defaults), adamw, lion, muon ...")
-    ] = "adam",
-    optimizer_arg: Annotated[list[str], typer.Option(help="key=value for the optimizer, repeatable")] = [],  # noqa: B006
-    learning_rate: Annotated[float, typer.Option(help="of the optimizer")] = 1e-3,
-    learning_rate_decay: Annotated[
-        tuple[float, float], typer.Option(help="g s: the rate of epoch e is multiplied by g ** (e / s)")
-    ] = (1.0, 50.0),
-    weight_decay: Annotated[float, typer.Option(help="L2, added to the gradient")] = 0.0,
-    max_norm: Annotated[float | None, typer.Option(help="clip the gradient before a batch's last update")] = None,
-    seed: Annotated[int, typer.Option(help="of everything random")] = 999,
-    epochs: Annotated[int, typer.Option(help="the most epochs")] = 1000,
-    patience: Annotated[int, typer.Option(help="stop after more than this many epochs without improvement")] = 20,
-    batch_size: Annotated[int, typer.Option(help="interactions a batch")] = 2048,
-    stale_evaluation: Annotated[
-        bool,
-        typer.Option("--stale-evaluation", help="score before the epoch's last update, as some published models do"),
-    ] = False,
-    set_: Annotated[
-        list[str], typer.Option("--set", help="key=value, a hyper-parameter of the model; repeatable")
-    ] = [],  # noqa: B006
-    out: Annotated[
-        Path | None, typer.Option(help="run directory; default runs/<model>-<data>-<training>-s<seed>")
+        bool | None, typer.Option("--mirror/--no-mirror", help="Mirror Gradient (the default), or the plain optimizer.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the run directory's latest checkpoint")] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="The control with as many updates: mirror batches are repeated with +1.")
+    ] = False,
+    alpha1: Annotated[float, typer.Option(help="Factor of the first pass over a mirror batch.")] = 1.0,
+    alpha2: Annotated[float, typer.Option(help="Factor of the second pass, taken with the minus sign.")] = 0.2,
+    interval: Annotated[int, typer.Option(help="One batch in how many is a mirror batch (beta).")] = 3,
+    optimizer: Annotated[str, typer.Option(help="adam, sgd, rmsprop, adagrad, adamw, lion, muon ...")] = "adam",
+    learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Coupled for adam, sgd, rmsprop and adagrad.")] = 0.0,
+    optimizer_set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the optimizer; repeatable.")
+    ] = None,
+    learning_rate_decay: Annotated[
+        tuple[float, float], typer.Option(metavar="G S", help="Epoch e trains at learning rate * G ** (e / S).")
+    ] = (1.0, 50.0),
+    max_norm: Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")] = None,
+    seed: Annotated[int, typer.Option(help="Of parameters, order, negatives and dropout.")] = 999,
+    epochs: Annotated[int, typer.Option(help="The most epochs to train.")] = 1000,
+    patience: Annotated[int, typer.Option(help="Epochs without improvement that are tolerated.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Interactions a batch.")] = 2048,
+    metric: Annotated[str, typer.Option(help="What selects the best epoch, on validation.")] = "recall@5",
+    evaluate: Annotated[
+        str, typer.Option(help="'fresh' parameters, or 'stale' ones from before an epoch's last update.")
+    ] = "fresh",
+    hyper: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the model; repeatable."),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="The run's directory [runs/<model>-<data>-<training>-s<seed>].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
 ) -> None:
-    """Train a model to its best validation epoch and keep everything in a run directory."""
-    _enable_cache()
-    from mgrad_jax.training.run import RunConfig, train_run
+    """Train a model to its best validation epoch."""
+    if replay and mirror:
+        raise UserError("--mirror and --replay exclude each other; leave one of them out.")
+    _use_compilation_cache()
+    from mgrad_jax.training.run import RunConfig
 
-    training = "replay" if replay else "mirror" if mirror else "plain"
     config = RunConfig(
         model=model,
         data=data,
-        training=training,
+        training="replay" if replay else "plain" if mirror is False else "mirror",
         alpha1=alpha1,
         alpha2=alpha2,
         interval=interval,
         optimizer=optimizer,
-        optimizer_args=_parse_assignments(optimizer_arg, "--optimizer-arg"),
         learning_rate=learning_rate,
-        decay_factor=learning_rate_decay[0],
-        decay_epochs=learning_rate_decay[1],
         weight_decay=weight_decay,
+        optimizer_args=_pairs("--optimizer-set", optimizer_set or ()),
+        learning_rate_decay=learning_rate_decay,
         max_norm=max_norm,
         seed=seed,
         epochs=epochs,
         patience=patience,
         batch_size=batch_size,
-        evaluate="stale" if stale_evaluation else "fresh",
-        hyper_parameters=_parse_assignments(set_, "--set"),
+        metric=metric,
+        evaluate=evaluate,
+        hyper_parameters=_pairs("--set", hyper or ()),
+        out=out,
     )
-    directory = out or Path("runs") / f"{model}-{Path(data).name}-{training}-s{seed}"
-    with _progress(epochs) as (_, on_epoch):
-        result = train_run(config, directory, resume=resume, on_epoch=on_epoch)
-    console.print(_result_table(result))
-    console.print(f"run directory: {directory}")
+    result = _train(config, resume)
+    _print_result(result, config.directory)
 
 
-class _progress:  # noqa: N801
-    """A progress bar over epochs with the loss, the best metric and the time left."""
+def _train(config: RunConfig, resume: bool) -> dict[str, Any]:
+    """Train with a progress bar; a signal to stop leaves every finished epoch on disk."""
+    from mgrad_jax.training.run import RunInterrupted, train_run
 
-    def __init__(self, epochs: int) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self.bar = Progress(TextColumn("epoch"), *columns, console=console, transient=True)
-        self.epochs = epochs
+    with contextlib.suppress(ValueError):  # not the main thread: nobody signals this one
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _progress_bar(config) as progress:
+            return train_run(config, resume=resume, progress=progress)
+    except RunInterrupted as stop:
+        done = f"after epoch {stop.epoch}" if stop.epoch else "before the first epoch was finished"
+        raise _Stopped(f"stopped {done}; to go on, repeat the command with --out {stop.directory} --resume.") from None
 
-    def __enter__(self) -> tuple[Progress, Callable[[EpochReport], None]]:
-        self.bar.start()
-        task = self.bar.add_task("compiling", total=self.epochs)
 
-        def on_epoch(report: EpochReport) -> None:
-            text = (
-                f"loss {report.loss:.4f}  valid Recall@5 {report.valid['recall@5']:.4f}  best epoch {report.best_epoch}"
+@contextlib.contextmanager
+def _progress_bar(config: RunConfig) -> Iterator[Any]:
+    """A bar over the epochs still to come if nothing improves any more; yields what to call after every epoch."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{config.model} ({config.training})", total=None, state="loading and compiling")
+
+        def show(report: EpochReport) -> None:
+            total = min(config.epochs, report.best_epoch + config.patience + 1)
+            state = (
+                f"epoch {report.epoch}  loss {report.loss:.4g}  valid {config.metric} {report.valid[config.metric]:.4f}"
+                f"  best {report.best_epoch}"
             )
-            self.bar.update(task, completed=report.epoch, description=text)
+            bar.update(task, total=max(total, report.epoch), completed=report.epoch, state=state)
 
-        return self.bar, on_epoch
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        yield show
 
 
-def _result_table(result: dict[str, Any]) -> Table:
-    title = f"{result['model']} on {result['data']['name']}, {result.get('training', '')}, best epoch {result['best_epoch']}"
-    title += f" of {result['epochs_run']}"
-    return _metric_table(title, {split: result[split] for split in ("valid", "test")}, result.get("seconds"))
+def _print_result(result: dict[str, Any], directory: Path) -> None:
+    seconds = result["seconds"]
+    data = result["data"]
+    title = f"{result['model']} on {data['name']}, {result['training']}, seed {result['seed']}"
+    times = "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    caption = f"best epoch {result['best_epoch']} of {result['epochs_run']}   {times}   {directory}"
+    _print_metrics(title, caption, result["valid"], result["test"])
 
 
-def _metric_table(title: str, splits: dict[str, dict[str, float]], seconds: dict[str, float] | None = None) -> Table:
-    table = Table(title=title)
-    table.add_column("metric")
-    for split in splits:
-        table.add_column(split, justify="right")
-    for name in next(iter(splits.values())):
-        table.add_row(name, *(f"{metrics[name]:.4f}" for metrics in splits.values()))
-    if seconds:
-        table.caption = "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return table
+def _print_metrics(title: str, caption: str, valid: dict[str, float], test: dict[str, float]) -> None:
+    """A table of metrics, one row a cut-off, validation and test side by side."""
+    from mgrad_jax.evaluation.metrics import METRICS
+
+    names = [name for name in METRICS if any(key.startswith(f"{name}@") for key in test)]
+    ks = sorted({int(key.partition("@")[2]) for key in test})
+    table = Table(title=title, caption=caption)
+    table.add_column("@k", justify="right")
+    for split in ("valid", "test"):
+        for name in names:
+            table.add_column(f"{split}\n{name}", justify="right")
+    for k in ks:
+        cells = [f"{split[f'{name}@{k}']:.4f}" for split in (valid, test) for name in names]
+        table.add_row(str(k), *cells)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Stdout; where it is no terminal, wide enough that no table is folded."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+_Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
+_RunData = Annotated[str | None, typer.Option(help="Where the run's data lie now, if they were moved.")]
 
 
 @app.command()
-def evaluate(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+def evaluate(
+    run: _Run,
+    data: _RunData = None,
+    per_user: Annotated[
+        Path | None, typer.Option(help="Also write each user's test metrics to this .csv or .parquet file.")
+    ] = None,
+) -> None:
     """Evaluate a run's best parameters on validation and test."""
-    _enable_cache()
-    from mgrad_jax.evaluation.ranking import make_ranker, rank_metrics
+    import jax
+
+    from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
     from mgrad_jax.training.run import load_run
 
-    config, data, model = load_run(run)
-    users, items = model.embed()
-    splits = {
-        split: {name: float(x) for name, x in rank_metrics(make_ranker(data, split), users, items).items()}
-        for split in ("valid", "test")
+    if per_user is not None:
+        _check_table_name(per_user)
+    started = time.perf_counter()
+    loaded = load_run(run, data)
+    vectors = jax.jit(lambda model: model.embed())(loaded.model)
+    splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
+    values = {
+        split: per_user_metrics(make_ranker(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
+        for split in splits
     }
-    console.print(_metric_table(f"{config.model} on {data.name}, {config.training}", splits))
+    means = {split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in values.items()}
+    caption = f"best epoch {loaded.epoch}   {time.perf_counter() - started:.1f} s   {run}"
+    _print_metrics(f"{loaded.config.model} on {loaded.data.name}", caption, means["valid"], means["test"])
+    if per_user is not None:
+        import pandas as pd
+
+        users, metrics = values["test"]
+        _write_table(pd.DataFrame({"user": users, **metrics}), per_user)
 
 
 @app.command()
 def recommend(
-    run: Annotated[Path, typer.Argument(help="a run directory")],
-    output: Annotated[Path, typer.Option(help="file to write: .csv or .parquet")],
-    top_k: Annotated[int, typer.Option(help="items a user")] = 20,
-    users: Annotated[Path | None, typer.Option(help="text file with one user id a line; default all users")] = None,
+    run: _Run,
+    output: Annotated[Path, typer.Option(help="File to write, .csv or .parquet: user, rank, item, score.")],
+    top_k: Annotated[int, typer.Option(help="Items a user.")] = 20,
+    users: Annotated[Path | None, typer.Option(help="File with one user id a line; all users by default.")] = None,
+    data: _RunData = None,
 ) -> None:
-    """Write each user's best new items: columns user, rank, item, score."""
-    _enable_cache()
-    from mgrad_jax.recommend import write_recommendations
+    """Write the best new items of users, their training items left out."""
+    import jax
+    import numpy as np
+    import pandas as pd
 
-    rows = write_recommendations(run, output, top_k=top_k, users_file=users)
-    console.print(f"{rows} rows written to {output}")
+    from mgrad_jax.evaluation.ranking import top_items
+    from mgrad_jax.training.run import load_run
+
+    _check_table_name(output)
+    if top_k < 1:
+        raise UserError(f"--top-k is {top_k}; it must be at least 1.")
+    loaded = load_run(run, data)
+    chosen = np.arange(loaded.data.n_users) if users is None else _read_users(users, loaded.data.n_users)
+    vectors = jax.jit(lambda model: model.embed())(loaded.model)
+    items, scores = top_items(vectors[0], vectors[1], loaded.data.train, chosen, top_k)
+    table = pd.DataFrame(
+        {
+            "user": np.repeat(chosen, items.shape[1]),
+            "rank": np.tile(np.arange(1, items.shape[1] + 1), len(chosen)),
+            "item": items.ravel(),
+            "score": scores.ravel(),
+        }
+    )
+    # A user with fewer new items than asked for gets a shorter list.
+    _write_table(table[np.isfinite(table["score"])], output)
+    print(f"{output}: {len(chosen)} users, {min(top_k, loaded.data.n_items)} items each.")
+
+
+def _read_users(path: Path, n_users: int) -> np.ndarray:
+    """User ids from a file, one a line, each once, in the file's order."""
+    import numpy as np
+
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a text file."
+        ) from None
+    ids: dict[int, None] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.lower() in ("user", "userid", "user_id")):
+            continue
+        if not (line.isascii() and line.isdigit() and int(line) < n_users):
+            raise UserError(
+                f"{path} line {number}: {line!r} is not a user id from 0 to {n_users - 1}; correct the line."
+            )
+        ids[int(line)] = None
+    if not ids:
+        raise UserError(f"{path} names no user; write one user id a line.")
+    return np.fromiter(ids, np.int64)
+
+
+def _check_table_name(path: Path) -> None:
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path} ends neither in .csv nor in .parquet; choose one of them.")
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a .csv or .parquet file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another file.") from None
 
 
 @app.command()
-def info(data: Annotated[str, typer.Argument(help=_DATA)]) -> None:
-    """Show a dataset's statistics and its problems."""
+def info(data: Annotated[str, typer.Argument(metavar="DATA", help="Directory in MMRec format, or 'demo'.")]) -> None:
+    """Show a dataset's statistics and what is noteworthy in it."""
     from mgrad_jax.data import load_interactions, problems
 
-    found = load_interactions(data)
-    table = Table(title=found.name, show_header=False)
-    for name, value in found.statistics().items():
-        table.add_row(name, _show(value))
+    interactions = load_interactions(data)
+    table = Table(title=interactions.name, show_header=False)
+    for name, value in interactions.statistics().items():
+        table.add_row(name, _shown(value))
+    console = _console()
     console.print(table)
-    for problem in problems(data):
-        console.print(f"- {problem}")
+    for note in problems(data):
+        console.print(f"note: {note}", markup=False, highlight=False)
 
 
-def _show(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return ", ".join(_show(v) for v in value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        return ", ".join(f"{x:.2f}" for x in value)
+    return f"{value:.4%}" if isinstance(value, float) else f"{value:,}"
 
 
-@app.command()
-def models() -> None:
+@app.command("models")
+def list_models() -> None:
     """List the models, what they need, and their hyper-parameters."""
     import dataclasses
 
-    from mgrad_jax import models as registry
+    from mgrad_jax import models
 
-    for name in registry.names():
-        model = registry.model_class(name)
-        table = Table(title=f"{name}: {model.paper}", title_justify="left", show_header=True)
-        for column in ("hyper-parameter", "default", "meaning"):
-            table.add_column(column)
-        for field in dataclasses.fields(model.config_class):
-            table.add_row(field.name, str(field.default), field.metadata.get("help", ""))
-        table.caption = f"features: {' and '.join(model.needs) or 'none'}"
-        console.print(table)
+    table = Table("model", "needs", "hyper-parameter", "default", "meaning")
+    for name in models.names():
+        cls = models.model_class(name)
+        heading = (name, ", ".join(cls.needs) or "no features")
+        for field in dataclasses.fields(cls.config_class):
+            table.add_row(*heading, field.name, str(field.default), field.metadata.get("help", ""))
+            heading = ("", "")
+        table.add_section()
+    _console().print(table)
 
 
-@app.command()
-def prepare(
-    source: Annotated[Path, typer.Argument(help="raw ratings: CSV, TSV or JSON lines, plain or .gz")],
-    destination: Annotated[Path, typer.Argument(help="directory to write in MMRec format")],
-    name: Annotated[str | None, typer.Option(help="of the dataset; default the directory's")] = None,
-    user: Annotated[str | None, typer.Option(help="column of user identifiers; default: found by name")] = None,
-    item: Annotated[str | None, typer.Option(help="column of item identifiers; default: found by name")] = None,
-    rating: Annotated[str | None, typer.Option(help="column of ratings, needed for --min-rating only")] = None,
-    min_rating: Annotated[float | None, typer.Option(help="leave lower ratings out")] = None,
-    k_core: Annotated[int, typer.Option(help="fewest interactions of every user and item that stay")] = 5,
-    seed: Annotated[int, typer.Option(help="of the per-user split")] = 999,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what the directory holds")] = False,
-) -> None:
-    """Make a dataset from raw ratings: k-core filter, per-user 8:1:1 split, new ids."""
-    from mgrad_jax.data import prepare as prepare_dataset
-
-    done = prepare_dataset(
-        source,
-        destination,
-        name=name,
-        user=user,
-        item=item,
-        rating=rating,
-        min_rating=min_rating,
-        k_core=k_core,
-        seed=seed,
-        overwrite=overwrite,
-    )
-    console.print(f"{done.users:,} users, {done.items:,} items, {done.interactions:,} interactions in {destination}")
+if __name__ == "__main__":
+    sys.exit(main())

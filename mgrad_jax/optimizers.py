@@ -50,17 +50,6 @@ def adagrad(learning_rate: Any, initial: float = 0.0, eps: float = 1e-10) -> opt
     )
 
 
-def clip_by_torch_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clip the global norm as PyTorch does: factor min(1, max_norm / (norm + 1e-6))."""
-
-    def update_fn(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
-        del params
-        factor = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)
-
-    return optax.stateless(update_fn)
-
-
 def _scale_by_accumulator(
     accumulate: Callable[[jax.Array, jax.Array], jax.Array], eps: float, initial: float = 0.0
 ) -> optax.GradientTransformation:

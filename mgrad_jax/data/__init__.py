@@ -1,6 +1,7 @@
-"""Data: interactions in MMRec format, the embedded demo dataset, sampling on the device."""
+"""Data: interactions in MMRec format, the embedded demo dataset, preprocessing, sampling on the device."""
 
 from mgrad_jax.data.interactions import Batch, Interactions, load_interactions, problems
+from mgrad_jax.data.preprocess import prepare
 from mgrad_jax.data.synthetic import demo_interactions, synthetic_interactions
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "Interactions",
     "demo_interactions",
     "load_interactions",
+    "prepare",
     "problems",
     "synthetic_interactions",
 ]

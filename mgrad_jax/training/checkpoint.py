@@ -124,6 +124,14 @@ class Checkpoints:
         entries = self._entries()
         return entries[-1].best_epoch if entries else None
 
+    def discard_latest(self) -> None:
+        """Remove the latest checkpoint, so that the one before it, if there is one, takes its place."""
+        self.wait()
+        latest = self._entries()[-1].path
+        # Renamed first: half removed under its own name it would look like a damaged checkpoint.
+        shutil.rmtree(latest.rename(latest.with_name(f"{latest.name}.discarded")))
+        self._best = self.best_epoch()
+
     def wait(self) -> None:
         """Block until everything saved is complete on disk.
 

@@ -1,0 +1,142 @@
+"""Loading a dataset directory: what comes out, and what is said of bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mgrad_jax.data import load_interactions, problems
+from mgrad_jax.errors import UserError
+
+ROWS = [(u, (u + k) % 6, 0) for u in range(5) for k in range(3)]
+ROWS += [(u, (u + 3) % 6, 1) for u in range(5)] + [(u, (u + 4) % 6, 2) for u in range(5)]
+
+
+def make(folder: Path, rows: list[tuple[int, int, int]] = ROWS, header: str = "userID\titemID\tx_label") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "set.inter").write_text("\n".join([header, *("\t".join(map(str, row)) for row in rows)]) + "\n")
+    return folder
+
+
+def test_splits_sizes_and_features(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    np.save(folder / "image_feat.npy", np.ones((6, 3), np.float16))
+    data = load_interactions(folder)
+    assert (data.name, data.n_users, data.n_items) == ("set", 5, 6)
+    assert [len(part) for part in (data.train, data.valid, data.test)] == [15, 5, 5]
+    np.testing.assert_array_equal(data.train, [row[:2] for row in ROWS if row[2] == 0])
+    assert data.features["image"].dtype == np.float32
+    assert list(data.features) == ["image"]
+    assert data.statistics()["interactions"] == 25
+
+
+def test_columns_in_any_order_and_others_ignored(tmp_path: Path) -> None:
+    rows = [(0.5, label, item, user) for user, item, label in ROWS]
+    swapped = load_interactions(make(tmp_path / "a", rows, "rating\tx_label\titemID\tuserID"))
+    plain = load_interactions(make(tmp_path / "b"))
+    np.testing.assert_array_equal(swapped.train, plain.train)
+
+
+def test_cold_users_leave_and_cold_items_stay(tmp_path: Path) -> None:
+    data = load_interactions(make(tmp_path, [*ROWS, (5, 0, 1), (5, 1, 2), (0, 6, 2)]))
+    assert (data.n_users, data.n_items) == (6, 7)
+    assert 5 not in data.valid[:, 0]
+    assert 5 not in data.test[:, 0]
+    assert [0, 6] in data.test.tolist()
+
+
+def test_interactions_cannot_be_changed(tmp_path: Path) -> None:
+    data = load_interactions(make(tmp_path))
+    with pytest.raises(ValueError, match="read-only"):
+        data.train[0, 0] = 1
+    with pytest.raises(TypeError):
+        data.features["image"] = np.ones((6, 2))  # type: ignore[index]
+
+
+def replace_row(position: int, row: tuple) -> Callable[[Path], object]:
+    return lambda folder: make(folder, [*ROWS[:position], row, *ROWS[position + 1 :]])
+
+
+def feature(array: np.ndarray, name: str = "image_feat.npy") -> Callable[[Path], object]:
+    return lambda folder: np.save(folder / name, array)
+
+
+def truncate(folder: Path) -> None:
+    np.save(folder / "text_feat.npy", np.ones((6, 50), np.float32))
+    whole = (folder / "text_feat.npy").read_bytes()
+    (folder / "text_feat.npy").write_bytes(whole[:-100])
+
+
+def with_nan(shape: tuple[int, int]) -> np.ndarray:
+    table = np.ones(shape, np.float32)
+    table[4, 1] = np.nan
+    return table
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no file": (lambda folder: (folder / "set.inter").unlink(), r"holds no \.inter file"),
+    "two files": (
+        lambda folder: (folder / "b.inter").write_text("x"),
+        r"several \.inter files \(b\.inter, set\.inter\)",
+    ),
+    "no user column": (
+        lambda f: make(f, header="user?\titemID\tx_label"),
+        r"set\.inter line 1: there is no userID column",
+    ),
+    "no label column": (
+        lambda f: make(f, header="userID\titemID\tlab"),
+        r"no x_label column among userID, itemID, lab",
+    ),
+    "negative id": (replace_row(2, (0, -1, 0)), r"line 4: itemID -1 is negative"),
+    "huge id": (replace_row(2, (0, 10**12, 0)), r"line 4: itemID 1000000000000 is above .*mgrad-jax prepare"),
+    "text id": (replace_row(1, ("bob", 1, 0)), r"line 3: userID is 'bob', not a whole number"),
+    "fraction": (replace_row(1, (0, 1.5, 0)), r"line 3: itemID is '1.5', not a whole number"),
+    "gap in users": (lambda f: make(f, [*ROWS, (9, 0, 0)]), r"user id 5 never occurs .*mgrad-jax prepare"),
+    "gap in items": (lambda f: make(f, [*ROWS, (0, 9, 2)]), r"item id 6 never occurs .*mgrad-jax prepare"),
+    "label 3": (replace_row(0, (0, 0, 3)), r"line 2: x_label 3 is none of 0"),
+    "no rows": (lambda folder: make(folder, []), r"has a header and no rows"),
+    "empty train": (
+        lambda f: make(f, [r for r in ROWS if r[2]]),
+        r"the train split is empty .* label at least one row",
+    ),
+    "empty valid": (lambda f: make(f, [r for r in ROWS if r[2] != 1]), r"the valid split is empty"),
+    "empty test": (lambda f: make(f, [r for r in ROWS if r[2] != 2]), r"the test split is empty"),
+    "pair in two splits": (
+        lambda f: make(f, [*ROWS, (0, 0, 2)]),
+        r"lines 2 and 27: user 0 and item 0 stand in two splits",
+    ),
+    "no negative left": (lambda f: make(f, [*ROWS, *((5, i, 0) for i in range(6))]), r"user 5 has every training item"),
+    "NaN feature": (feature(with_nan((6, 3))), r"image_feat\.npy: row 4, column 1 is NaN"),
+    "wrong rows": (feature(np.ones((5, 3))), r"image_feat\.npy has 5 rows and the dataset 6 items"),
+    "one axis": (feature(np.ones(6)), r"image_feat\.npy has shape \(6,\)"),
+    "objects": (feature(np.array([["a"] * 2] * 6, object)), r"image_feat\.npy is damaged or not a plain \.npy"),
+    "truncated": (truncate, r"text_feat\.npy is damaged"),
+    "no array": (lambda f: (f / "text_feat.npy").write_text("hello"), r"text_feat\.npy is damaged"),
+    "binary": (lambda f: (f / "set.inter").write_bytes(b"\xff\xfe\x00userID"), r"set\.inter cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
+    spoil, message = BAD[case]
+    spoil(make(tmp_path))
+    with pytest.raises(UserError, match=message) as caught:
+        load_interactions(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert problems(tmp_path) == [str(caught.value)]
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist; give a directory in MMRec format, or 'demo'"):
+        load_interactions(tmp_path / "nowhere")
+
+
+def test_problems_of_a_sound_directory_are_remarks(tmp_path: Path) -> None:
+    make(tmp_path)
+    np.save(tmp_path / "image_feat.npy", np.eye(6, 3))
+    remarks = problems(tmp_path)
+    assert any("no text_feat.npy" in remark for remark in remarks)
+    assert any("3 rows are all zero (first: row 3)" in remark for remark in remarks)
