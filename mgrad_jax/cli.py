@@ -401,6 +401,40 @@ def _write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 @app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Raw ratings: CSV, TSV or JSON lines, plain or .gz.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to write.")],
+    name: Annotated[str | None, typer.Option(help="Of the dataset; the directory's name by default.")] = None,
+    user: Annotated[str | None, typer.Option(help="Column of the users; found by common names by default.")] = None,
+    item: Annotated[str | None, typer.Option(help="Column of the items.")] = None,
+    rating: Annotated[str | None, typer.Option(help="Column of the ratings.")] = None,
+    min_rating: Annotated[float | None, typer.Option(help="Leave lower ratings out.")] = None,
+    k_core: Annotated[int, typer.Option(help="Fewest interactions of every user and item.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the shuffle before the split.")] = 999,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")] = False,
+) -> None:
+    """Filter, split and re-index raw ratings into a dataset directory."""
+    from mgrad_jax.data import preprocess
+
+    prepared = preprocess.prepare(
+        source,
+        destination,
+        name=name,
+        user=user,
+        item=item,
+        rating=rating,
+        min_rating=min_rating,
+        k_core=k_core,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    table = Table(title=str(destination), show_header=False)
+    for key, value in vars(prepared).items():
+        table.add_row(key, str(value))
+    _console().print(table)
+
+
+@app.command()
 def info(data: Annotated[str, typer.Argument(metavar="DATA", help="Directory in MMRec format, or 'demo'.")]) -> None:
     """Show a dataset's statistics and what is noteworthy in it."""
     from mgrad_jax.data import load_interactions, problems

@@ -159,7 +159,10 @@ def _product(shape: tuple[int, int]) -> Callable[..., Array]:
 
 
 def _bcsr_product(shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
-    return sparse.BCSR((values, columns, row_starts), shape=shape) @ x
+    # The kernel knows float32 and float64; half precision is summed in float32, which is better anyway.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    graph = sparse.BCSR((values.astype(wide), columns, row_starts), shape=shape)
+    return (graph @ x.astype(wide)).astype(x.dtype)
 
 
 def _segment_product(shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:

@@ -110,20 +110,17 @@ def load_interactions(path: str | Path, name: str | None = None) -> Interactions
     users, items, labels = _read_interactions(file)
     n_users, n_items = (_count_ids(file, column, ids) for column, ids in (("user", users), ("item", items)))
     pairs = np.stack([users, items], axis=1).astype(np.int32)
-    splits = [pairs[labels == label] for label in range(3)]
-    for split, rows in zip(SPLITS, splits, strict=True):
-        if not len(rows):
-            label = SPLITS.index(split)
-            raise UserError(f"{file}: the {split} split is empty (no row has x_label {label}); label at least one row.")
+    train, valid, test = (pairs[labels == label] for label in range(3))
+    _check_split_sizes(file, {"train": train, "valid": valid, "test": test})
     _check_overlap(file, pairs, labels)
-    known = np.bincount(splits[0][:, 0], minlength=n_users) > 0
-    splits[1:] = [rows[known[rows[:, 0]]] for rows in splits[1:]]
-    for split, rows in zip(SPLITS[1:], splits[1:], strict=True):
+    known = np.bincount(train[:, 0], minlength=n_users) > 0
+    valid, test = (rows[known[rows[:, 0]]] for rows in (valid, test))
+    for split, rows in (("valid", valid), ("test", test)):
         if not len(rows):
             raise UserError(f"{file}: no user of the {split} split has a training row; give its users some.")
-    _check_negatives(file, splits[0])
+    _check_negatives(file, train)
     features = {m: t for m in MODALITIES if (t := _read_features(directory / f"{m}_feat.npy", n_items)) is not None}
-    return Interactions(file.stem, n_users, n_items, *splits, features, str(path))
+    return Interactions(file.stem, n_users, n_items, train, valid, test, features, str(path))
 
 
 def problems(path: str | Path) -> list[str]:
@@ -226,6 +223,12 @@ def _count_ids(file: Path, what: str, ids: np.ndarray) -> int:
             f"(such gaps: {len(missing)}); re-index with `mgrad-jax prepare`."
         )
     return count
+
+
+def _check_split_sizes(file: Path, splits: dict[str, np.ndarray]) -> None:
+    for label, (split, rows) in enumerate(splits.items()):
+        if not len(rows):
+            raise UserError(f"{file}: the {split} split is empty (no row has x_label {label}); label at least one row.")
 
 
 def _check_overlap(file: Path, pairs: np.ndarray, labels: np.ndarray) -> None:

@@ -81,8 +81,8 @@ def prepare(
     try:
         destination.mkdir(parents=True, exist_ok=True)
         for path, content in (
-            (destination / "user_map.tsv", _id_map(user_names)),
-            (destination / "item_map.tsv", _id_map(item_names)),
+            (destination / "user_map.tsv", _id_map(pd.Index(user_names))),
+            (destination / "item_map.tsv", _id_map(pd.Index(item_names))),
             (file, table),
         ):
             _write(path, content)
@@ -183,7 +183,7 @@ def _split(users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.where(rank < n_train, 0, np.where(rank < n_train + n_valid[users], 1, 2))
 
 
-def _id_map(names: np.ndarray) -> pd.DataFrame:
+def _id_map(names: pd.Index[str]) -> pd.DataFrame:
     return pd.DataFrame({"raw": names, "id": np.arange(len(names))})
 
 

@@ -59,8 +59,8 @@ def demo_interactions(
     pairs = np.stack([users, items], axis=-1).astype(np.int32)
     held_out = max(1, per_user // 10)
     train, valid, test = np.split(pairs, [per_user - 2 * held_out, per_user - held_out], axis=1)
-    splits = [part.reshape(-1, 2).copy() for part in (train, valid, test)]
-    return Interactions("demo", n_users, n_items, *splits, features, "demo")
+    train, valid, test = (part.reshape(-1, 2).copy() for part in (train, valid, test))
+    return Interactions("demo", n_users, n_items, train, valid, test, features, "demo")
 
 
 def _cover(rng: np.random.Generator, items: np.ndarray, n_items: int) -> np.ndarray:
@@ -100,12 +100,12 @@ def synthetic_interactions(
     first[np.unique(items, return_index=True)[1]] = True
     label = np.where((rank < 3) | first, 0, rng.choice(3, len(users), p=[0.76, 0.12, 0.12]))
     pairs = np.stack([users, items], axis=1).astype(np.int32)
-    splits = [pairs[label == value] for value in range(3)]
+    train, valid, test = (pairs[label == value] for value in range(3))
     tables = {}
     if features:
         for modality, dim in (("image", size.image_dim), ("text", size.text_dim)):
             tables[modality] = rng.standard_normal((size.items, dim), np.float32)
-    return Interactions(name, size.users, size.items, *splits, tables, f"synthetic ({name})")
+    return Interactions(name, size.users, size.items, train, valid, test, tables, f"synthetic ({name})")
 
 
 def _unique_pairs(rng: np.random.Generator, size: Size) -> np.ndarray:

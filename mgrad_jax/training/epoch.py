@@ -87,7 +87,9 @@ class SplitModel(NamedTuple):
 
 def split_model(model: Recommender) -> SplitModel:
     """Split a model by the types of its variables (see `models/base.py`)."""
-    return SplitModel(*nnx.split(model, nnx.Param, EpochState, ...))
+    parts: tuple[Any, ...] = nnx.split(model, nnx.Param, EpochState, ...)
+    graphdef, params, epoch_state, constants = parts
+    return SplitModel(graphdef, params, epoch_state, constants)
 
 
 def training_data(data: Interactions) -> TrainingData:

@@ -260,6 +260,8 @@ def train_run(
     history.rewind(checkpoints)
 
     def on_epoch(report: EpochReport) -> None:
+        # A row tells that the epoch before it is safe. Nothing is lost by waiting: the next save would wait as well.
+        checkpoints.wait()
         history.append(report)
         if progress is not None:
             progress(report)

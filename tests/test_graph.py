@@ -1,0 +1,288 @@
+"""Sparse graphs: equal to dense ones in value, gradient and vmap; sampling; nearest neighbours; recorded numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import (
+    SparseGraph,
+    bipartite_edges,
+    blend_graphs,
+    drop_entries,
+    edge_dot,
+    edge_softmax,
+    keep_edges,
+    knn_graph,
+    knn_indices,
+    mean_bipartite,
+    normalized_bipartite,
+    propagate,
+    prune_edges,
+    replace_values,
+    sparse_graph,
+    with_transpose,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def random_dense(shape: tuple[int, int], seed: int = 0, *, symmetric: bool = False) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    dense = rng.normal(size=shape) * (rng.random(shape) < 0.3)
+    dense[min(2, shape[0] - 1)] = 0.0  # an empty row
+    return dense + dense.T if symmetric else dense
+
+
+def as_graph(dense: np.ndarray, *, symmetric: bool = False, dtype: Any = jnp.float32) -> SparseGraph:
+    rows, columns = np.nonzero(dense)
+    return sparse_graph(rows, columns, dense[rows, columns], dense.shape, symmetric=symmetric, dtype=dtype)
+
+
+CASES = {
+    "rectangular": random_dense((7, 5)),
+    "square": random_dense((9, 9), 1),
+    "symmetric": random_dense((8, 8), 2, symmetric=True),
+    "one node": np.ones((1, 1)),
+    "no entries": np.zeros((4, 3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_propagate_equals_the_dense_product(case: str, dtype: Any) -> None:
+    dense = CASES[case]
+    graph = as_graph(dense, symmetric=case == "symmetric")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(dense.shape[1], 3)), dtype)
+    y = jax.jit(propagate)(graph, x)
+    assert y.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.15
+    np.testing.assert_allclose(np.asarray(y, np.float64), dense @ np.asarray(x, np.float64), atol=tolerance)
+    np.testing.assert_allclose(graph.todense(), dense, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("x64")
+def test_derivatives_equal_the_dense_ones(case: str) -> None:
+    """In x and in the values; both of first order and, in x, of second."""
+    dense = CASES[case]
+    graph = as_graph(dense, symmetric=case == "symmetric", dtype=jnp.float64)
+    rows, columns = np.nonzero(dense)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(dense.shape[1], 3)))
+
+    def sparse_loss(values: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(propagate(graph.__class__(values, *structure), x)))
+
+    def dense_loss(values: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(jnp.zeros(dense.shape).at[rows, columns].set(values) @ x))
+
+    structure = (graph.columns, graph.row_starts, graph.shape, graph.transpose)
+    for argument in (0, 1):
+        ours = jax.jit(jax.grad(sparse_loss, argument))(graph.values, x)
+        np.testing.assert_allclose(ours, jax.grad(dense_loss, argument)(graph.values, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("batched", ["x", "values", "both"])
+@pytest.mark.parametrize("case", ["rectangular", "symmetric"])
+@pytest.mark.usefixtures("x64")
+def test_vmap_equals_a_loop(case: str, batched: str) -> None:
+    """vmap, vmap of the gradient, and the gradient of vmap."""
+    dense = CASES[case]
+    graph = as_graph(dense, symmetric=case == "symmetric", dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    many_x = jnp.asarray(rng.normal(size=(4, dense.shape[1], 3)))
+    many_values = jnp.asarray(rng.normal(size=(4, graph.nnz)))
+    x = many_x if batched != "values" else many_x[0]
+    values = many_values if batched != "x" else graph.values
+    axes = (0 if batched != "x" else None, 0 if batched != "values" else None)
+
+    def run(values: Any, x: Any) -> Any:
+        return propagate(SparseGraph(values, graph.columns, graph.row_starts, graph.shape, graph.transpose), x)
+
+    def loss(values: Any, x: Any) -> Any:
+        return jnp.sum(jnp.cos(run(values, x)))
+
+    def member(array: Any, axis: int | None, index: int) -> Any:
+        return array if axis is None else array[index]
+
+    def loop(function: Any) -> list[Any]:
+        return [function(member(values, axes[0], i), member(x, axes[1], i)) for i in range(4)]
+
+    np.testing.assert_allclose(jax.jit(jax.vmap(run, axes))(values, x), jnp.stack(loop(run)), atol=1e-12)
+    gradient = jax.grad(loss, argnums=(0, 1))
+    together = jax.vmap(gradient, axes)(values, x)
+    for index, alone in enumerate(loop(gradient)):
+        for ours, theirs in zip(together, alone, strict=True):
+            np.testing.assert_allclose(ours[index], theirs, atol=1e-12)
+    total = jax.grad(lambda v, x: jnp.sum(jax.vmap(loss, axes)(v, x)), argnums=(0, 1))(values, x)
+    for ours, axis, parts in zip(total, axes, zip(*loop(gradient), strict=True), strict=True):
+        np.testing.assert_allclose(ours, jnp.stack(parts) if axis == 0 else sum(parts), atol=1e-11)
+
+
+def test_graphs_are_arguments_and_do_not_compile_again() -> None:
+    traces = 0
+
+    @jax.jit
+    def run(graph: SparseGraph, x: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return propagate(graph, x)
+
+    graph = as_graph(CASES["square"])
+    for scale in (1.0, 2.0, 3.0):
+        run(dataclasses.replace(graph, values=graph.values * scale), jnp.ones((9, 2)) * scale)
+    assert traces == 1
+
+
+def test_repeated_entries_add_up_and_wrong_ids_are_refused() -> None:
+    graph = sparse_graph([0, 1, 0], [1, 0, 1], [1.0, 2.0, 3.0], (2, 2))
+    np.testing.assert_array_equal(graph.todense(), [[0, 4], [2, 0]])
+    with pytest.raises(ValueError, match="column ids run from 2 to 2; the graph has 2 columns"):
+        sparse_graph([0], [2], [1.0], (2, 2))
+    with pytest.raises(ValueError, match=r"x has shape \(3, 1\); the graph needs \(2, dim\)"):
+        propagate(graph, jnp.ones((3, 1)))
+
+
+@pytest.mark.parametrize(("file", "eps"), [("bm3", 1e-7), ("slmrec", 1e-8)])
+def test_normalisation_equals_the_recorded_graph(file: str, eps: float) -> None:
+    numbers = np.load(GOLDEN / f"{file}.npz")
+    users, items = np.nonzero(numbers["graph/train_matrix"])
+    repeated = np.concatenate([users, users[:5]]), np.concatenate([items, items[:5]])
+    graph = normalized_bipartite(*repeated, 40, 30, eps)
+    np.testing.assert_allclose(graph.todense(), numbers["graph/norm_adj"], atol=1e-6)
+
+
+def test_mean_graph_averages_neighbours() -> None:
+    graph = mean_bipartite(np.array([0, 0, 1]), np.array([0, 1, 1]), 3, 2)
+    x = jnp.asarray([[1.0], [2.0], [9.0], [4.0], [8.0]])
+    np.testing.assert_allclose(propagate(graph, x)[:, 0], [6.0, 8.0, 0.0, 1.0, 1.5])
+
+
+# Sampling edges
+
+
+def small_edges() -> Any:
+    users, items = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
+    return bipartite_edges(users, items, 3, 2)
+
+
+def test_weighted_pruning_is_sampling_without_replacement() -> None:
+    """The share of every pair of kept edges against the exact probability of drawing one after the other."""
+    edges, n = small_edges(), 30_000
+    weights = np.exp(np.asarray(edges.log_weights))
+
+    @jax.jit
+    @jax.vmap
+    def kept(key: Any) -> Any:
+        dense = prune_edges(key, edges, 2).todense()
+        return dense[edges.users, edges.n_users + edges.items] > 0
+
+    drawn = np.asarray(kept(jax.random.split(jax.random.key(0), n)))
+    assert (drawn.sum(axis=1) == 2).all()
+    total = weights.sum()
+    for a, b in itertools.combinations(range(4), 2):
+        p = weights[a] / total * weights[b] / (total - weights[a]) + weights[b] / total * weights[a] / (
+            total - weights[b]
+        )
+        share = (drawn[:, a] & drawn[:, b]).mean()
+        assert abs(share - p) < 5 * np.sqrt(p * (1 - p) / n), (a, b)
+
+
+def test_uniform_pruning_treats_all_edges_alike() -> None:
+    edges, n = small_edges(), 20_000
+
+    def kept(key: Any) -> Any:
+        return prune_edges(key, edges, 1, weighted=False).todense()[edges.users, 3 + edges.items] > 0
+
+    share = np.asarray(jax.jit(jax.vmap(kept))(jax.random.split(jax.random.key(1), n))).mean(axis=0)
+    assert np.all(np.abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n))
+
+
+def test_kept_edges_are_normalised_by_their_own_degrees() -> None:
+    graph = keep_edges(small_edges(), jnp.array([0, 1, 3]))
+    expected = normalized_bipartite(np.array([0, 0, 2]), np.array([0, 1, 1]), 3, 2).todense()
+    np.testing.assert_allclose(graph.todense(), expected, atol=1e-6)
+
+
+def test_dropped_entries_are_unbiased_and_have_the_right_derivative() -> None:
+    dense = np.abs(CASES["symmetric"])
+    graph = with_transpose(as_graph(dense, symmetric=True))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    mean = jnp.mean(jax.vmap(lambda key: drop_entries(key, graph, 0.4).todense())(keys), axis=0)
+    np.testing.assert_allclose(mean, dense, atol=0.15 * dense.max())
+    dropped = drop_entries(keys[0], graph, 0.4)
+    np.testing.assert_allclose(
+        jax.vjp(lambda x: propagate(dropped, x), jnp.ones((8, 2)))[1](jnp.eye(8, 2))[0],
+        dropped.todense().T @ jnp.eye(8, 2),
+        rtol=1e-5,
+    )
+    with pytest.raises(ValueError, match="call with_transpose on it once"):
+        replace_values(as_graph(dense, symmetric=True), graph.values)
+
+
+# Attention over edges
+
+
+@pytest.mark.usefixtures("x64")
+def test_edge_softmax_and_edge_dot_equal_dense_attention() -> None:
+    dense = CASES["rectangular"]
+    graph, stored = as_graph(dense, dtype=jnp.float64), dense != 0
+    rng = np.random.default_rng(0)
+    a, b = jnp.asarray(rng.normal(size=(7, 4))), jnp.asarray(rng.normal(size=(5, 4)))
+
+    def ours(a: Any, b: Any) -> Any:
+        attention = edge_softmax(graph, edge_dot(graph, a, b))
+        return propagate(replace_values(graph, attention), b)
+
+    def theirs(a: Any, b: Any) -> Any:
+        logits = jnp.where(stored, a @ b.T, -jnp.inf)
+        top = jnp.where(stored.any(axis=1), logits.max(axis=1), 0.0)[:, None]
+        weights = jnp.where(stored, jnp.exp(logits - top), 0.0)
+        return weights / (weights.sum(axis=1, keepdims=True) + 1e-16) @ b
+
+    np.testing.assert_allclose(ours(a, b), theirs(a, b), atol=1e-12)
+    for argument in (0, 1):
+        gradients = [jax.grad(lambda a, b, f=f: jnp.sum(f(a, b) ** 2), argument)(a, b) for f in (ours, theirs)]
+        np.testing.assert_allclose(*gradients, atol=1e-11)
+
+
+# Nearest neighbours
+
+
+@pytest.mark.parametrize(("n", "k", "block"), [(30, 10, 1024), (30, 4, 7), (31, 31, 8), (5, 1, 5)])
+def test_nearest_neighbours_are_exact_in_blocks_of_any_size(n: int, k: int, block: int) -> None:
+    features = np.random.default_rng(n).normal(size=(n, 6)).astype(np.float32)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    expected = np.argsort(-(unit @ unit.T), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(np.sort(knn_indices(features, k, block), axis=1), np.sort(expected, axis=1))
+
+
+def test_equal_items_are_taken_in_the_order_of_their_ids() -> None:
+    np.testing.assert_array_equal(knn_indices(np.ones((4, 2), np.float32), 2), [[0, 1]] * 4)
+
+
+def test_item_graphs_equal_the_recorded_ones() -> None:
+    numbers = np.load(GOLDEN / "freedom.npz")
+    graphs = {m: knn_graph(np.load(GOLDEN / "tiny" / f"{m}_feat.npy"), 10) for m in ("image", "text")}
+    for modality, graph in graphs.items():
+        np.testing.assert_allclose(graph.todense(), numbers[f"graph/{modality}_adj"], atol=1e-7)
+    blended = blend_graphs([(0.1, graphs["image"]), (0.9, graphs["text"])])
+    np.testing.assert_allclose(blended.todense(), numbers["graph/mm_adj"], atol=1e-7)
+    assert blended.nnz == np.count_nonzero(numbers["graph/mm_adj"])
+
+
+def test_neighbours_of_bad_features_are_refused() -> None:
+    features = np.ones((4, 3), np.float32)
+    features[2] = 0.0
+    with pytest.raises(UserError, match="feature row 2 is all zero or not finite"):
+        knn_indices(features, 2)
+    with pytest.raises(UserError, match="knn_k is 5; it must be between 1 and the number of items, 4"):
+        knn_indices(features, 5)
