@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -216,14 +217,25 @@ def _train(config: RunConfig, resume: bool) -> dict[str, Any]:
     """Train with a progress bar; a signal to stop leaves every finished epoch on disk."""
     from mgrad_jax.training.run import RunInterrupted, train_run
 
-    with contextlib.suppress(ValueError):  # not the main thread: nobody signals this one
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _progress_bar(config) as progress:
+        with _terminable(), _progress_bar(config) as progress:
             return train_run(config, resume=resume, progress=progress)
     except RunInterrupted as stop:
         done = f"after epoch {stop.epoch}" if stop.epoch else "before the first epoch was finished"
         raise _Stopped(f"stopped {done}; to go on, repeat the command with --out {stop.directory} --resume.") from None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat `kill` like Ctrl-C, so that the epoch's checkpoint is completed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mgrad_jax.data.interactions import Interactions
+from mgrad_jax.data.interactions import Interactions, sorted_distinct
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ def demo_interactions(
         seed: the same seed gives the same dataset.
         n_users, n_items, n_groups, per_user: sizes; an item belongs to group `item % n_groups`, a user to
             `user % n_groups`.
+
+    Raises:
+        ValueError: more items without an interaction than users; give more users or more interactions a user.
     """
     rng = np.random.default_rng(seed)
     item_group = np.arange(n_items) % n_groups
@@ -66,6 +69,8 @@ def demo_interactions(
 def _cover(rng: np.random.Generator, items: np.ndarray, n_items: int) -> np.ndarray:
     """Give every item that nobody chose to some user, as the first of the user's training items."""
     missing = np.setdiff1d(np.arange(n_items), items)
+    if len(missing) > len(items):
+        raise ValueError(f"{len(missing)} items have no interaction and only {len(items)} users could take one")
     users = rng.permutation(len(items))[: len(missing)]
     items[users, 0] = missing
     return items
@@ -120,8 +125,8 @@ def _unique_pairs(rng: np.random.Generator, size: Size) -> np.ndarray:
     # Three for every user and one for every item first, then the rest by popularity.
     users = [np.repeat(np.arange(size.users), 4), draw(user_cdf, size.items)]
     items = [draw(item_cdf, 4 * size.users), np.arange(size.items)]
-    codes = np.unique(np.concatenate(users).astype(np.int64) * size.items + np.concatenate(items))
+    codes = sorted_distinct(np.concatenate(users).astype(np.int64) * size.items + np.concatenate(items))
     while (missing := size.interactions - len(codes)) > 0:
         more = draw(user_cdf, missing).astype(np.int64) * size.items + draw(item_cdf, missing)
-        codes = np.union1d(codes, more)
+        codes = sorted_distinct(np.concatenate([codes, more]))
     return codes

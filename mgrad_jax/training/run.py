@@ -106,12 +106,17 @@ class RunConfig:
             _positive("alpha2", self.alpha2)
             _at_least("interval", self.interval, 1)
         try:
-            self.transformation()
+            # Optax looks at most arguments only when it updates.
+            transformation = self.transformation()
+            params = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+            jax.eval_shape(lambda p: transformation.update(p, transformation.init(p), p), params)
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
+            reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(
-                f"the {self.optimizer} optimizer does not take {dict(self.optimizer_args)}: {error}."
+                f"the {self.optimizer} optimizer does not take {dict(self.optimizer_args)} ({reason}); "
+                "correct its arguments."
             ) from None
 
     def _check_choices(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mgrad_jax.data import load_interactions, problems
+from mgrad_jax.data import Interactions, load_interactions, problems
 from mgrad_jax.errors import UserError
 
 ROWS = [(u, (u + k) % 6, 0) for u in range(5) for k in range(3)]
@@ -56,6 +58,66 @@ def test_interactions_cannot_be_changed(tmp_path: Path) -> None:
         data.features["image"] = np.ones((6, 2))  # type: ignore[index]
 
 
+def test_the_callers_arrays_stay_writable() -> None:
+    pairs, table = np.array([[0, 1]], np.int32), np.ones((2, 3), np.float32)
+    Interactions("set", 1, 2, pairs, pairs, pairs, {"image": table})
+    assert pairs.flags.writeable
+    assert table.flags.writeable
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
+def test_interactions_can_be_copied_and_pickled(tmp_path: Path, duplicate: Callable) -> None:
+    make(tmp_path)
+    np.save(tmp_path / "image_feat.npy", np.eye(6, 3))
+    data = load_interactions(tmp_path)
+    again = duplicate(data)
+    np.testing.assert_array_equal(again.test, data.test)
+    np.testing.assert_array_equal(again.features["image"], data.features["image"])
+    assert not again.train.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace("\n", "\n\n"),
+        lambda text: text.replace("\t0\n", "\t0.0\n"),
+        lambda text: text.replace("userID\titemID\tx_label", "User_Id\tITEM\tlabel"),
+        lambda text: text.replace("\n", '\t"\n'),
+    ],
+    ids=["byte order mark", "windows", "blank lines", "floats", "other names", "stray quotes in another column"],
+)
+def test_harmless_spellings_load(tmp_path: Path, rewrite: Callable[[str], str]) -> None:
+    file = make(tmp_path) / "set.inter"
+    file.write_bytes(rewrite(file.read_text()).encode())
+    train = load_interactions(tmp_path).train
+    np.testing.assert_array_equal(train, [row[:2] for row in ROWS if row[2] == 0])
+
+
+def test_a_repeated_training_row_is_a_remark_only(tmp_path: Path) -> None:
+    make(tmp_path, [*ROWS, ROWS[0]])
+    assert len(load_interactions(tmp_path).train) == 16
+    assert any("1 training rows repeat an earlier pair" in remark for remark in problems(tmp_path))
+
+
+def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
+    file = make(tmp_path) / "set.inter"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], "", "", lines[1], "0\tx\t0", *lines[3:]]) + "\n")
+    with pytest.raises(UserError, match="line 5: itemID is 'x'"):
+        load_interactions(tmp_path)
+
+
+def test_problems_names_what_is_wrong_in_every_file(tmp_path: Path) -> None:
+    make(tmp_path, [*ROWS, (0, 9, 2)])
+    np.save(tmp_path / "image_feat.npy", with_nan((10, 3)))
+    (tmp_path / "text_feat.npy").write_text("hello")
+    found = problems(tmp_path)
+    assert [any(word in sentence for sentence in found) for word in ("item id 6", "row 4", "damaged")] == [True] * 3
+    assert len(found) == 3
+
+
 def replace_row(position: int, row: tuple) -> Callable[[Path], object]:
     return lambda folder: make(folder, [*ROWS[:position], row, *ROWS[position + 1 :]])
 
@@ -68,6 +130,12 @@ def truncate(folder: Path) -> None:
     np.save(folder / "text_feat.npy", np.ones((6, 50), np.float32))
     whole = (folder / "text_feat.npy").read_bytes()
     (folder / "text_feat.npy").write_bytes(whole[:-100])
+
+
+def break_header(folder: Path) -> None:
+    np.save(folder / "image_feat.npy", np.ones((6, 3)))
+    whole = (folder / "image_feat.npy").read_bytes()
+    (folder / "image_feat.npy").write_bytes(whole.replace(b"(6, 3)", b"(6, 3["))
 
 
 def with_nan(shape: tuple[int, int]) -> np.ndarray:
@@ -92,6 +160,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "negative id": (replace_row(2, (0, -1, 0)), r"line 4: itemID -1 is negative"),
     "huge id": (replace_row(2, (0, 10**12, 0)), r"line 4: itemID 1000000000000 is above .*mgrad-jax prepare"),
+    "id past 64 bits": (replace_row(2, (0, 10**30, 0)), r"line 4: itemID 1\d+ is above .*mgrad-jax prepare"),
+    "missing value": (replace_row(24, (4, 2)), r"line 26: x_label is '', not a whole number"),
+    "empty file": (lambda f: (f / "set.inter").write_bytes(b""), r"line 1: there is no userID column"),
     "text id": (replace_row(1, ("bob", 1, 0)), r"line 3: userID is 'bob', not a whole number"),
     "fraction": (replace_row(1, (0, 1.5, 0)), r"line 3: itemID is '1.5', not a whole number"),
     "gap in users": (lambda f: make(f, [*ROWS, (9, 0, 0)]), r"user id 5 never occurs .*mgrad-jax prepare"),
@@ -114,6 +185,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "one axis": (feature(np.ones(6)), r"image_feat\.npy has shape \(6,\)"),
     "objects": (feature(np.array([["a"] * 2] * 6, object)), r"image_feat\.npy is damaged or not a plain \.npy"),
     "truncated": (truncate, r"text_feat\.npy is damaged"),
+    "no columns": (feature(np.ones((6, 0))), r"image_feat\.npy has no columns"),
+    "broken header": (break_header, r"image_feat\.npy is damaged"),
     "no array": (lambda f: (f / "text_feat.npy").write_text("hello"), r"text_feat\.npy is damaged"),
     "binary": (lambda f: (f / "set.inter").write_bytes(b"\xff\xfe\x00userID"), r"set\.inter cannot be read"),
 }

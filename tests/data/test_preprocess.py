@@ -79,6 +79,75 @@ def test_a_seed_gives_one_dataset(tmp_path: Path) -> None:
     assert one.read_text() == same.read_text() != other.read_text()
 
 
+def test_a_header_with_its_own_names_is_no_data(tmp_path: Path) -> None:
+    raw = ratings().rename(columns={"reviewerID": "buyer", "asin": "thing"})[["overall", "buyer", "thing"]]
+    done = prepare(write(raw, tmp_path / "r.csv"), tmp_path / "out", user="buyer", item="thing")
+    assert (done.users, done.items, done.interactions) == (40, 25, len(raw))
+
+
+def test_header_false_takes_the_first_line_for_data(tmp_path: Path) -> None:
+    raw = ratings()[["reviewerID", "asin"]]
+    raw.to_csv(tmp_path / "r.csv", index=False, header=False)
+    assert prepare(tmp_path / "r.csv", tmp_path / "out", header=False).interactions == len(raw)
+
+
+def feature_files(folder: Path, names: list[str]) -> tuple[Path, Path]:
+    np.save(folder / "raw.npy", np.array([[int(name[1:]), 7.0] for name in names]))
+    (folder / "ids.txt").write_text("\n".join(names) + "\n")
+    return folder / "raw.npy", folder / "ids.txt"
+
+
+def test_feature_rows_follow_the_new_ids(tmp_path: Path) -> None:
+    names = [f"i{i:03}" for i in np.random.default_rng(3).permutation(30)]  # five of them have no rating
+    source = write(ratings(), tmp_path / "r.csv")
+    prepare(source, tmp_path / "out", features={"image": feature_files(tmp_path, names)})
+    table = load_interactions(tmp_path / "out").features["image"]
+    raw = pd.read_csv(tmp_path / "out" / "item_map.tsv", sep="\t")["raw"]
+    np.testing.assert_array_equal(table[:, 0], [int(name[1:]) for name in raw])
+    with pytest.raises(UserError, match=r"image_feat\.npy follows other item ids"):
+        prepare(source, tmp_path / "out", overwrite=True, k_core=6)
+
+
+@pytest.mark.parametrize(
+    ("names", "modality", "message"),
+    [
+        ([f"i{i:03}" for i in range(1, 25)], "image", r"item 'i000' has ratings but no row \(such items: 1\)"),
+        ([f"i{i:03}" for i in [*range(25), 3]], "text", "line 26: item 'i003' stands there twice"),
+        ([f"i{i:03}" for i in range(25)], "sound", "no 'sound' features; choose among image, text"),
+    ],
+)
+def test_bad_features_are_one_sentence(tmp_path: Path, names: list[str], modality: str, message: str) -> None:
+    source = write(ratings(), tmp_path / "r.csv")
+    with pytest.raises(UserError, match=message):
+        prepare(source, tmp_path / "out", features={modality: feature_files(tmp_path, names)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_while_writing_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(ratings(), tmp_path / "r.csv")
+    before = prepare(source, tmp_path / "out").file.read_text()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare(source, tmp_path / "out", seed=1, overwrite=True)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["item_map.tsv", "out.inter", "user_map.tsv"]
+    assert (tmp_path / "out" / "out.inter").read_text() == before
+
+
+def damaged_gzip(folder: Path) -> Path:
+    whole = gzip.compress(ratings().to_csv(index=False).encode())
+    (folder / "r.csv.gz").write_bytes(whole[:60] + bytes(b ^ 255 for b in whole[60:90]) + whole[90:])
+    return folder / "r.csv.gz"
+
+
+def test_a_damaged_archive_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"r\.csv\.gz cannot be read"):
+        prepare(damaged_gzip(tmp_path), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("content", "name", "options", "message"),
     [
@@ -92,6 +161,11 @@ def test_a_seed_gives_one_dataset(tmp_path: Path) -> None:
         ('{"user": "a", "item": "b"}\n{"user": \n', "r.json", {}, "line 2 is not JSON"),
         ("[1, 2]\n", "r.jsonl", {}, "line 1 is no JSON object"),
         ("", "r.csv", {}, "cannot be read"),
+        ("", "r.json", {}, "has no rows"),
+        ("user,item\n", "r.csv", {}, "a header and no rows"),
+        ('{"user": "a", "item": "b"}\n{"user": "a"}\n', "r.json", {}, "data row 2 has an empty user or item"),
+        ("when,buyer,thing\n3,u1,i1\n", "r.csv", {}, r"line 1 \(when, buyer, thing\) has neither a known column name"),
+        ("user,item,stars\nu1,i1,3\n", "r.csv", {"rating": "points"}, "no column 'points'; it has user, item, stars"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, content: str | None, name: str, options: dict, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mgrad_jax.data import demo_interactions
 from mgrad_jax.data.interactions import Interactions
@@ -35,6 +36,18 @@ def test_negatives_never_meet_the_history_and_always_occur_in_training() -> None
     have = {tuple(pair) for pair in data.train.tolist()}
     assert not any(pair in have for pair in zip(users.tolist(), np.asarray(drawn).tolist(), strict=True))
     assert np.isin(drawn, data.train[:, 1]).all()
+
+
+def test_the_search_finds_every_free_item_for_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All histories over six items, and all draws: the r-th draw is the r-th free item, ascending."""
+    histories = [[i for i in range(6) if mask >> i & 1] for mask in range(63)]
+    train = np.array([(u, i) for u, items in enumerate([*histories, range(6)]) for i in items], np.int32)
+    history = user_history(Interactions("all", 64, 6, train, train[:1], train[:1]))
+    draws = [(u, r) for u, items in enumerate(histories) for r in range(6 - len(items))]
+    users, positions = (jnp.asarray(column, jnp.int32) for column in zip(*draws, strict=True))
+    monkeypatch.setattr(jax.random, "randint", lambda *args: positions)
+    expected = [sorted(set(range(6)) - set(histories[u]))[r] for u, r in draws]
+    np.testing.assert_array_equal(sample_negatives(jax.random.key(0), users, history), expected)
 
 
 def test_negatives_under_vmap_equal_single_draws() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from mgrad_jax.data import demo_interactions, load_interactions, synthetic_interactions
 from mgrad_jax.data.synthetic import SIZES, Size
@@ -26,6 +27,11 @@ def test_the_demo_has_its_planted_groups() -> None:
         assert similarity[same].mean() > similarity[~same].mean() + 0.3
     assert len(np.unique(data.train[:, 1])) == data.n_items
     assert len(np.unique(np.concatenate([data.train, data.valid, data.test]), axis=0)) == 8400
+
+
+def test_a_demo_too_small_for_its_items_says_so() -> None:
+    with pytest.raises(ValueError, match="65 items have no interaction and only 60 users"):
+        demo_interactions(n_users=60)
 
 
 def test_synthetic_interactions_have_the_size_asked_for() -> None:

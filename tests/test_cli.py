@@ -1,0 +1,352 @@
+"""Every command on the demo data, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mgrad_jax.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_cache() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MGRAD_JAX_NO_CACHE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the quickest model."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *MODEL, "--data", "demo", "--epochs", "3", "--out", str(out)]) == 0
+    return out
+
+
+MODEL = ["--model", "vbpr", "--set", "embedding_dim=8"]
+
+
+def words(text: str) -> str:
+    """A sentence as one line, whatever the terminal's width."""
+    return " ".join(text.split())
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_run_and_prints_a_table(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", *MODEL, "--data", "demo", "--no-mirror", "--epochs", "2", "--set", "reg_weight=1e-3"]
+    assert main([*arguments, "--optimizer", "sgd", "--optimizer-set", "momentum=0.9", "--max-norm", "1.0"]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    assert "vbpr on demo, plain, seed 999" in captured.out
+    assert "recall" in captured.out
+    result = json.loads((tmp_path / "runs" / "vbpr-demo-plain-s999" / "result.json").read_text())
+    assert result["mirror"] is None
+    assert result["hyper_parameters"]["reg_weight"] == 1e-3
+    assert result["optimizer"]["momentum"] == 0.9
+    assert {
+        "model",
+        "data",
+        "seed",
+        "epochs_run",
+        "best_epoch",
+        "valid",
+        "test",
+        "seconds",
+        "device",
+        "versions",
+    } <= set(result)
+
+
+def test_replay_is_named_in_the_result(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", *MODEL, "--data", "demo", "--replay", "--interval", "2", "--epochs", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert (result["training"], result["mirror"], result["replay"]) == ("replay", None, {"interval": 2})
+
+
+def test_evaluate_repeats_the_result(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "users.csv"
+    assert main(["evaluate", str(run), "--per-user", str(file)]) == 0
+    assert "vbpr on demo" in capfd.readouterr().out
+    per_user = pd.read_csv(file)
+    test = json.loads((run / "result.json").read_text())["test"]
+    assert len(per_user) == 600
+    for name, value in test.items():
+        assert per_user[name].mean() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_recommend(run: Path, tmp_path: Path, suffix: str) -> None:
+    from mgrad_jax.data import load_interactions
+
+    users, output = tmp_path / "users.txt", tmp_path / f"lists.{suffix}"
+    users.write_text("user\n5\n3\n5\n")
+    assert main(["recommend", str(run), "--top-k", "7", "--users", str(users), "--output", str(output)]) == 0
+    table = pd.read_csv(output) if suffix == "csv" else pd.read_parquet(output)
+    assert list(table.columns) == ["user", "rank", "item", "score"]
+    assert table["user"].tolist() == [5] * 7 + [3] * 7
+    assert table["rank"].tolist() == [*range(1, 8)] * 2
+    train = load_interactions("demo").train
+    for user, rows in table.groupby("user"):
+        assert not set(rows["item"]) & set(train[train[:, 0] == user, 1])
+        assert (np.diff(rows["score"]) <= 0).all()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_recommend_for_all_users_and_more_items_than_there_are(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "lists.parquet"
+    assert main(["recommend", str(run), "--top-k", "1000", "--output", str(output)]) == 0
+    table = pd.read_parquet(output)
+    assert table["user"].nunique() == 600
+    assert table.groupby("user").size().eq(400 - 12).all()  # all but the user's training items
+
+
+def test_info(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "demo"]) == 0
+    out = capfd.readouterr().out
+    assert "8,400" in out
+    assert "96.5" in out
+
+
+def test_models(capfd: pytest.CaptureFixture[str]) -> None:
+    from mgrad_jax import models
+
+    assert main(["models"]) == 0
+    out = capfd.readouterr().out
+    assert all(name in out for name in models.names())
+    assert "reg_weight" in out
+
+
+def test_prepare_then_info(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    pairs = np.argwhere(rng.random((30, 20)) < 0.6)
+    raw = tmp_path / "raw.csv"
+    pd.DataFrame({"user": pairs[:, 0], "item": pairs[:, 1], "rating": 5}).to_csv(raw, index=False)
+    assert main(["prepare", str(raw), str(tmp_path / "small"), "--k-core", "3"]) == 0
+    assert main(["info", str(tmp_path / "small")]) == 0
+    out = capfd.readouterr().out
+    assert "30" in out
+    assert "no image_feat.npy" in words(out)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["prepare"], ["info"], ["models"]])
+def test_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    assert "Usage" in capfd.readouterr().out
+
+
+def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+
+    from mgrad_jax.cli import _use_compilation_cache
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("MGRAD_JAX_NO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    _use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_names_the_epoch_and_the_remedy(tmp_path: Path, stop: signal.Signals) -> None:
+    out = tmp_path / "run"
+    command = ["train", *MODEL, "--data", "demo", "--epochs", "100000", "--patience", "100000", "--out", str(out)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MGRAD_JAX_NO_CACHE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mgrad_jax.cli", *command], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    history = out / "history.csv"
+    while not history.exists() or history.read_text().count("\n") < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.count("\n") == 1, error
+    epoch = int(error.split("stopped after epoch ")[1].split(";")[0])
+    assert f"--out {out} --resume" in error
+    rows = pd.read_csv(history)
+    assert epoch >= len(rows) - 1
+    short = [*command[:-6], "--epochs", str(epoch + 2), "--patience", "100000", "--out", str(out), "--resume"]
+    assert main(short) == 0
+    assert len(pd.read_csv(history)) == epoch + 2
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+INTER = "userID\titemID\tx_label\n"
+ROWS = [(0, 0, 0), (0, 1, 0), (0, 2, 1), (1, 1, 0), (1, 2, 0), (1, 3, 2), (2, 3, 0), (2, 0, 1), (2, 1, 2)]
+
+
+def write(directory: Path, rows: list[tuple[Any, ...]] | None = None, header: str = INTER) -> Path:
+    """A small dataset of three users and four items, without a flaw."""
+    directory.mkdir(exist_ok=True)
+    lines = ["\t".join(map(str, row)) for row in (ROWS if rows is None else rows)]
+    (directory / f"{directory.name}.inter").write_text(header + "\n".join(lines) + "\n")
+    for modality in ("image", "text"):
+        np.save(directory / f"{modality}_feat.npy", np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32))
+    return directory
+
+
+def spoil_nan(directory: Path) -> None:
+    table = np.load(directory / "image_feat.npy")
+    table[2, 3] = np.nan
+    np.save(directory / "image_feat.npy", table)
+
+
+def spoil_truncated(directory: Path) -> None:
+    file = directory / "text_feat.npy"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def replaced(row: int, value: tuple[Any, ...]) -> Callable[[Path], Path]:
+    return lambda directory: write(directory, [value if i == row else r for i, r in enumerate(ROWS)])
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing directory": (shutil.rmtree, "does not exist"),
+    "missing file": (lambda d: (d / "data.inter").unlink(), "holds no .inter file"),
+    "wrong column": (lambda d: write(d, header="userID\tproduct\tx_label\n"), "no itemID column among"),
+    "negative id": (replaced(3, (1, -1, 0)), "line 5: itemID -1 is negative"),
+    "huge id": (replaced(3, (1, 10**12, 0)), "line 5: itemID 1000000000000 is above"),
+    "gap in ids": (replaced(5, (1, 9, 2)), "never occurs though the largest is 9"),
+    "id that is no number": (replaced(3, (1, "x", 0)), "line 5: itemID is 'x'"),
+    "NaN feature": (spoil_nan, "row 2, column 3 is NaN"),
+    "feature rows": (lambda d: np.save(d / "image_feat.npy", np.zeros((3, 5))), "has 3 rows and the dataset 4 items"),
+    "empty split": (lambda d: write(d, [r for r in ROWS if r[2] != 1]), "the valid split is empty"),
+    "truncated npy": (spoil_truncated, "is damaged or not a plain .npy array"),
+    "missing features": (lambda d: [(d / f"{m}_feat.npy").unlink() for m in ("image", "text")], "features"),
+}
+
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "unknown option": (["--alpha3", "1"], "no option '--alpha3'; choose among --alpha1, --alpha2,"),
+    "unknown model": (["--model", "freedum"], "unknown model 'freedum'; choose one of bm3, freedom,"),
+    "unknown --set key": (["--set", "droput=0.1"], "has no hyper-parameter 'droput'; choose among"),
+    "--set without value": (["--set", "dropout"], "is not of the form key=value"),
+    "badly typed --set value": (["--set", "embedding_dim=wide"], "embedding_dim='wide' does not fit"),
+    "badly typed option": (["--alpha1", "big"], "--alpha1"),
+    "option without value": (["--alpha1"], "--alpha1"),
+    "unknown optimizer": (["--optimizer", "adamm"], "unknown optimizer 'adamm'; choose one of"),
+    "unknown optimizer argument": (["--optimizer-set", "beta=1"], "adam has no argument 'beta'; choose among b1, b2"),
+    "badly typed optimizer argument": (["--optimizer-set", "b1=high"], "b1"),
+    "alpha of zero": (["--alpha1", "0"], "alpha1 is 0.0; it must be a positive number"),
+    "negative alpha": (["--alpha2", "-0.1"], "alpha2 is -0.1; it must be a positive number"),
+    "interval of zero": (["--interval", "0"], "interval is 0"),
+    "learning rate of NaN": (["--learning-rate", "nan"], "learning_rate is nan"),
+    "no epochs": (["--epochs", "0"], "epochs is 0"),
+    "negative seed": (["--seed", "-1"], "seed is -1"),
+    "unknown metric": (["--metric", "recall@7"], "unknown metric 'recall@7'; choose one of recall@5,"),
+    "mirror and replay": (["--mirror", "--replay"], "exclude each other"),
+    "unexpected argument": (["surplus"], "surplus"),
+}
+
+
+def assert_one_sentence(code: int, captured: Any, part: str) -> None:
+    assert code == 2
+    assert part in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith(".\n")
+    assert "Traceback" not in captured.err + captured.out
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spoil, part = BAD_DATA[case]
+    data = write(tmp_path / "data")
+    spoil(data)
+    code = main(["train", *MODEL, "--data", str(data), "--out", str(tmp_path / "run")])
+    assert_one_sentence(code, capfd.readouterr(), part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options, part = BAD_OPTIONS[case]
+    code = main(["train", *MODEL, "--data", "demo", "--out", str(tmp_path / "run"), *options])
+    assert_one_sentence(code, capfd.readouterr(), part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_option_and_unknown_command(capfd: pytest.CaptureFixture[str]) -> None:
+    assert_one_sentence(main(["train", "--data", "demo"]), capfd.readouterr(), "--model")
+    assert_one_sentence(main(["trian"]), capfd.readouterr(), "choose one of train, evaluate, recommend,")
+
+
+def test_unwritable_output(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    below = str(tmp_path / "file" / "run")
+    code = main(["train", *MODEL, "--data", "demo", "--out", below])
+    assert_one_sentence(code, capfd.readouterr(), "cannot be written")
+    code = main(["recommend", str(run), "--output", f"{below}.csv"])
+    assert_one_sentence(code, capfd.readouterr(), "cannot be written")
+    code = main(["recommend", str(run), "--output", str(tmp_path / "lists.xlsx")])
+    assert_one_sentence(code, capfd.readouterr(), "ends neither in .csv nor in .parquet")
+
+
+@pytest.mark.parametrize("content", ["0\n600\n", "0\n-1\n", "a\n", "", None])
+def test_bad_users_file(run: Path, tmp_path: Path, content: str | None, capfd: pytest.CaptureFixture[str]) -> None:
+    users = tmp_path / "users.txt"
+    if content is not None:
+        users.write_text(content)
+    code = main(["recommend", str(run), "--users", str(users), "--output", str(tmp_path / "lists.csv")])
+    assert_one_sentence(code, capfd.readouterr(), str(users))
+
+
+def test_bad_run(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert_one_sentence(main(["evaluate", str(tmp_path)]), capfd.readouterr(), "holds no run")
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "config.yaml").write_text("model: [")
+    assert_one_sentence(main(["evaluate", str(copy)]), capfd.readouterr(), "config.yaml")
+    (copy / "config.yaml").write_text("model: vbpr\n")
+    assert_one_sentence(main(["evaluate", str(copy)]), capfd.readouterr(), "config.yaml")
+
+
+def test_resume_of_a_different_configuration(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["train", *MODEL, "--data", "demo", "--epochs", "3", "--out", str(run)]
+    assert_one_sentence(main(command), capfd.readouterr(), "already holds a run; add --resume")
+    code = main([*command, "--resume", "--alpha2", "0.1"])
+    assert_one_sentence(code, capfd.readouterr(), "alpha2 was 0.2 and is 0.1")
+
+
+def test_resume_on_other_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data, out = write(tmp_path / "data"), tmp_path / "run"
+    command = ["train", *MODEL, "--data", str(data), "--epochs", "1", "--out", str(out)]
+    assert main(command) == 0
+    np.save(data / "text_feat.npy", np.ones((4, 5), np.float32))
+    capfd.readouterr()
+    assert_one_sentence(main([*command, "--resume"]), capfd.readouterr(), "is not what")
+    assert_one_sentence(main(["evaluate", str(out)]), capfd.readouterr(), "is not the data of")
+
+
+def test_damaged_checkpoint(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for path in (copy / "checkpoint").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    command = ["train", *MODEL, "--data", "demo", "--epochs", "5", "--out", str(copy), "--resume"]
+    assert_one_sentence(main(command), capfd.readouterr(), "is damaged; delete it")
+    assert_one_sentence(main(["evaluate", str(copy)]), capfd.readouterr(), "is damaged; delete it")
