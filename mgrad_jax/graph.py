@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import sparse
 from jaxtyping import Array, Bool, Float, Int
 
+from mgrad_jax.dropout import keep_mask
 from mgrad_jax.errors import UserError
 
 
@@ -41,7 +42,7 @@ class Transpose:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "columns", "row_starts", "transpose"],
-    meta_fields=["shape"],
+    meta_fields=["shape", "n_users"],
 )
 @dataclass(frozen=True)
 class SparseGraph:
@@ -53,6 +54,7 @@ class SparseGraph:
         row_starts: (n_rows + 1,) int32; row r owns the entries row_starts[r] to row_starts[r + 1].
         shape: (n_rows, n_cols), static.
         transpose: structure of the transposed matrix; None where the matrix is symmetric.
+        n_users: of a user-item graph that stores every edge in both directions, nodes being users, then items; else None.
     """
 
     values: Float[Array, " nnz"]
@@ -60,6 +62,7 @@ class SparseGraph:
     row_starts: Int[Array, " rows_plus_1"]
     shape: tuple[int, int]
     transpose: Transpose | None = None
+    n_users: int | None = None
 
     @property
     def nnz(self) -> int:
@@ -123,12 +126,82 @@ def _propagate_backward(
         dx = _product(shape)(values, columns, row_starts, dy)
     else:
         dx = _product(shape[::-1])(values[transpose.entries], transpose.columns, transpose.row_starts, dy)
-    dvalues = jnp.sum(dy[_row_ids(row_starts, columns.shape[0])] * x[columns], axis=-1)
-    no_tangent = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), structure)
-    return dvalues.astype(values.dtype), no_tangent, dx
+    dvalues = _value_gradients(columns, row_starts, dy, x)
+    return dvalues.astype(values.dtype), _no_tangent(structure), dx
 
 
 _propagate.defvjp(_propagate_forward, _propagate_backward)
+
+
+def propagate_bipartite(
+    graph: SparseGraph, users: Float[Array, "users dim"], items: Float[Array, "items dim"]
+) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+    """`propagate` over a user-item graph, the two kinds of nodes apart: (R x_items, R' x_users) for [[0, R], [R', 0]].
+
+    Two products that do not wait for each other, and no concatenation: a quarter faster in training than one product
+    over all nodes. Differentiable like `propagate`.
+
+    Args:
+        graph: over the nodes users, then items; without `n_users` it is propagated as one.
+        users, items: (n_users, dim) and (n_items, dim).
+    """
+    sizes = users.shape[0], items.shape[0]
+    if graph.n_users is None:
+        nodes = propagate(graph, jnp.concatenate([users, items]))
+        return nodes[: sizes[0]], nodes[sizes[0] :]
+    if sizes != (graph.n_users, graph.shape[0] - graph.n_users):
+        raise ValueError(f"propagate_bipartite: the graph's users and items are not {sizes[0]} and {sizes[1]}.")
+    return _bipartite(sizes, graph.values.astype(users.dtype), _structure(graph), users, items)
+
+
+def _halves(
+    sizes: tuple[int, int], values: Array, columns: Array, row_starts: Array, users: Array, items: Array
+) -> tuple[Array, Array]:
+    """Both products of one step; half of the entries lie in the rows of users."""
+    n_users, n_items = sizes
+    half = columns.shape[0] // 2
+    to_users = _product(sizes)(values[:half], columns[:half] - n_users, row_starts[: n_users + 1], items)
+    to_items = _product((n_items, n_users))(values[half:], columns[half:], row_starts[n_users:] - half, users)
+    return to_users, to_items
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bipartite(
+    sizes: tuple[int, int], values: Array, structure: tuple[Any, ...], users: Array, items: Array
+) -> tuple[Array, Array]:
+    columns, row_starts, _ = structure
+    return _halves(sizes, values, columns, row_starts, users, items)
+
+
+def _bipartite_forward(
+    sizes: tuple[int, int], values: Array, structure: tuple[Any, ...], users: Array, items: Array
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    return _bipartite(sizes, values, structure, users, items), (values, structure, users, items)
+
+
+def _bipartite_backward(
+    sizes: tuple[int, int], saved: tuple[Any, ...], gradients: tuple[Array, Array]
+) -> tuple[Array, tuple[Any, ...], Array, Array]:
+    values, structure, users, items = saved
+    columns, row_starts, transpose = structure
+    if transpose is None:
+        dusers, ditems = _halves(sizes, values, columns, row_starts, *gradients)
+    else:
+        back = values[transpose.entries], transpose.columns, transpose.row_starts
+        dusers, ditems = _halves(sizes, *back, *gradients)
+    dvalues = _value_gradients(columns, row_starts, jnp.concatenate(gradients), jnp.concatenate([users, items]))
+    return dvalues.astype(values.dtype), _no_tangent(structure), dusers, ditems
+
+
+_bipartite.defvjp(_bipartite_forward, _bipartite_backward)
+
+
+def _value_gradients(columns: Array, row_starts: Array, dy: Array, x: Array) -> Array:
+    return jnp.sum(dy[_row_ids(row_starts, columns.shape[0])] * x[columns], axis=-1)
+
+
+def _no_tangent(structure: tuple[Any, ...]) -> Any:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), structure)
 
 
 @cache
@@ -177,6 +250,7 @@ def sparse_graph(
     shape: tuple[int, int],
     *,
     symmetric: bool = False,
+    n_users: int | None = None,
     dtype: Any = jnp.float32,
 ) -> SparseGraph:
     """Build a graph on the host from its entries, in any order; repeated entries add up.
@@ -185,10 +259,11 @@ def sparse_graph(
         rows, columns, values: (n,) each.
         shape: (n_rows, n_cols).
         symmetric: promises that the matrix equals its transpose, which is then not stored.
+        n_users: promises a user-item graph with every edge in both directions (see `propagate_bipartite`).
         dtype: of the values.
 
     Raises:
-        ValueError: an id outside the shape.
+        ValueError: an id outside the shape, or a promise that does not hold.
     """
     rows, columns = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
     for ids, size, what in ((rows, shape[0], "row"), (columns, shape[1], "column")):
@@ -197,6 +272,9 @@ def sparse_graph(
     codes, place = np.unique(rows * shape[1] + columns, return_inverse=True)
     summed = np.bincount(place, np.asarray(values, np.float64), len(codes))
     rows, columns = codes // shape[1], codes % shape[1]
+    of_users = np.count_nonzero(rows < (n_users or 0))
+    if n_users is not None and (((rows < n_users) == (columns < n_users)).any() or 2 * of_users != len(rows)):
+        raise ValueError(f"with n_users={n_users} every edge must join a user and an item, in both directions.")
     transpose = None
     if not symmetric:
         order = np.lexsort((rows, columns))
@@ -204,7 +282,7 @@ def sparse_graph(
             jnp.asarray(rows[order], jnp.int32), _starts(columns, shape[1]), jnp.asarray(order, jnp.int32)
         )
     return SparseGraph(
-        jnp.asarray(summed, dtype), jnp.asarray(columns, jnp.int32), _starts(rows, shape[0]), shape, transpose
+        jnp.asarray(summed, dtype), jnp.asarray(columns, jnp.int32), _starts(rows, shape[0]), shape, transpose, n_users
     )
 
 
@@ -236,7 +314,7 @@ def normalized_bipartite(
     rows, columns, degrees = _both_directions(users, items, n_users, n_items)
     values = 1.0 / np.sqrt((degrees[rows] + eps) * (degrees[columns] + eps))
     n_nodes = n_users + n_items
-    return sparse_graph(rows, columns, values, (n_nodes, n_nodes), symmetric=True, dtype=dtype)
+    return sparse_graph(rows, columns, values, (n_nodes, n_nodes), symmetric=True, n_users=n_users, dtype=dtype)
 
 
 def mean_bipartite(
@@ -245,7 +323,7 @@ def mean_bipartite(
     """D^-1 A over the nodes users, then items: every node averages its neighbours (MMGCN)."""
     rows, columns, degrees = _both_directions(users, items, n_users, n_items)
     n_nodes = n_users + n_items
-    return sparse_graph(rows, columns, 1.0 / degrees[rows], (n_nodes, n_nodes), dtype=dtype)
+    return sparse_graph(rows, columns, 1.0 / degrees[rows], (n_nodes, n_nodes), n_users=n_users, dtype=dtype)
 
 
 @partial(
@@ -315,7 +393,7 @@ def keep_edges(edges: BipartiteEdges, kept: Int[Array, " kept"]) -> SparseGraph:
     columns = edges.columns[places]
     scale = jax.lax.rsqrt(jnp.diff(row_starts).astype(dtype) + edges.eps)
     values = scale[_row_ids(row_starts, columns.shape[0])] * scale[columns]
-    return SparseGraph(values, columns, row_starts, (n_nodes, n_nodes))
+    return SparseGraph(values, columns, row_starts, (n_nodes, n_nodes), n_users=edges.n_users)
 
 
 def prune_edges(key: Array, edges: BipartiteEdges, n_keep: int, weighted: bool | Bool[Array, ""] = True) -> SparseGraph:
@@ -362,7 +440,7 @@ def drop_entries(key: Array, graph: SparseGraph, rate: Float[Array, ""] | float)
         graph: with its transpose (`with_transpose`): the result is not symmetric.
         rate: in [0, 1); may be traced.
     """
-    keep = jax.random.uniform(key, graph.values.shape, graph.values.dtype) >= rate
+    keep = keep_mask(key, graph.values.shape, rate)
     return replace_values(graph, jnp.where(keep, graph.values / (1.0 - rate), 0.0))
 
 

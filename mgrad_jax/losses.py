@@ -34,13 +34,13 @@ def safe_norm(x: Float[Array, "... dim"], axis: int | tuple[int, ...] | None = N
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
 
 
-def embedding_norm(*tables: Float[Array, "rows dim"]) -> Float[Array, ""]:
+def embedding_norm(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
     """Sum of the tables' Frobenius norms, not squared, over the rows of the last table (published EmbLoss)."""
     total = sum((safe_norm(table) for table in tables), jnp.zeros((), tables[-1].dtype))
     return total / tables[-1].shape[0]
 
 
-def half_squares(*tables: Float[Array, "rows dim"]) -> Float[Array, ""]:
+def half_squares(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
     """Half the sum of squares of all entries (published L2Loss)."""
     return 0.5 * sum((jnp.sum(table * table) for table in tables), jnp.zeros((), tables[-1].dtype))
 
@@ -63,9 +63,3 @@ def cosine_alignment(online: Float[Array, "rows dim"], target: Float[Array, "row
 def info_nce(logits: Float[Array, "rows rows"]) -> Float[Array, ""]:
     """Mean cross-entropy of the diagonal: each row's own partner among the batch's (SLMRec)."""
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.diagonal(logits))
-
-
-def dropout(key: Array, x: Float[Array, "..."], rate: Float[Array, ""] | float) -> Float[Array, "..."]:
-    """Inverted dropout: entries kept with probability 1 - rate and scaled by 1 / (1 - rate). `rate` may be traced."""
-    keep = jax.random.uniform(key, x.shape, x.dtype) >= rate
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

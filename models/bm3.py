@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.dropout import dropout
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import normalized_bipartite
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
@@ -138,15 +139,10 @@ class BM3(Recommender):
 
     def representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """h_u and h_i, before the predictor."""
-        items = self.item_id_embedding[...]
-        nodes = jnp.concatenate([self.user_embedding[...], items])
-        nodes = lightgcn_layers(self.graph.get_value(), nodes, self.config.n_layers)
-        return nodes[: self.n_users], nodes[self.n_users :] + items
+        ids = self.item_id_embedding[...]
+        users, items = lightgcn_layers(self.graph.get_value(), self.user_embedding[...], ids, self.config.n_layers)
+        return users, items + ids
 
     def _target(self, key: Array, rows: Float[Array, "batch dim"], ids: Int[Array, " batch"]) -> Array:
-        """A dropped-out copy of some rows without gradient; the mask belongs to the id, so that its repeats share it."""
-
-        def mask(row_id: Array) -> Array:
-            return jax.random.uniform(jax.random.fold_in(key, row_id), rows.shape[1:], rows.dtype) >= self.dropout[...]
-
-        return jax.lax.stop_gradient(jnp.where(jax.vmap(mask)(ids), rows / (1.0 - self.dropout[...]), 0.0))
+        """A dropped-out copy of some rows without gradient."""
+        return dropout(key, jax.lax.stop_gradient(rows), self.dropout[...], ids)

@@ -126,15 +126,13 @@ class FREEDOM(Recommender):
         del key
         users, items = self._propagated(self.pruned_graph if self.config.dropout > 0 else self.graph)
         user_rows = users[batch.users]
-
-        def rank(positives: Array, negatives: Array) -> Array:
-            return losses.bpr_loss(jnp.sum(user_rows * (positives - negatives), axis=-1))
-
-        ranking = rank(items[batch.positives], items[batch.negatives])
+        ranking = losses.bpr_loss(jnp.sum(user_rows * (items[batch.positives] - items[batch.negatives]), axis=-1))
         features = jnp.zeros((), self.dtype)
         for modality in self.modalities:
             table, projection = getattr(self, f"{modality}_embedding")[...], getattr(self, f"{modality}_trs")
-            features += rank(projection(table[batch.positives]), projection(table[batch.negatives]))
+            # Ranking sees differences only: one product instead of two, and the bias cancels.
+            difference = (table[batch.positives] - table[batch.negatives]) @ projection.kernel[...]
+            features += losses.bpr_loss(jnp.sum(user_rows * difference, axis=-1))
         weighted = self.reg_weight[...] * features
         return ranking + weighted, {"bpr": ranking, "feature_bpr": weighted}
 
@@ -147,6 +145,5 @@ class FREEDOM(Recommender):
         neighbours = item_ids
         for _ in range(self.config.n_mm_layers):
             neighbours = propagate(self.item_graph.get_value(), neighbours)
-        nodes = jnp.concatenate([self.user_embedding[...], item_ids])
-        nodes = lightgcn_layers(graph.get_value(), nodes, self.config.n_ui_layers)
-        return nodes[: self.n_users], nodes[self.n_users :] + neighbours
+        users, items = lightgcn_layers(graph.get_value(), self.user_embedding[...], item_ids, self.config.n_ui_layers)
+        return users, items + neighbours

@@ -106,6 +106,5 @@ class LightGCN(Recommender):
 
     def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """The mean over the layers, of users and of items."""
-        ego = jnp.concatenate([self.user_embedding[...], self.item_embedding[...]])
-        nodes = lightgcn_layers(self.graph.get_value(), ego, self.config.n_layers)
-        return nodes[: self.n_users], nodes[self.n_users :]
+        ego = self.user_embedding[...], self.item_embedding[...]
+        return lightgcn_layers(self.graph.get_value(), *ego, self.config.n_layers)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.dropout import dropout
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import SparseGraph, drop_entries, normalized_bipartite, with_transpose
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
@@ -122,9 +123,7 @@ class SelfCF(Recommender):
 
     def _encode(self, graph: SparseGraph) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """LightGCN's mean over the layers, of users and of items."""
-        ego = jnp.concatenate([self.user_embedding[...], self.item_embedding[...]])
-        nodes = lightgcn_layers(graph, ego, self.config.n_layers)
-        return nodes[: self.n_users], nodes[self.n_users :]
+        return lightgcn_layers(graph, self.user_embedding[...], self.item_embedding[...], self.config.n_layers)
 
     def _loss_on(
         self, graph: SparseGraph, batch: Batch, key: Array
@@ -133,8 +132,8 @@ class SelfCF(Recommender):
         users, items = self._encode(graph)
         user_rows, item_rows = users[batch.users], items[batch.positives]
         user_key, item_key = jax.random.split(key)
-        user_targets = losses.dropout(user_key, jax.lax.stop_gradient(user_rows), self.dropout[...])
-        item_targets = losses.dropout(item_key, jax.lax.stop_gradient(item_rows), self.dropout[...])
+        user_targets = dropout(user_key, jax.lax.stop_gradient(user_rows), self.dropout[...])
+        item_targets = dropout(item_key, jax.lax.stop_gradient(item_rows), self.dropout[...])
         similarity = 0.5 * jnp.mean(losses.cosine(self.predictor(user_rows), item_targets)) + 0.5 * jnp.mean(
             losses.cosine(self.predictor(item_rows), user_targets)
         )

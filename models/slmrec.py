@@ -159,8 +159,7 @@ class SLMRec(Recommender):
         items = jnp.concatenate(
             [self.item_embedding[...], self.image_map(self.image[...]), self.text_map(self.text[...])], axis=1
         )
-        nodes = lightgcn_layers(self.graph.get_value(), jnp.concatenate([users, items]), self.config.layer_num)
-        return nodes[: self.n_users], nodes[self.n_users :]
+        return lightgcn_layers(self.graph.get_value(), users, items, self.config.layer_num)
 
     def _modality_contrast(self, item_rows: Float[Array, "batch 3*dim"]) -> Float[Array, ""]:
         """CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp): id with image (fine), both with text (coarse)."""

@@ -26,6 +26,7 @@ from mgrad_jax.graph import (
     mean_bipartite,
     normalized_bipartite,
     propagate,
+    propagate_bipartite,
     prune_edges,
     replace_values,
     sparse_graph,
@@ -286,3 +287,49 @@ def test_neighbours_of_bad_features_are_refused() -> None:
         knn_indices(features, 2)
     with pytest.raises(UserError, match="knn_k is 5; it must be between 1 and the number of items, 4"):
         knn_indices(features, 5)
+
+
+def bipartite_case(kind: str) -> SparseGraph:
+    users, items = np.random.default_rng(3).integers(0, [6, 4], (15, 2)).T
+    build = mean_bipartite if kind == "mean" else normalized_bipartite
+    graph = build(users, items, 6, 4, dtype=jnp.float64)
+    if kind == "dropped":
+        return drop_entries(jax.random.key(0), with_transpose(graph), 0.4)
+    return dataclasses.replace(graph, n_users=None) if kind == "unmarked" else graph
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "mean", "dropped", "unmarked"])
+@pytest.mark.usefixtures("x64")
+def test_bipartite_propagation_equals_propagation(kind: str) -> None:
+    """In value, in the derivatives of users, items and values, and under vmap."""
+    graph = bipartite_case(kind)
+    rng = np.random.default_rng(0)
+    users, items = jnp.asarray(rng.normal(size=(2, 6, 3))), jnp.asarray(rng.normal(size=(2, 4, 3)))
+
+    def apart(values: Any, users: Any, items: Any) -> Any:
+        return jnp.concatenate(propagate_bipartite(dataclasses.replace(graph, values=values), users, items))
+
+    def whole(values: Any, users: Any, items: Any) -> Any:
+        return propagate(dataclasses.replace(graph, values=values), jnp.concatenate([users, items]))
+
+    def squared(function: Any) -> Any:
+        return lambda *arguments: jnp.sum(jnp.sin(function(*arguments)))
+
+    for ours, dense in (
+        (apart, whole),
+        *((jax.grad(squared(apart), k), jax.grad(squared(whole), k)) for k in range(3)),
+    ):
+        mapped = jax.jit(jax.vmap(ours, (None, 0, 0)))(graph.values, users, items)
+        for member in range(2):
+            expected = dense(graph.values, users[member], items[member])
+            np.testing.assert_allclose(jax.jit(ours)(graph.values, users[member], items[member]), expected, atol=1e-14)
+            np.testing.assert_allclose(mapped[member], expected, atol=1e-14)
+
+
+def test_bipartite_graphs_keep_their_promise() -> None:
+    graph = normalized_bipartite(np.array([0, 1]), np.array([1, 0]), 2, 2)
+    with pytest.raises(ValueError, match="users and items are not 3 and 1"):
+        propagate_bipartite(graph, jnp.ones((3, 2)), jnp.ones((1, 2)))
+    for rows, columns in (([0, 1], [1, 0]), ([0, 1], [2, 3]), ([0, 2, 3], [2, 3, 0])):
+        with pytest.raises(ValueError, match="in both directions"):
+            sparse_graph(np.asarray(rows), np.asarray(columns), np.ones(len(rows)), (4, 4), n_users=2)

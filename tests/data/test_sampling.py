@@ -63,3 +63,14 @@ def test_shuffle_is_a_uniform_permutation() -> None:
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 6
     assert np.all(np.abs(counts - 1000) < 5 * np.sqrt(1000))
+
+
+def test_a_long_shuffle_leaves_no_trace_of_the_order() -> None:
+    """Long enough for two rounds of tags: each tenth holds ids from everywhere, half of the neighbours ascend."""
+    n = 150_000
+    order = np.asarray(shuffle(jax.random.key(1), n))
+    np.testing.assert_array_equal(np.sort(order), np.arange(n))
+    tenth = n // 10
+    counts = [np.bincount(part // tenth, minlength=10) for part in np.split(order, 10)]
+    assert np.all(np.abs(np.asarray(counts) - tenth / 10) < 5 * np.sqrt(tenth / 10))
+    assert abs(np.mean(np.diff(order) > 0) - 0.5) < 5 * np.sqrt(1 / 12 / n)

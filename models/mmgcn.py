@@ -1,0 +1,210 @@
+"""MMGCN: one graph convolution network a modality, with id residuals, averaged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mgrad_jax import losses
+from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import SparseGraph, mean_bipartite, propagate
+from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
+
+N_LAYERS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MMGCNConfig(ModelConfig):
+    """Hyper-parameters of MMGCN under their published names."""
+
+    dim_latent: int = dataclasses.field(default=256, metadata={"help": "width the image features are mapped to"})
+    reg_weight: float = dataclasses.field(
+        default=1e-3, metadata={"help": "weight of the squares of the random tables", "traced": True}
+    )
+    train_tables: bool = dataclasses.field(
+        default=False, metadata={"help": "learn the id and preference tables, which as published stay random"}
+    )
+    table_seed: int = dataclasses.field(default=999, metadata={"help": "seed of the id and preference tables"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim_latent < 1:
+            raise UserError(f"dim_latent is {self.dim_latent}; it must be at least 1.")
+        if self.reg_weight < 0:
+            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
+        if not 0 <= self.table_seed < 2**32:
+            raise UserError(f"table_seed is {self.table_seed}; it must be between 0 and 2**32 - 1.")
+
+
+class _Layer(nnx.Module):
+    """x -> lrelu(G [lrelu(A x C); lrelu(W x + c) + Y] + d), from `width` to `dim` columns."""
+
+    def __init__(self, width: int, inner: int, dim: int, merge_init: Any, *, rngs: nnx.Rngs, dtype: Any) -> None:
+        self.conv = nnx.Param(xavier_normal(rngs.params(), (width, inner), dtype))
+        self.residual = linear(width, dim, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
+        self.merge = linear(inner + dim, dim, rngs=rngs, dtype=dtype, kernel_init=merge_init)
+
+    def __call__(
+        self, x: Float[Array, "nodes width"], neighbours: Float[Array, "nodes width"], ids: Float[Array, "nodes dim"]
+    ) -> Float[Array, "nodes dim"]:
+        gathered = jax.nn.leaky_relu(neighbours @ self.conv[...])
+        own = jax.nn.leaky_relu(self.residual(x)) + ids
+        return jax.nn.leaky_relu(self.merge(jnp.concatenate([gathered, own], axis=1)))
+
+
+class _Branch(nnx.Module):
+    """One modality: users start at their preferences, items at their features, mapped to `latent` columns if given."""
+
+    def __init__(
+        self, features: Float[Array, "items raw"], dim: int, latent: int | None, *, rngs: nnx.Rngs, dtype: Any
+    ) -> None:
+        self.features = Frozen(features)
+        self.width = latent or features.shape[1]
+        self.map = linear(features.shape[1], latent, rngs=rngs, dtype=dtype) if latent else None
+        wide, narrow = (self.width, self.width, dim, xavier_normal), (dim, dim, dim, None)
+        shapes = [wide] + [narrow] * (N_LAYERS - 1)
+        self.layers = nnx.List([_Layer(*shape, rngs=rngs, dtype=dtype) for shape in shapes])
+
+    def start(self) -> Float[Array, "nodes width"]:
+        """Layer 0: rows of unit length, users first."""
+        items = self.features[...]
+        if self.map is not None:
+            items = self.map(items)
+        return losses.normalize(jnp.concatenate([self.preference[...], items]))
+
+    def __call__(self, graph: SparseGraph, ids: Float[Array, "nodes dim"]) -> Float[Array, "nodes dim"]:
+        if self.constant_start:
+            x, neighbours = self.first_input[...], self.first_neighbours[...]
+        else:
+            x = self.start()
+            neighbours = propagate(graph, x)
+        for layer in self.layers[:-1]:
+            x = layer(x, neighbours, ids)
+            neighbours = propagate(graph, x)
+        return self.layers[-1](x, neighbours, ids)
+
+    def use_preference(self, kind: type[nnx.Variable[Any]], table: Array, graph: SparseGraph) -> None:
+        """Set the users' preferences; where nothing in layer 0 is learned, its products are made once, here."""
+        self.preference = kind(table)
+        self.constant_start = kind is Frozen and self.map is None
+        if self.constant_start:
+            start = self.start()
+            self.first_input, self.first_neighbours = Frozen(start), Frozen(propagate(graph, start))
+
+
+class MMGCN(Recommender):
+    """Modality-wise graph convolution with id residuals (Wei et al., ACM MM 2019, as published in MMRec).
+
+    With A = D^-1 R~ the user-item graph whose rows average the neighbours, Y an id table of random numbers, and for a
+    modality m the preferences P_m of the users (random numbers too) and the features X_m of the items,
+
+        x_m = rows of [P_m; f_m(X_m)] at unit length,   f_image a linear map to dim_latent columns, f_text = identity
+        three times:  h = lrelu(A x_m C),  r = lrelu(W x_m + c) + Y,  x_m <- lrelu(G [h; r] + d)
+        z = mean over modalities of x_m,   score(u, i) = <z_u, z_i>
+        loss = mean -log sigmoid(score(u, i) - score(u, j))
+             + reg_weight (mean (2 Y_u^2 + Y_i^2 + Y_j^2) / 2 + mean P_image^2).
+
+    As published: Y and P are meant to be learned and are not, so they stay the noise they start as and the penalty is a
+    constant (`train_tables=True` learns them); P_text has no penalty; there are three layers, whatever the published
+    `n_layers` says, which is left out; modalities are averaged where the paper adds them.
+
+    The published code draws the tables with the run's seed and its checkpoints lack them. Here they are drawn from
+    `table_seed`, so that parameters and configuration suffice to rebuild a model; seeds of a study share the tables
+    unless `table_seed` varies too. `use_tables` puts in others. The loss is softplus(-difference), which stays finite
+    where the published log(sigmoid) overflows. Scores come from the current parameters, where the published code
+    scores with the representations of the last training step (`fit(..., evaluate="stale")`).
+    """
+
+    name: ClassVar[str] = "mmgcn"
+    paper: ClassVar[str] = (
+        "Wei, Wang, Nie, He, Hong, Chua: MMGCN: Multi-modal Graph Convolution Network for Personalized Recommendation "
+        "of Micro-video, ACM MM 2019"
+    )
+    config_class: ClassVar[type[ModelConfig]] = MMGCNConfig
+    needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "learning_rate": (1e-4, 5e-4, 1e-3, 5e-3, 1e-2),
+        "reg_weight": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+    }
+    published_names: ClassVar[Mapping[str, str]] = {
+        "id_embedding": "id_embedding",
+        "image.map.kernel": "v_gcn.MLP.weight",
+        "image.map.bias": "v_gcn.MLP.bias",
+        **{
+            f"{ours}.{path}": f"{published}.{name}"
+            for ours, published in {"image": "v_gcn", "text": "t_gcn"}.items()
+            for path, name in {
+                "preference": "preference",
+                **{f"layers.{layer}.conv": f"conv_embed_{layer + 1}.weight" for layer in range(N_LAYERS)},
+                **{
+                    f"layers.{layer}.{part}.{array}": f"{name}{layer + 1}.{'weight' if array == 'kernel' else array}"
+                    for layer in range(N_LAYERS)
+                    for part, name in {"residual": "linear_layer", "merge": "g_layer"}.items()
+                    for array in ("kernel", "bias")
+                },
+            }.items()
+        },
+    }
+
+    config: MMGCNConfig
+    reg_weight: nnx.Variable[Array]
+    image: _Branch  # where the data have images
+    text: _Branch  # where the data have texts
+
+    def __init__(self, data: Interactions, config: MMGCNConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        super().__init__(data, config, rngs=rngs, dtype=dtype)
+        pairs = data.train[:, 0], data.train[:, 1]
+        self.graph = Frozen(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
+        self.modalities = self.features_given(data)
+        for modality in self.modalities:
+            latent = config.dim_latent if modality == "image" else None
+            table = self.feature(data, modality)
+            setattr(self, modality, _Branch(table, config.embedding_dim, latent, rngs=rngs, dtype=dtype))
+        keys = nnx.Rngs(config.table_seed)
+        n_nodes = data.n_users + data.n_items
+        ids = xavier_normal(keys.params(), (n_nodes, config.embedding_dim), dtype)
+        shapes = {modality: (data.n_users, getattr(self, modality).width) for modality in self.modalities}
+        self.use_tables(ids, **{name: xavier_normal(keys.params(), shape, dtype) for name, shape in shapes.items()})
+
+    def use_tables(self, ids: Float[Array, "nodes dim"], **preferences: Float[Array, "users width"]) -> None:
+        """Replace the id table and the users' preferences by modality: `use_tables(ids, image=..., text=...)`.
+
+        Also to be called after `graph` has been replaced. Not for use inside compiled functions.
+        """
+        kind = nnx.Param if self.config.train_tables else Frozen
+        self.id_embedding = kind(jnp.asarray(ids, self.dtype))
+        for modality in self.modalities:
+            table = jnp.asarray(preferences[modality], self.dtype)
+            getattr(self, modality).use_preference(kind, table, self.graph.get_value())
+
+    def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Pairwise ranking and the penalty on the tables; `key` is not used."""
+        del key
+        users, items = self.embed()
+        difference = jnp.sum(users[batch.users] * (items[batch.positives] - items[batch.negatives]), axis=-1)
+        ranking = losses.bpr_loss(difference)
+        penalty = self.reg_weight[...] * self._table_squares(batch)
+        return ranking + penalty, {"bpr": ranking, "table_squares": penalty}
+
+    def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        """z_u and z_i."""
+        graph, ids = self.graph.get_value(), self.id_embedding[...]
+        views = [getattr(self, modality)(graph, ids) for modality in self.modalities]
+        nodes = sum(views[1:], views[0]) / len(views)
+        return nodes[: self.n_users], nodes[self.n_users :]
+
+    def _table_squares(self, batch: Batch) -> Float[Array, ""]:
+        squares = self.id_embedding[...] ** 2
+        user_squares, item_squares = squares[: self.n_users], squares[self.n_users :]
+        rows = 2 * user_squares[batch.users] + item_squares[batch.positives] + item_squares[batch.negatives]
+        total = 0.5 * jnp.mean(rows)
+        if "image" in self.modalities:
+            total += jnp.mean(self.image.preference[...] ** 2)
+        return total
