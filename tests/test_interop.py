@@ -1,0 +1,116 @@
+"""Published checkpoints: what fits is loaded, what does not is named, from a dict or a file."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgrad_jax import interop, models
+from mgrad_jax.data import demo_interactions
+from mgrad_jax.errors import UserError
+
+DATA = demo_interactions(n_users=40, n_items=30, n_groups=2)
+
+
+def vbpr(seed: int = 1, **hyper_parameters: Any) -> models.Recommender:
+    return models.create("vbpr", DATA, seed=seed, embedding_dim=4, **hyper_parameters)
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_names_and_layout_are_the_published_ones() -> None:
+    state = interop.torch_state(vbpr())
+    width = sum(table.shape[1] for table in DATA.features.values())
+    assert {name: array.shape for name, array in state.items()} == {
+        "u_embedding": (40, 8),
+        "i_embedding": (30, 4),
+        "item_linear.weight": (4, width),
+        "item_linear.bias": (4,),
+    }
+
+
+def test_a_state_goes_from_one_model_to_another_and_scores_follow() -> None:
+    source, target = vbpr(1), vbpr(2)
+    assert not same(interop.torch_state(source), interop.torch_state(target))
+    assert interop.load_torch_state(target, interop.torch_state(source)) is target
+    assert same(interop.torch_state(source), interop.torch_state(target))
+    users = np.arange(5)
+    np.testing.assert_array_equal(source.scores(users), target.scores(users))
+
+
+def test_an_npz_file_is_read(tmp_path: Path) -> None:
+    source, target = vbpr(1), vbpr(2)
+    np.savez(tmp_path / "vbpr.npz", **interop.torch_state(source))
+    interop.load_torch_state(target, tmp_path / "vbpr.npz")
+    assert same(interop.torch_state(source), interop.torch_state(target))
+
+
+class Tensor:
+    """What `load_torch_state` needs of a PyTorch tensor on a device."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def detach(self) -> Tensor:
+        return self
+
+    def cpu(self) -> Tensor:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        return self.array
+
+
+def test_tensors_are_taken_to_the_host() -> None:
+    source, target = vbpr(1), vbpr(2)
+    interop.load_torch_state(target, {name: Tensor(x) for name, x in interop.torch_state(source).items()})
+    assert same(interop.torch_state(source), interop.torch_state(target))
+
+
+def test_all_misfits_are_listed_in_one_sentence_and_nothing_changes() -> None:
+    model = vbpr()
+    before = interop.torch_state(model)
+    state = {**before, "item_bias": np.zeros(30), "i_embedding": np.zeros((31, 4)), "visual": np.zeros(2)}
+    del state["u_embedding"], state["item_linear.bias"]
+    expected = (
+        "the checkpoint does not fit vbpr (missing: item_linear.bias, u_embedding; unexpected: item_bias, visual; "
+        "misshaped: i_embedding has shape (31, 4) instead of (30, 4)); load the matching one."
+    )
+    with pytest.raises(UserError, match=re.escape(expected)):
+        interop.load_torch_state(model, state)
+    assert same(before, interop.torch_state(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("absent.npz", None, "absent.npz cannot be read as a checkpoint"),
+        ("text.npz", b"no archive", "text.npz cannot be read as a checkpoint"),
+        ("weights.bin", b"", "weights.bin ends in '.bin'; give a .npz, .pth or .pt file."),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        interop.load_torch_state(vbpr(), tmp_path / name)
+
+
+def test_a_pth_file_without_torch_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def without_torch(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "torch":
+            raise ImportError(name)
+        return real_import(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    with pytest.raises(UserError, match=r"needs PyTorch to be read; install torch, or save the arrays as \.npz"):
+        interop.load_torch_state(vbpr(), tmp_path / "vbpr.pth")
