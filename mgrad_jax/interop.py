@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from flax import nnx
 
 from mgrad_jax.errors import UserError
 from mgrad_jax.models import Recommender
+
+# What NumPy and PyTorch raise over a file that is damaged or of another kind.
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, struct.error, pickle.UnpicklingError)
 
 
 def torch_state(model: Recommender) -> dict[str, np.ndarray]:
@@ -86,7 +91,7 @@ def _read(file: Path) -> Mapping[str, Any]:
                 return {name: arrays[name] for name in arrays.files}
         if file.suffix in (".pth", ".pt"):
             return _read_torch(file)
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError) as error:
+    except _UNREADABLE as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{file} cannot be read as a checkpoint ({reason}); check the path and the file.") from None
     raise UserError(f"{file} ends in '{file.suffix}'; give a .npz, .pth or .pt file.")
