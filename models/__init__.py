@@ -19,6 +19,8 @@ from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, 
 
 _CLASSES = {
     "bm3": "BM3",
+    "dragon": "DRAGON",
+    "dualgnn": "DualGNN",
     "freedom": "FREEDOM",
     "grcn": "GRCN",
     "layergcn": "LayerGCN",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -120,7 +121,7 @@ class Recommender(nnx.Module):
         """Vectors of all users and items in evaluation mode; the score of a pair is their dot product."""
         raise NotImplementedError
 
-    def scores(self, users: Int[Array, " n"]) -> Float[Array, "n items"]:
+    def scores(self, users: Int[Array, " n"] | Int[np.ndarray, " n"]) -> Float[Array, "n items"]:
         """Scores of all items for some users, (len(users), n_items)."""
         user_vectors, item_vectors = self.embed()
         return user_vectors[jnp.asarray(users)] @ item_vectors.T

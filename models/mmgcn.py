@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -173,7 +174,11 @@ class MMGCN(Recommender):
         shapes = {modality: (data.n_users, getattr(self, modality).width) for modality in self.modalities}
         self.use_tables(ids, **{name: xavier_normal(keys.params(), shape, dtype) for name, shape in shapes.items()})
 
-    def use_tables(self, ids: Float[Array, "nodes dim"], **preferences: Float[Array, "users width"]) -> None:
+    def use_tables(
+        self,
+        ids: Float[Array, "nodes dim"] | Float[np.ndarray, "nodes dim"],
+        **preferences: Float[Array, "users _"] | Float[np.ndarray, "users _"],
+    ) -> None:
         """Replace the id table and the users' preferences by modality: `use_tables(ids, image=..., text=...)`.
 
         Also to be called after `graph` has been replaced. Not for use inside compiled functions.

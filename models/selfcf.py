@@ -105,7 +105,7 @@ class SelfCF(Recommender):
         graph_key, target_key = jax.random.split(key)
         return self._loss_on(self._training_graph(graph_key), batch, target_key)
 
-    def embed(self) -> tuple[Float[Array, "users 2*dim"], Float[Array, "items 2*dim"]]:
+    def embed(self) -> tuple[Float[Array, "users both"], Float[Array, "items both"]]:
         """[q(z_u); z_u] and [z_i; q(z_i)] on the whole graph."""
         users, items = self._encode(self.graph.get_value())
         return (

@@ -153,7 +153,7 @@ class SLMRec(Recommender):
         user_views, item_views = self._views()
         return self.fuse_users(user_views), self.fuse_items(item_views)
 
-    def _views(self) -> tuple[Float[Array, "users 3*dim"], Float[Array, "items 3*dim"]]:
+    def _views(self) -> tuple[Float[Array, "users views"], Float[Array, "items views"]]:
         """[G_id; G_v; G_t] side by side: the three propagations run as one, three times as wide."""
         users = jnp.tile(self.user_embedding[...], (1, 3))
         items = jnp.concatenate(
@@ -161,7 +161,7 @@ class SLMRec(Recommender):
         )
         return lightgcn_layers(self.graph.get_value(), users, items, self.config.layer_num)
 
-    def _modality_contrast(self, item_rows: Float[Array, "batch 3*dim"]) -> Float[Array, ""]:
+    def _modality_contrast(self, item_rows: Float[Array, "batch views"]) -> Float[Array, ""]:
         """CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp): id with image (fine), both with text (coarse)."""
         id_rows, image_rows, text_rows = jnp.split(item_rows, 3, axis=1)
         fine = self.head_id(id_rows)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Annotations, shapes included, are checked wherever the tests call the models' mathematics.
+install_import_hook(
+    ["mgrad_jax.losses", "mgrad_jax.dropout", "mgrad_jax.models", "mgrad_jax.evaluation.metrics"], "beartype.beartype"
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,0 +1,90 @@
+"""DRAGON: DualGNN's convolutions side by side, and items smoothed over a frozen item graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mgrad_jax.data import Interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import blend_graphs, knn_graph, propagate
+from mgrad_jax.models.base import Frozen, ModelConfig
+from mgrad_jax.models.dualgnn import UserGraphConfig, UserGraphRecommender
+
+
+@dataclasses.dataclass(frozen=True)
+class DRAGONConfig(UserGraphConfig):
+    """Hyper-parameters of DRAGON under their published names."""
+
+    n_mm_layers: int = dataclasses.field(default=1, metadata={"help": "propagation steps over the item graph"})
+    knn_k: int = dataclasses.field(default=10, metadata={"help": "nearest items in the item graph, itself included"})
+    mm_image_weight: float = dataclasses.field(default=0.1, metadata={"help": "share of images in the item graph"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_mm_layers < 0:
+            raise UserError(f"n_mm_layers is {self.n_mm_layers}; it must not be negative.")
+        if not 0 <= self.mm_image_weight <= 1:
+            raise UserError(f"mm_image_weight is {self.mm_image_weight}; it must be between 0 and 1.")
+
+
+class DRAGON(UserGraphRecommender):
+    """Dyadic relations and homogeneous graphs (Zhou et al., ECAI 2023).
+
+    With z_m, S and h_u as in `UserGraphRecommender`, w the users' modality weights and M the kNN item graph (share
+    mm_image_weight of images, the rest text),
+
+        h0_u = [w_u,image z_image,u; w_u,text z_text,u],   h0_i = [z_image,i; z_text,i],   h_i = h0_i + M^n_mm_layers h0_i
+        score(u, i) = <h_u, h_i>
+        loss = mean -log2 sigmoid(score(u, i) - score(u, j)) + reg_weight (mean P_image,u^2 + mean P_text,u^2 + mean w^2),
+
+    the means of P over the batch's users, that of w over all.
+
+    As published: the logarithm is to base 2; two steps over the user-item graph and a width of 64 a modality
+    (`embedding_dim`) whatever `n_layers` and the embedding size are there; scores use the epoch's user graph. The
+    published trainable features, their projections and the items' weights never get a gradient and are left out.
+    """
+
+    name: ClassVar[str] = "dragon"
+    paper: ClassVar[str] = (
+        "Zhou, Zhou, Zhang, Shen: Enhancing Dyadic Relations with Homogeneous Graphs for Multimodal Recommendation, "
+        "ECAI 2023"
+    )
+    config_class: ClassVar[type[ModelConfig]] = DRAGONConfig
+    ignored_names: ClassVar[tuple[str, ...]] = (
+        "MLP_v.weight",
+        "MLP_t.weight",
+        "MLP_user.weight",
+        "MLP_user.bias",
+        "weight_i",
+        "image_embedding.weight",
+        "image_trs.weight",
+        "image_trs.bias",
+        "text_embedding.weight",
+        "text_trs.weight",
+        "text_trs.bias",
+    )
+
+    config: DRAGONConfig
+
+    def __init__(self, data: Interactions, config: DRAGONConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        super().__init__(data, config, rngs=rngs, dtype=dtype)
+        shares = {"image": config.mm_image_weight, "text": 1.0 - config.mm_image_weight}
+        graphs = []
+        for modality in self.modalities:
+            share = shares[modality] if len(self.modalities) > 1 else 1.0
+            graphs.append((share, knn_graph(self.feature(data, modality), config.knn_k, dtype)))
+        self.item_graph = Frozen(blend_graphs(graphs))
+
+    def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        users, items = self._convolved()
+        users = (self.user_weights[...] * users).reshape(self.n_users, -1)
+        items = items.reshape(self.n_items, -1)
+        neighbours: Array = items
+        for _ in range(self.config.n_mm_layers):
+            neighbours = propagate(self.item_graph.get_value(), neighbours)
+        return users, items + neighbours

@@ -1,0 +1,225 @@
+"""DualGNN: one graph convolution a modality, and users smoothed over those who share most items with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mgrad_jax import losses
+from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.data.user_graph import (
+    UserGraph,
+    build_user_graph,
+    cache_directory,
+    mix_neighbours,
+    sample_user_graph,
+)
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import normalized_bipartite, propagate_bipartite
+from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_normal
+
+STEPS = 2
+HIDDEN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class UserGraphConfig(ModelConfig):
+    """Hyper-parameters that DualGNN and DRAGON share (the published width is always 64, `embedding_dim` here)."""
+
+    user_k: int = dataclasses.field(default=40, metadata={"help": "nearest users in the user graph, as published 40"})
+    reg_weight: float = dataclasses.field(
+        default=1e-3, metadata={"help": "weight of the squares of preferences and modality weights", "traced": True}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.user_k < 1:
+            raise UserError(f"user_k is {self.user_k}; it must be at least 1.")
+        if self.reg_weight < 0:
+            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
+
+
+class UserGraphRecommender(Recommender):
+    """What DualGNN and DRAGON share: the convolutions of the modalities, the user graph, ranking and penalty.
+
+    With A~ the normalised user-item graph (nothing added to the degrees) and nrm rows of unit length, for a modality m
+
+        x_m = nrm([P_m; W2_m lrelu(W1_m X_m + b1_m) + b2_m]),   z_m = x_m + A~ x_m + A~^2 x_m   over [users; items].
+
+    The user graph S joins each user with the `user_k` others who share the most training items, weighed by the softmax
+    of the numbers shared. A user with fewer has the list filled up with repeats, drawn anew every epoch, of whatever
+    the list holds by then; a user with none keeps the own vector:
+
+        h_u = h0_u + sum_v S_uv h0_v.
+
+    The subclasses say what h0_u and h_i are, and what is penalised.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "learning_rate": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+        "reg_weight": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    }
+    published_names: ClassVar[Mapping[str, str]] = {
+        "user_weights": "weight_u",
+        **{
+            f"{modality}_{ours}": f"{branch}.{published}"
+            for modality, branch in {"image": "v_gcn", "text": "t_gcn"}.items()
+            for ours, published in {
+                "preference": "preference",
+                "hidden.kernel": "MLP.weight",
+                "hidden.bias": "MLP.bias",
+                "map.kernel": "MLP_1.weight",
+                "map.bias": "MLP_1.bias",
+            }.items()
+        },
+    }
+
+    config: UserGraphConfig
+    reg_weight: nnx.Variable[Array]
+
+    def __init__(
+        self, data: Interactions, config: UserGraphConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
+    ) -> None:
+        super().__init__(data, config, rngs=rngs, dtype=dtype)
+        self.modalities = self.features_given(data)
+        pairs = data.train[:, 0], data.train[:, 1]
+        self.graph = Frozen(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
+        dim = config.embedding_dim
+        for modality in self.modalities:
+            table = self.feature(data, modality)
+            preference = nnx.Param(xavier_normal(rngs.params(), (data.n_users, dim), dtype))
+            setattr(self, f"{modality}_features", Frozen(table))
+            setattr(self, f"{modality}_preference", preference)
+            setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN * dim, rngs=rngs, dtype=dtype))
+            setattr(self, f"{modality}_map", linear(HIDDEN * dim, dim, rngs=rngs, dtype=dtype))
+        self.user_weights = nnx.Param(modality_weights(rngs.params(), data.n_users, len(self.modalities), dtype))
+        graph = build_user_graph(data, config.user_k, cache=cache_directory(data), write=False)
+        self.user_graph = Frozen(jax.tree.map(jnp.asarray, graph))
+        self.user_sample = EpochState(sample_user_graph(rngs.params(), self.user_graph.get_value(), dtype))
+
+    def use_user_graph(self, graph: UserGraph, key: Array) -> None:
+        """Another user graph of the same shape, e.g. one read from a published file, and a first sample of it."""
+        if graph.shared.shape != (self.n_users, self.config.user_k):
+            raise UserError(
+                f"the user graph has shape {graph.shared.shape} and the model needs ({self.n_users}, "
+                f"{self.config.user_k}); give one of this dataset and this user_k."
+            )
+        self.user_graph.set_value(jax.tree.map(jnp.asarray, graph))
+        self.user_sample.set_value(sample_user_graph(key, self.user_graph.get_value(), self.dtype))
+
+    def resample(self, key: Array) -> dict[str, Any]:
+        """The epoch's user graph, short lists filled up anew."""
+        return {"user_sample": sample_user_graph(key, self.user_graph.get_value(), self.dtype)}
+
+    def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Pairwise ranking to base 2 and the penalty; `key` is not used."""
+        del key
+        users, items = self._representations()
+        # Only the batch's users meet their neighbours: work and memory follow the batch, not the number of users.
+        user_rows = users[batch.users] + mix_neighbours(self.user_sample.get_value(), users, batch.users)
+        difference = jnp.sum(user_rows * (items[batch.positives] - items[batch.negatives]), axis=-1)
+        ranking = losses.bpr_loss_log2(difference)
+        penalty = self.reg_weight[...] * self._squares(batch)
+        return ranking + penalty, {"bpr": ranking, "squares": penalty}
+
+    def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        """h_u, with this epoch's user graph, and h_i."""
+        users, items = self._representations()
+        return users + mix_neighbours(self.user_sample.get_value(), users), items
+
+    def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        """h0_u of all users and h_i of all items."""
+        raise NotImplementedError
+
+    def _squares(self, batch: Batch) -> Float[Array, ""]:
+        """Mean squares of the batch's preferences, one table after another, and of all users' modality weights."""
+        total = jnp.mean(self.user_weights[...] ** 2)
+        for modality in self.modalities:
+            total += jnp.mean(getattr(self, f"{modality}_preference")[...][batch.users] ** 2)
+        return total
+
+    def _convolved(self) -> tuple[Float[Array, "users modalities dim"], Float[Array, "items modalities dim"]]:
+        """z of users and items, the modalities side by side: one propagation for all of them."""
+        user_parts = [losses.normalize(getattr(self, f"{m}_preference")[...]) for m in self.modalities]
+        item_parts = [losses.normalize(self._mapped(m)) for m in self.modalities]
+        users, items = jnp.concatenate(user_parts, axis=1), jnp.concatenate(item_parts, axis=1)
+        graph, total_users, total_items = self.graph.get_value(), users, items
+        for _ in range(STEPS):
+            users, items = propagate_bipartite(graph, users, items)
+            total_users, total_items = total_users + users, total_items + items
+        shape = len(self.modalities), self.config.embedding_dim
+        return total_users.reshape(-1, *shape), total_items.reshape(-1, *shape)
+
+    def _mapped(self, modality: str) -> Float[Array, "items dim"]:
+        hidden, narrow = getattr(self, f"{modality}_hidden"), getattr(self, f"{modality}_map")
+        return narrow(jax.nn.leaky_relu(hidden(getattr(self, f"{modality}_features")[...])))
+
+
+def modality_weights(key: Array, rows: int, modalities: int, dtype: Any) -> Float[Array, "rows modalities 1"]:
+    """A softmax over Xavier normal draws, taken once: near 1 / modalities each, and free from then on."""
+    return jax.nn.softmax(xavier_normal(key, (rows, modalities), dtype), axis=1)[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class DualGNNConfig(UserGraphConfig):
+    """Hyper-parameters of DualGNN under their published names."""
+
+    separate_modalities: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "weigh a user's own image and text vectors, as the paper says and the code does not"},
+    )
+
+
+class DualGNN(UserGraphRecommender):
+    """Dual graph neural network (Wang et al., IEEE Transactions on Multimedia 2021, as published in MMRec).
+
+    With z_m, S and h_u as in `UserGraphRecommender` and w the users' modality weights,
+
+        h0_u = w_u,image (z_image + z_text)_u + w_u,text z_text,u,   h_i = (z_image + z_text)_i,   score(u, i) = <h_u, h_i>
+        loss = mean -log2 sigmoid(score(u, i) - score(u, j))
+             + reg_weight (mean P_image,u^2 + mean P_text,u^2 + mean w^2 + mean v^2),
+
+    the means of P over the batch's users, those of w and of the items' weights v over all.
+
+    As published: the text enters a user twice, since the published code adds it to the image vector in place
+    (`separate_modalities` gives w_u,image z_image,u + w_u,text z_text,u, as in the paper); the logarithm is to base 2;
+    the items' weights v are penalised but used nowhere else; two steps and a width of 64 (`embedding_dim`; the layer
+    before is four times as wide) whatever `n_layers` and the embedding size are there.
+
+    Scores come from the current parameters, where the published code scores with the representations of the last
+    training step (`fit(..., evaluate="stale")`), and like there from the epoch's user graph.
+    """
+
+    name: ClassVar[str] = "dualgnn"
+    paper: ClassVar[str] = (
+        "Wang, Wei, Yin, Wu, Song, Nie: DualGNN: Dual Graph Neural Network for Multimedia Recommendation, "
+        "IEEE Transactions on Multimedia 2021"
+    )
+    config_class: ClassVar[type[ModelConfig]] = DualGNNConfig
+    published_names: ClassVar[Mapping[str, str]] = {
+        **UserGraphRecommender.published_names,
+        "item_weights": "weight_i",
+    }
+    ignored_names: ClassVar[tuple[str, ...]] = ("MLP_v.weight", "MLP_t.weight", "MLP_user.weight", "MLP_user.bias")
+
+    config: DualGNNConfig
+
+    def __init__(self, data: Interactions, config: DualGNNConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        super().__init__(data, config, rngs=rngs, dtype=dtype)
+        self.item_weights = nnx.Param(modality_weights(rngs.params(), data.n_items, len(self.modalities), dtype))
+
+    def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        users, items = self._convolved()
+        if not self.config.separate_modalities:
+            users = users.at[:, 0].set(jnp.sum(users, axis=1))
+        return jnp.sum(self.user_weights[...] * users, axis=1), jnp.sum(items, axis=1)
+
+    def _squares(self, batch: Batch) -> Float[Array, ""]:
+        return super()._squares(batch) + jnp.mean(self.item_weights[...] ** 2)
