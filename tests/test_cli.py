@@ -149,7 +149,24 @@ def test_prepare_then_info(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "no image_feat.npy" in words(out)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["prepare"], ["info"], ["models"]])
+def test_prepare_without_header_and_with_features(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pairs = np.argwhere(np.random.default_rng(0).random((30, 20)) < 0.6)
+    raw, array, ids = tmp_path / "raw.csv", tmp_path / "text.npy", tmp_path / "ids.txt"
+    pd.DataFrame(pairs).to_csv(raw, index=False, header=False)
+    np.save(array, np.arange(40, dtype=np.float32).reshape(20, 2))
+    ids.write_text("".join(f"{item}\n" for item in range(20)))
+    command = ["prepare", str(raw), str(tmp_path / "small"), "--k-core", "3", "--no-header"]
+    assert main([*command, "--text-features", str(array), str(ids)]) == 0
+    items = pd.read_csv(tmp_path / "small" / "item_map.tsv", sep="\t")["raw"]
+    np.testing.assert_array_equal(np.load(tmp_path / "small" / "text_feat.npy")[:, 0], 2 * items)
+    code = main([*command, "--overwrite", "--text-features", "nowhere.npy", str(ids)])
+    assert_one_sentence(code, capfd.readouterr(), "nowhere")
+
+
+COMMANDS = [[], ["train"], ["sweep"], ["evaluate"], ["recommend"], ["prepare"], ["info"], ["models"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     assert "Usage" in capfd.readouterr().out
@@ -158,12 +175,12 @@ def test_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
 
-    from mgrad_jax.cli import _use_compilation_cache
+    from mgrad_jax.cli.console import use_compilation_cache
 
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("MGRAD_JAX_NO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    _use_compilation_cache()
+    use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -244,7 +261,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown option": (["--alpha3", "1"], "no option '--alpha3'; choose among --alpha1, --alpha2,"),
-    "unknown model": (["--model", "freedum"], "unknown model 'freedum'; choose one of bm3, freedom,"),
+    "unknown model": (["--model", "freedum"], "unknown model 'freedum'; choose one of bm3, dragon,"),
     "unknown --set key": (["--set", "droput=0.1"], "has no hyper-parameter 'droput'; choose among"),
     "--set without value": (["--set", "dropout"], "is not of the form key=value"),
     "badly typed --set value": (["--set", "embedding_dim=wide"], "embedding_dim='wide' does not fit"),
@@ -293,7 +310,7 @@ def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 def test_missing_option_and_unknown_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert_one_sentence(main(["train", "--data", "demo"]), capfd.readouterr(), "--model")
-    assert_one_sentence(main(["trian"]), capfd.readouterr(), "choose one of train, evaluate, recommend,")
+    assert_one_sentence(main(["trian"]), capfd.readouterr(), "choose one of train, sweep, evaluate, recommend,")
 
 
 def test_unwritable_output(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,37 +11,27 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import optax
 import yaml
 from flax import nnx
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.metrics import METRICS
-from mgrad_jax.mirror import mirror_gradient, replay
 from mgrad_jax.models import Recommender
-from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import TrainState, split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, Progress, TrainingDiverged, fit
+from mgrad_jax.training.history import History, draw_curves
+from mgrad_jax.training.record import result_record, write_text
 
-TRAININGS = ("mirror", "plain", "replay")
 # What a resumed run may change: where it lies, and how far to go.
 _FREE = ("out", "epochs")
 
@@ -53,172 +43,6 @@ class RunInterrupted(KeyboardInterrupt):
         super().__init__(f"{directory}: stopped after epoch {epoch}")
         self.directory = directory
         self.epoch = epoch
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run.
-
-    Attributes:
-        model, hyper_parameters: the model and its hyper-parameters by published name; the rest keep their defaults.
-        data: a directory in MMRec format, or "demo".
-        training: "mirror", "plain" (the optimizer alone) or "replay" (the control with equally many updates).
-        alpha1, alpha2, interval: of Mirror Gradient; replay uses the interval, plain none of them.
-        optimizer, learning_rate, weight_decay, optimizer_args: see `mgrad_jax.optimizers.make_optimizer`.
-        learning_rate_decay: (g, s): epoch e, from 0, trains at learning_rate * g ** (e / s).
-        max_norm: clip gradients by global norm before a batch's last update; None: never.
-        seed: of the initial parameters and of everything drawn in training.
-        epochs, patience, batch_size, metric, ks, evaluate: see `mgrad_jax.training.fit`.
-        out: the run's directory; None: `runs/<model>-<data>-<training>-s<seed>`.
-
-    Raises:
-        UserError: a name that does not exist or a value out of range.
-    """
-
-    model: str
-    data: str
-    training: str = "mirror"
-    alpha1: float = 1.0
-    alpha2: float = 0.2
-    interval: int = 3
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
-    learning_rate_decay: tuple[float, float] = (1.0, 50.0)
-    max_norm: float | None = None
-    seed: int = 999
-    epochs: int = 1000
-    patience: int = 20
-    batch_size: int = 2048
-    metric: str = "recall@5"
-    ks: tuple[int, ...] = (5, 10, 20, 50)
-    evaluate: str = "fresh"
-    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        models.make_config(self.model, dict(self.hyper_parameters))
-        self._check_choices()
-        self._check_numbers()
-        if self.training != "plain":
-            _positive("alpha1", self.alpha1)
-            _positive("alpha2", self.alpha2)
-            _at_least("interval", self.interval, 1)
-        try:
-            # Optax looks at most arguments only when it updates.
-            transformation = self.transformation()
-            params = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-            jax.eval_shape(lambda p: transformation.update(p, transformation.init(p), p), params)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"the {self.optimizer} optimizer does not take {dict(self.optimizer_args)} ({reason}); "
-                "correct its arguments."
-            ) from None
-
-    def _check_choices(self) -> None:
-        for what, value, choices in (
-            ("training", self.training, TRAININGS),
-            ("evaluate", self.evaluate, ("fresh", "stale")),
-            ("metric", self.metric, self.metric_names),
-        ):
-            if value not in choices:
-                raise UserError(f"unknown {what} '{value}'; choose one of {', '.join(choices)}.")
-
-    def _check_numbers(self) -> None:
-        _positive("learning_rate", self.learning_rate)
-        for number in self.learning_rate_decay:
-            _positive("learning_rate_decay", number)
-        if self.max_norm is not None:
-            _positive("max_norm", self.max_norm)
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UserError(f"weight_decay is {self.weight_decay}; it must be finite and not negative.")
-        for name, least in (("seed", 0), ("epochs", 1), ("patience", 0), ("batch_size", 1)):
-            _at_least(name, getattr(self, name), least)
-        for k in self.ks:
-            _at_least("ks", k, 1)
-        if self.seed >= 2**32:
-            raise UserError(f"seed is {self.seed}; it must be below 2**32.")
-
-    @property
-    def directory(self) -> Path:
-        """The run's directory."""
-        name = Path(self.data).resolve().name if self.data != "demo" else "demo"
-        return Path(self.out or f"runs/{self.model}-{name}-{self.training}-s{self.seed}")
-
-    @property
-    def metric_names(self) -> list[str]:
-        """All metrics, e.g. "recall@5", in the order of files and tables."""
-        return [f"{name}@{k}" for name in METRICS for k in self.ks]
-
-    @property
-    def mirror(self) -> dict[str, Any] | None:
-        """The factors and interval of Mirror Gradient, None in other trainings."""
-        if self.training != "mirror":
-            return None
-        return {"alpha1": self.alpha1, "alpha2": self.alpha2, "interval": self.interval}
-
-    @property
-    def summary(self) -> str:
-        """The settings of training in words, for messages."""
-        details = {
-            "mirror": f"mirror gradient (alpha1 {self.alpha1:g}, alpha2 {self.alpha2:g}, interval {self.interval})",
-            "replay": f"replay (interval {self.interval})",
-            "plain": "plain training",
-        }
-        return f"{self.model} with {details[self.training]}, {self.optimizer}, learning rate {self.learning_rate:g}"
-
-    def transformation(self) -> optax.GradientTransformation:
-        """The Optax chain of the run."""
-        optimizer = make_optimizer(
-            self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args
-        )
-        if self.training == "mirror":
-            return optax.chain(
-                mirror_gradient(self.alpha1, self.alpha2, self.interval, max_norm=self.max_norm), optimizer
-            )
-        if self.training == "replay":
-            return optax.chain(replay(self.interval, max_norm=self.max_norm), optimizer)
-        return optimizer if self.max_norm is None else optax.chain(clip(self.max_norm), optimizer)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML, the model's defaults filled in."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["data"] = self.data if self.data == "demo" else str(Path(self.data).absolute())
-        values["out"] = str(self.directory)
-        values["hyper_parameters"] = dataclasses.asdict(models.make_config(self.model, dict(self.hyper_parameters)))
-        values["optimizer_args"] = dict(self.optimizer_args)
-        values["learning_rate_decay"] = list(self.learning_rate_decay)
-        values["ks"] = list(self.ks)
-        return values
-
-
-def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise UserError(f"{name} is {value}; it must be a positive number.")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} is {value}; it must be a whole number of at least {least}.")
-
-
-def clip(max_norm: float) -> optax.GradientTransformation:
-    """Scale gradients by min(1, max_norm / (norm + 1e-6)), PyTorch's rule for clipping by global norm.
-
-    >>> clip(1.0).update(jnp.array([3.0, 4.0]), optax.EmptyState())[0].round(3)
-    Array([0.6, 0.8], dtype=float32)
-    """
-
-    def update(updates: Any, params: Any) -> Any:
-        del params
-        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)
-
-    return optax.stateless(update)
 
 
 class LoadedRun(NamedTuple):
@@ -260,7 +84,7 @@ def train_run(
         finished = _read_result(directory)
         if finished is not None and finished["epochs_run"] <= config.epochs and _reached_end(finished, config):
             return finished
-    _write(directory, "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_text(directory, "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     history = History(directory / "history.csv", config.metric_names)
     history.rewind(checkpoints)
 
@@ -273,7 +97,7 @@ def train_run(
 
     outcome = _fit(config, data, model, checkpoints, on_epoch)
     result = _result(config, data, model, outcome, history)
-    _write(directory, "result.json", json.dumps(result, indent=2) + "\n")
+    write_text(directory, "result.json", json.dumps(result, indent=2) + "\n")
     draw_curves(directory / "history.csv", directory / "curves.png", config)
     return result
 
@@ -417,146 +241,22 @@ def _reached_end(result: dict[str, Any], config: RunConfig) -> bool:
     return stopped_early or result["epochs_run"] == config.epochs
 
 
-def _write(directory: Path, name: str, text: str) -> None:
-    """Write a file in one step: it is there as a whole or not at all."""
-    temporary = directory / f".{name}.tmp"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, directory / name)
-    except OSError as error:
-        raise UserError(f"{directory / name} cannot be written ({error.strerror}); choose another --out.") from None
-
-
-class History:
-    """`history.csv`, one row an epoch, on disk as soon as the epoch is over.
-
-    Args:
-        path: of the file.
-        metrics: names of the metrics in the order of their columns; only `append` needs them.
-    """
-
-    def __init__(self, path: Path, metrics: Sequence[str] = ()) -> None:
-        self.path = path
-        self.metrics = metrics
-
-    def append(self, report: EpochReport) -> None:
-        """Add the row of an epoch, and the header before the first."""
-        metrics = {"valid": report.valid, "test": report.test}
-        row = {
-            "epoch": report.epoch,
-            "loss": report.loss,
-            **{f"loss_{name}": value for name, value in report.parts.items()},
-            **{f"{split}_{name}": values[name] for split, values in metrics.items() for name in self.metrics},
-            "seconds_train": round(report.seconds_train, 6),
-            "seconds_evaluate": round(report.seconds_evaluate, 6),
-        }
-        try:
-            with self.path.open("a", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
-                if stream.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); free space and resume.") from None
-
-    def rows(self) -> list[dict[str, float]]:
-        """All complete rows in order."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="", encoding="utf-8") as stream:
-            table = list(csv.DictReader(stream))
-        # A kill may leave a last row cut short.
-        complete = [row for row in table if None not in row.values() and None not in row]
-        return [{name: float(value) for name, value in row.items()} for row in complete]
-
-    def rewind(self, checkpoints: Checkpoints) -> None:
-        """Bring rows and checkpoints to the same epoch, the latest that both have."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        recorded = len(self.rows())
-        while (checkpoints.latest_epoch() or 0) > recorded:
-            # The process died between the checkpoint and its row.
-            checkpoints.discard_latest()
-        kept = checkpoints.latest_epoch() or 0
-        text = "\n".join(lines[: kept + 1]) + "\n" if kept else ""
-        _write(self.path.parent, self.path.name, text)
-        (self.path.parent / "result.json").unlink(missing_ok=True)
-
-
 def _result(
     config: RunConfig, data: Interactions, model: Recommender, outcome: FitResult, history: History
 ) -> dict[str, Any]:
     """The content of `result.json`."""
     rows = history.rows()
-    names = config.metric_names
-    device = jax.devices()[0]
-    packages = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
-    return {
-        "model": config.model,
-        "data": {
-            "name": data.name,
-            "users": data.n_users,
-            "items": data.n_items,
-            "interactions": len(data.train) + len(data.valid) + len(data.test),
-        },
-        "seed": config.seed,
-        "training": config.training,
-        "mirror": config.mirror,
-        "replay": {"interval": config.interval} if config.training == "replay" else None,
-        "optimizer": {
-            "name": config.optimizer,
-            "learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "max_norm": config.max_norm,
-            **config.optimizer_args,
-        },
-        "batch_size": config.batch_size,
-        "hyper_parameters": dataclasses.asdict(model.config),
-        "epochs_run": outcome.epochs_run,
-        "best_epoch": outcome.best_epoch,
-        "metric": config.metric,
-        "valid": {name: outcome.valid[name] for name in names},
-        "test": {name: outcome.test[name] for name in names},
+    return result_record(
+        config,
+        data,
+        epochs_run=outcome.epochs_run,
+        best_epoch=outcome.best_epoch,
+        valid=outcome.valid,
+        test=outcome.test,
         # The whole run's, also where it was resumed; compilation is this process's.
-        "seconds": {
+        seconds={
             "compile": outcome.seconds["compile"],
             "train": math.fsum(row["seconds_train"] for row in rows),
             "evaluate": math.fsum(row["seconds_evaluate"] for row in rows),
         },
-        "device": f"{device.platform} ({device.device_kind})",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def draw_curves(history: Path, path: Path, config: RunConfig) -> None:
-    """Draw loss and recall over the epochs of a `history.csv`; the best epoch is marked."""
-    from matplotlib.figure import Figure
-
-    rows = History(history).rows()
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, metric = figure.subplots(1, 2)
-    loss.plot(epochs, [row["loss"] for row in rows], color="tab:gray")
-    loss.set(xlabel="epoch", ylabel="training loss, summed over batches")
-    recalls = {f"recall@{k}" for k in config.ks if k in (5, 20)} | {config.metric}
-    for color, name in zip(("tab:blue", "tab:orange", "tab:green"), sorted(recalls), strict=False):
-        metric.plot(epochs, [row[f"valid_{name}"] for row in rows], color=color, label=f"validation {name}")
-        metric.plot(epochs, [row[f"test_{name}"] for row in rows], color=color, linestyle="--", label=f"test {name}")
-    best = max(rows, key=lambda row: row[f"valid_{config.metric}"])["epoch"]
-    metric.axvline(best, color="black", linewidth=0.8, linestyle=":", label=f"best epoch {best:.0f}")
-    metric.set(xlabel="epoch", ylabel="metric")
-    metric.legend(fontsize="small")
-    figure.suptitle(f"{config.summary}, seed {config.seed}", fontsize="medium")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); free space or choose another --out.") from None
+    )

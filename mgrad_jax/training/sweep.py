@@ -1,17 +1,23 @@
 """A grid of settings trained as one program per group: members side by side under `jax.vmap`.
 
 The paper names the search for alpha1 and alpha2 as MG's limitation (section 7). Here what a member varies in numbers
-(alpha1, alpha2, learning rate, loss weights, seed) is a traced value, so that one compiled program trains all members;
-what changes shapes or structure (layers, k, interval, optimizer, FREEDOM's dropout) forms a group of its own. A group
-larger than `slots` runs through its slots: a member that stops early frees its slot for the next one, without
-recompilation.
+(alpha1, alpha2, learning rate, weight decay, loss weights, seed) is a traced value, so that one compiled program trains
+all members; what changes shapes or structure (layers, k, interval, optimizer, FREEDOM's dropout) forms a group of its
+own. A group larger than the number of slots runs through its slots: a member that stops early frees its slot for the
+next one, without recompilation. Once nothing waits any more and half of the slots are idle, the others are gathered in
+a program of half the width: at most log2(slots) more compilations, and no more than half of the work is ever wasted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,256 +31,444 @@ from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_ranker, rank_metrics
-from mgrad_jax.mirror import mirror_gradient, pass_schedule, replay
-from mgrad_jax.optimizers import make_optimizer
-from mgrad_jax.training.epoch import EpochPlan, TrainState, run_epoch, split_model, training_data
+from mgrad_jax.mirror import pass_schedule
+from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.epoch import EpochPlan, SplitModel, TrainState, run_epoch, split_model, training_data
 from mgrad_jax.training.fit import Progress
 
+# Numbers of a run that may be traced; the model's traced hyper-parameters and the seed join them.
 _TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
-_STRUCTURAL = ("optimizer", "interval", "training", "batch_size")
-TRAININGS = ("mirror", "plain", "replay")
-
-
-@dataclass(frozen=True)
-class Member:
-    """One point of the grid.
-
-    Attributes:
-        model: name of the model.
-        hyper_parameters: the model's, by published name.
-        training: "mirror", "plain" or "replay".
-        alpha1, alpha2, interval: of Mirror Gradient; unused by "plain".
-        optimizer, learning_rate, weight_decay: the base optimizer.
-        batch_size: interactions a batch.
-        seed: of the initial parameters and of everything drawn in training.
-    """
-
-    model: str
-    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
-    training: str = "mirror"
-    alpha1: float = 1.0
-    alpha2: float = 0.2
-    interval: int = 3
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    batch_size: int = 2048
-    seed: int = 999
-
-    def __post_init__(self) -> None:
-        if self.training not in TRAININGS:
-            raise UserError(f"unknown training '{self.training}'; choose one of {', '.join(TRAININGS)}.")
-        models.make_config(self.model, dict(self.hyper_parameters))
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """Everything but the seed: members of one setting are averaged over their seeds."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "seed"}
-        return {**values, "hyper_parameters": dict(sorted(self.hyper_parameters.items()))}
+# What a member can vary besides the model's hyper-parameters.
+AXES = (*_TRACED, "seed", "training", "interval", "optimizer", "batch_size")
+# What no compiled program depends on.
+_NO_STRUCTURE = (*_TRACED, "seed", "data", "out", "epochs", "patience", "metric", "learning_rate_decay")
+# What has no effect in a training, by its name.
+UNUSED: Mapping[str, tuple[str, ...]] = {
+    "mirror": (),
+    "plain": ("alpha1", "alpha2", "interval"),
+    "replay": ("alpha1", "alpha2"),
+}
 
 
 @dataclass(frozen=True)
 class MemberResult:
-    """What came of one member: `valid` and `test` are the metrics of its best validation epoch."""
+    """What came of one member.
 
-    member: Member
+    Attributes:
+        config: its settings.
+        epochs_run: epochs trained; where it diverged, the last finite one.
+        best_epoch: the epoch with the best selection metric on validation, 0 where it diverged in the first epoch;
+            `valid` and `test` are its metrics.
+        losses: the training loss of every epoch, summed over the first passes as in `EpochReport`.
+        diverged: whether a loss or score became NaN or infinite, which ended the member.
+        seconds: its share of the program's "compile", "train" and "evaluate".
+    """
+
+    config: RunConfig
     epochs_run: int
     best_epoch: int
     valid: dict[str, float]
     test: dict[str, float]
+    losses: tuple[float, ...]
+    diverged: bool
+    seconds: dict[str, float]
 
 
-def expand_grid(base: Member, grid: Mapping[str, Sequence[Any]]) -> list[Member]:
-    """All combinations of the grid's values over a base member.
+def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
+    """All combinations of the grid's values over a base configuration.
+
+    What has no effect in a member's training (alpha1 in plain training, say) is set back to its default, and members
+    that are then equal are kept once.
 
     Args:
         base: what the grid does not name.
-        grid: lists of values by name: a field of `Member` (alpha1, alpha2, learning_rate, seed, interval, ...) or a
-            hyper-parameter of the model.
+        grid: lists of values by name, one of `AXES` or a hyper-parameter of the model.
 
     Raises:
-        UserError: an unknown name, an empty list, or a value that does not fit.
+        UserError: an unknown name, a list that is empty or repeats itself, an axis without effect, or a value that
+            does not fit.
 
-    >>> [m.alpha2 for m in expand_grid(Member("vbpr"), {"alpha2": [0.1, 0.2]})]
+    >>> [m.alpha2 for m in expand_grid(RunConfig("vbpr", "demo"), {"alpha2": [0.1, 0.2]})]
     [0.1, 0.2]
     """
-    own = {f.name for f in dataclasses.fields(Member)} - {"model", "hyper_parameters"}
-    hyper = {f.name for f in dataclasses.fields(models.model_class(base.model).config_class)}
+    hyper = [f.name for f in dataclasses.fields(models.model_class(base.model).config_class)]
     for name, values in grid.items():
-        if name not in own | hyper:
-            raise UserError(f"the grid has no axis '{name}'; choose among {', '.join(sorted(own | hyper))}.")
-        if not len(values):
-            raise UserError(f"the grid's axis '{name}' has no values; give at least one.")
-    members = []
+        _check_axis(name, values, hyper)
+    members: dict[str, RunConfig] = {}
     for point in itertools.product(*grid.values()):
         chosen = dict(zip(grid, point, strict=True))
         hyper_parameters = {**base.hyper_parameters, **{k: v for k, v in chosen.items() if k in hyper}}
-        fields = {k: v for k, v in chosen.items() if k in own}
-        members.append(dataclasses.replace(base, hyper_parameters=hyper_parameters, **fields))
-    return members
+        own = {k: v for k, v in chosen.items() if k not in hyper}
+        with _no_advice():
+            member = _canonical(dataclasses.replace(base, hyper_parameters=hyper_parameters, **own))
+        members.setdefault(repr(member.to_dict()), member)
+    trainings = {member.training for member in members.values()}
+    for name in grid:
+        if all(name in UNUSED[training] for training in trainings):
+            raise UserError(
+                f"the grid's axis '{name}' has no effect in {' or '.join(sorted(trainings))} training; leave it out."
+            )
+    return list(members.values())
 
 
-def group_members(members: Sequence[Member]) -> list[list[int]]:
+def _check_axis(name: str, values: Sequence[Any], hyper: Sequence[str]) -> None:
+    if name not in AXES and name not in hyper:
+        raise UserError(f"the grid has no axis '{name}'; choose among {', '.join(sorted({*AXES, *hyper}))}.")
+    if not len(values):
+        raise UserError(f"the grid's axis '{name}' has no values; give at least one.")
+    repeated = [value for i, value in enumerate(values) if value in values[:i]]
+    if repeated:
+        raise UserError(f"the grid's axis '{name}' names {repeated[0]} twice; leave one of them out.")
+    if name in AXES:
+        kind = type(next(f.default for f in dataclasses.fields(RunConfig) if f.name == name))
+        accepted = (int, float) if kind is float else kind
+        for value in values:
+            if not isinstance(value, accepted) or isinstance(value, bool):
+                raise UserError(
+                    f"the grid's axis '{name}' has the value {value!r}; it must be of type {kind.__name__}."
+                )
+
+
+def _canonical(config: RunConfig) -> RunConfig:
+    """The same run with what has no effect in it at its default."""
+    if not UNUSED[config.training]:
+        return config
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    return dataclasses.replace(config, **{name: defaults[name] for name in UNUSED[config.training]})
+
+
+def group_members(members: Sequence[RunConfig]) -> list[list[int]]:
     """Indices of the members that share one compiled program, group by group, in order of first appearance."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for index, member in enumerate(members):
         groups.setdefault(_structure(member), []).append(index)
     return list(groups.values())
 
 
-def _structure(member: Member) -> tuple[Any, ...]:
+def _structure(config: RunConfig) -> str:
     """What must be equal for two members to share a program."""
-    config = models.make_config(member.model, dict(member.hyper_parameters))
-    static = [(f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if not f.metadata.get("traced")]
+    values = config.to_dict()
+    static = [f.name for f in dataclasses.fields(_hyper(config)) if not f.metadata.get("traced")]
+    hyper = {name: values["hyper_parameters"][name] for name in static}
+    shared = {name: value for name, value in values.items() if name not in _NO_STRUCTURE}
     # Weight decay is an extra transformation, so whether there is any is structure; how much is a traced number.
-    return (member.model, *static, *(getattr(member, name) for name in _STRUCTURAL), member.weight_decay > 0)
+    return repr({**shared, "hyper_parameters": hyper, "decays": config.weight_decay > 0})
 
 
-def _transformation(member: Member, values: Mapping[str, Any]) -> optax.GradientTransformation:
-    """The member's Optax chain with its numbers, which may be traced, taken from `values`."""
-    optimizer = make_optimizer(
-        member.optimizer, values["learning_rate"], weight_decay=values["weight_decay"] if member.weight_decay else 0.0
-    )
-    if member.training == "mirror":
-        return optax.chain(mirror_gradient(values["alpha1"], values["alpha2"], member.interval), optimizer)
-    if member.training == "replay":
-        return optax.chain(replay(member.interval), optimizer)
-    return optimizer
+def _hyper(config: RunConfig) -> models.ModelConfig:
+    return models.make_config(config.model, dict(config.hyper_parameters))
 
 
-class _Member(NamedTuple):
-    """One member as arrays: its state, the constants that are its own, its numbers and its key."""
+def _transformation(config: RunConfig, numbers: Mapping[str, Any]) -> optax.GradientTransformation:
+    """The configuration's Optax chain with other, possibly traced numbers, which cannot pass its checks."""
+    other = copy.copy(config)
+    for name, value in numbers.items():
+        object.__setattr__(other, name, value)
+    with _no_advice():
+        return other.transformation()
 
-    state: TrainState
-    own: list[jax.Array]
-    values: dict[str, jax.Array]
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """A grid may well contain what a single run is warned of, such as alpha1 <= alpha2."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def published_grid(model: str) -> dict[str, tuple[Any, ...]]:
+    """The grid that the model's published configuration searches, by name of the hyper-parameter.
+
+    >>> published_grid("freedom")["dropout"]
+    (0.8, 0.9)
+    """
+    return dict(getattr(models.model_class(model), "grid", {}))
+
+
+class _Own(NamedTuple):
+    """What a member keeps through its training: constants no other member has, its numbers, its key."""
+
+    constants: list[jax.Array]
+    numbers: dict[str, jax.Array]
     key: jax.Array
 
 
-@dataclass
+class _Clock(NamedTuple):
+    """Which epoch a member is in, from 0, and the factor on its learning rate there."""
+
+    epoch: Any
+    rate_factor: Any
+
+
+class _Outcome(NamedTuple):
+    """What the host needs to know of an epoch."""
+
+    loss: jax.Array
+    finite: jax.Array
+
+
+class _Scores(NamedTuple):
+    """Metrics of both splits, and whether the scores are finite."""
+
+    valid: dict[str, jax.Array]
+    test: dict[str, jax.Array]
+    finite: jax.Array
+
+
 class _Group:
     """The program of one group and what its members share."""
 
-    members: Sequence[Member]
-    data: Interactions
-    slots: int
-    ks: Sequence[int]
-
-    def __post_init__(self) -> None:
-        first = self.members[0]
-        self.example = first
-        parts = split_model(self._create(first))
+    def __init__(self, members: Sequence[RunConfig], data: Interactions) -> None:
+        self.members = members
+        self.data = data
+        first = members[0]
+        parts = self._split(first)
         self.graphdef = parts.graphdef
-        self.constants, self.structure = jax.tree.flatten(parts.constants)
-        self.is_own = self._find_own()
-        self.shared = [None if own else x for own, x in zip(self.is_own, self.constants, strict=True)]
-        schedule = pass_schedule(self.load(first).state.opt_state, -(-len(self.data.train) // first.batch_size))
-        self.plan = EpochPlan(first.batch_size, tuple(int(i) for i in schedule))
-        self.train_data = training_data(self.data)
-        self.rankers = tuple(make_ranker(self.data, split, self.ks) for split in ("valid", "test"))
-        self.train = jax.jit(self._train, donate_argnums=0)
-        self.evaluate = jax.jit(self._evaluate)
-        self.write = jax.jit(self._write, donate_argnums=0)
+        constants, self.structure = jax.tree.flatten(parts.constants)
+        self.is_own = self._find_own(parts)
+        self.shared = [None if own else x for own, x in zip(self.is_own, constants, strict=True)]
+        self._loaded: dict[int, tuple[TrainState, _Own]] = {0: self._load(parts, first)}
+        state, _ = self._loaded[0]
+        self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._loaded[0])
+        schedule = pass_schedule(state.opt_state, -(-len(data.train) // first.batch_size))
+        self.plan = EpochPlan(first.batch_size, tuple(int(i) for i in schedule), first.evaluate == "stale")
+        self.train_data = training_data(data)
+        self.rankers = (make_ranker(data, "valid", first.ks), make_ranker(data, "test", first.ks))
 
-    def _create(self, member: Member) -> models.Recommender:
-        return models.create(member.model, self.data, seed=member.seed, **member.hyper_parameters)
+    def _split(self, member: RunConfig) -> SplitModel:
+        return split_model(models.create(member.model, self.data, seed=member.seed, **member.hyper_parameters))
 
-    def _find_own(self) -> list[bool]:
-        """Which constants differ between members (loss weights, random tables); the others are stored once."""
-        is_own = [False] * len(self.constants)
-        for member in {(m.seed, tuple(sorted(m.hyper_parameters.items()))): m for m in self.members}.values():
-            leaves = jax.tree.leaves(split_model(self._create(member)).constants)
-            is_own = [own or not np.array_equal(a, b) for own, a, b in zip(is_own, leaves, self.constants, strict=True)]
-        return is_own
+    def _find_own(self, first: SplitModel) -> list[bool]:
+        """Which constants differ between members: loss weights, and what is drawn at random. The others are kept once."""
+        variables = jax.tree.leaves(first.constants, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        own = [isinstance(v, models.Scalar) for v in variables for _ in jax.tree.leaves(v)]
+        other = next((m for m in self.members if m.seed != self.members[0].seed), None)
+        if other is None:
+            return own
+        pairs = zip(own, jax.tree.leaves(first.constants), jax.tree.leaves(self._split(other).constants), strict=True)
+        return [is_own or not np.array_equal(a, b) for is_own, a, b in pairs]
 
-    def load(self, member: Member) -> _Member:
+    def load(self, index: int) -> tuple[TrainState, _Own]:
         """A member before its first epoch."""
-        parts = split_model(self._create(member))
-        values = {name: jnp.asarray(getattr(member, name), jnp.float32) for name in _TRACED}
-        tx = _transformation(member, values)
-        state = TrainState(parts.params, tx.init(parts.params), parts.epoch_state)
-        own = [x for own, x in zip(self.is_own, jax.tree.leaves(parts.constants), strict=True) if own]
-        return _Member(state, own, values, jax.random.key(member.seed))
+        if index in self._loaded:
+            return self._loaded.pop(index)
+        return self._load(self._split(self.members[index]), self.members[index])
 
-    def _merge(self, own: list[jax.Array], shared: list[jax.Array | None]) -> nnx.State:
-        mine = iter(own)
+    def _load(self, parts: SplitModel, member: RunConfig) -> tuple[TrainState, _Own]:
+        numbers = {name: jnp.asarray(getattr(member, name), jnp.float32) for name in _TRACED if getattr(member, name)}
+        tx = _transformation(member, numbers)
+        # A copy, for the state is donated and must share no buffer with the constants.
+        state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+        constants = [x for own, x in zip(self.is_own, jax.tree.leaves(parts.constants), strict=True) if own]
+        return state, _Own(constants, numbers, jax.random.key(member.seed))
+
+    def _constants(self, own: _Own, shared: list[jax.Array | None]) -> nnx.State:
+        mine = iter(own.constants)
         return jax.tree.unflatten(self.structure, [next(mine) if x is None else x for x in shared])
 
-    def _train(self, stacked: _Member, shared: list[Any], train: Any, epochs: jax.Array) -> tuple[_Member, jax.Array]:
-        def one(member: _Member, epoch: jax.Array) -> tuple[TrainState, jax.Array]:
-            tx = _transformation(self.example, member.values)
-            constants = self._merge(member.own, shared)
-            key = jax.random.fold_in(member.key, epoch)
-            state, log = run_epoch(self.graphdef, tx, self.plan, member.state, constants, train, key)
-            return state, jnp.all(jnp.isfinite(log.losses))
+    def train(
+        self, state: TrainState, own: _Own, clock: _Clock, shared: list[Any], train: Any
+    ) -> tuple[TrainState, nnx.State | None, _Outcome]:
+        """One epoch of one member: the new state, the stale parameters if wanted, the outcome."""
+        tx = _transformation(self.members[0], own.numbers)
+        key = jax.random.fold_in(own.key, clock.epoch)
+        constants = self._constants(own, shared)
+        state, log = run_epoch(self.graphdef, tx, self.plan, state, constants, train, key, clock.rate_factor)
+        outcome = _Outcome(jnp.sum(log.losses[self.plan.first_passes]), jnp.all(jnp.isfinite(log.losses)))
+        return state._replace(stale_params=None), state.stale_params, outcome
 
-        state, finite = jax.vmap(one)(stacked, epochs)
-        return stacked._replace(state=state), finite
+    def evaluate(
+        self, params: nnx.State, epoch_state: nnx.State, own: _Own, shared: list[Any], rankers: Any
+    ) -> _Scores:
+        """Metrics of one member."""
+        users, items = nnx.merge(self.graphdef, params, epoch_state, self._constants(own, shared)).embed()
+        valid, test = (rank_metrics(ranker, users, items) for ranker in rankers)
+        return _Scores(valid, test, jnp.isfinite(users.sum() + items.sum()))
 
-    def _evaluate(self, stacked: _Member, shared: list[Any], rankers: Any) -> list[dict[str, jax.Array]]:
-        def one(member: _Member) -> list[dict[str, jax.Array]]:
-            constants = self._merge(member.own, shared)
-            users, items = nnx.merge(self.graphdef, member.state.params, member.state.epoch_state, constants).embed()
-            return [rank_metrics(ranker, users, items) for ranker in rankers]
 
+class _Programs(NamedTuple):
+    """The group's two programs for some number of members side by side, and the seconds their compilation took."""
+
+    train: Any
+    evaluate: Any
+    seconds: float
+
+
+class _Lanes:
+    """Members side by side on the device.
+
+    One member alone has no leading axis and passes through no `vmap`.
+    """
+
+    def __init__(self, group: _Group, members: list[tuple[TrainState, _Own]], programs: _Programs) -> None:
+        self.group = group
+        self.width = len(members)
+        stacked: tuple[TrainState, _Own] = _stack(members) if self.width > 1 else members[0]
+        self.state, self.own = stacked
+        self.programs = programs
+
+    def epoch(self, clock: _Clock) -> tuple[_Outcome, _Scores, float, float]:
+        """Train and evaluate all lanes for one epoch: outcome and scores with a leading axis, and both times."""
+        group = self.group
+        started = time.perf_counter()
+        self.state, stale, outcome = self.programs.train(
+            self.state, self.own, clock if self.width > 1 else _lane(clock, 0), group.shared, group.train_data
+        )
+        outcome = jax.device_get(outcome)
+        trained = time.perf_counter()
+        params = self.state.params if stale is None else stale
+        scores = jax.device_get(
+            self.programs.evaluate(params, self.state.epoch_state, self.own, group.shared, group.rankers)
+        )
+        evaluated = time.perf_counter()
+        if self.width == 1:
+            outcome, scores = jax.tree.map(np.atleast_1d, (outcome, scores))
+        return outcome, scores, trained - started, evaluated - trained
+
+    def put(self, lane: int, member: tuple[TrainState, _Own]) -> None:
+        """Replace a lane's member."""
+        if self.width == 1:
+            self.state, self.own = member
+        else:
+            self.state, self.own = _put((self.state, self.own), member, lane)
+
+    def keep(self, lanes: Sequence[int]) -> None:
+        """Go on with these lanes only, in a program of their number."""
+        index = np.asarray(lanes) if len(lanes) > 1 else lanes[0]
+        self.state, self.own = jax.tree.map(lambda x: x[index], (self.state, self.own))
+        self.width = len(lanes)
+        self.programs = _compile(self.group, self.width)
+
+
+def _stack(members: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def _lane(stacked: Any, lane: int) -> Any:
+    return jax.tree.map(lambda x: x[lane], stacked)
+
+
+@jax.jit
+def _put(stacked: Any, member: Any, lane: int) -> Any:
+    return jax.tree.map(lambda full, new: full.at[lane].set(new), stacked, member)
+
+
+def _compile(group: _Group, width: int) -> _Programs:
+    """Compile the group's programs for `width` members."""
+    started = time.perf_counter()
+
+    def train(state: Any, own: Any, clock: Any, shared: Any, train_data: Any) -> Any:
+        if width == 1:
+            return group.train(state, own, clock, shared, train_data)
+        return jax.vmap(lambda s, o, c: group.train(s, o, c, shared, train_data))(state, own, clock)
+
+    def evaluate(params: Any, epoch_state: Any, own: Any, shared: Any, rankers: Any) -> Any:
+        if width == 1:
+            return group.evaluate(params, epoch_state, own, shared, rankers)
         # One member after another: scores of all members at once would not fit, and gain nothing.
-        return jax.lax.map(one, stacked)
+        return jax.lax.map(lambda m: group.evaluate(m[0], m[1], m[2], shared, rankers), (params, epoch_state, own))
 
-    def _write(self, stacked: _Member, member: _Member, slot: jax.Array) -> _Member:
-        return jax.tree.map(lambda full, new: full.at[slot].set(new), stacked, member)
+    state, own = (
+        group.shapes
+        if width == 1
+        else jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), group.shapes)
+    )
+    clock = _clock([0] * width, [1.0] * width)
+    clock = clock if width > 1 else _lane(clock, 0)
+    trainer = jax.jit(train, donate_argnums=0).lower(state, own, clock, group.shared, group.train_data).compile()
+    evaluator = jax.jit(evaluate).lower(state.params, state.epoch_state, own, group.shared, group.rankers).compile()
+    return _Programs(trainer, evaluator, time.perf_counter() - started)
 
 
-@dataclass
-class _Slot:
-    """What a slot of the program trains now: the member's index in its group and how far it is."""
+def _clock(epochs: Sequence[int], factors: Sequence[float]) -> _Clock:
+    return _Clock(np.asarray(epochs, np.int32), np.asarray(factors, np.float32))
 
-    index: int
-    progress: Progress = field(default_factory=Progress)
+
+def _compile_what_fits(group: _Group, wanted: int) -> tuple[int, _Programs]:
+    """Compile for as many members, at most those wanted, as fit into the device's memory side by side; by halving."""
+    stats = jax.devices()[0].memory_stats() or {}
+    limit = 0.9 * stats.get("bytes_limit", math.inf)
+    while True:
+        programs = _compile(group, wanted)
+        if wanted == 1 or max(_bytes(program) for program in programs[:2]) <= limit:
+            return wanted, programs
+        wanted //= 2
+
+
+def _bytes(program: Any) -> int:
+    """XLA's own account of a program's memory; the arguments twice, for loading a member into its lane copies them."""
+    sizes = program.memory_analysis()
+    if sizes is None:
+        return 0
+    return 2 * sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+
+
+class SweepReport(NamedTuple):
+    """How far a sweep is.
+
+    Attributes:
+        finished, members: members that have stopped, and all.
+        group, groups: the group under way, from 1, and their number.
+        running: the epoch of every member in training.
+    """
+
+    finished: int
+    members: int
+    group: int
+    groups: int
+    running: list[int]
 
 
 def sweep(
     data: Interactions,
-    members: Sequence[Member],
+    members: Sequence[RunConfig],
     *,
-    epochs: int = 1000,
-    patience: int = 20,
-    metric: str = "recall@5",
-    ks: Sequence[int] = (5, 10, 20, 50),
     slots: int | None = None,
     on_result: Callable[[int, MemberResult], None] | None = None,
-    on_epoch: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[SweepReport], None] | None = None,
 ) -> list[MemberResult]:
-    """Train every member to its own best validation epoch; each equals the single run with its settings.
+    """Train every member to its own best validation epoch; each equals the single run with its configuration.
 
     Args:
-        data: the interactions all members train on.
+        data: the interactions all members train on; the `data` and `out` of their configurations are not looked at.
         members: what to train, e.g. from `expand_grid`.
-        epochs, patience, metric, ks: as in `mgrad_jax.training.fit`.
-        slots: members side by side in one program; the default is `default_slots()`.
+        slots: the most members side by side in one program, fewer where the device's memory holds no more; the default
+            is `default_slots()`.
         on_result: called with a member's index and result as soon as it stops.
-        on_epoch: called after every epoch of a group with the members finished and the members in all.
+        on_epoch: called after every epoch of a group.
 
     Returns:
-        One result a member, in the members' order. A member whose loss became NaN or infinite ends there and keeps
-        its best epoch so far.
+        One result a member, in the members' order. A member whose loss or scores became NaN or infinite ends there and
+        keeps its best epoch so far; the others go on.
 
     Raises:
-        UserError: no members, or a setting that does not fit the data.
+        UserError: no members, a setting that does not fit the data, or an empty split.
     """
-    if not members:
-        raise UserError("the sweep has no members; give each axis of the grid at least one value.")
+    check_sweep(data, members, slots)
     results: dict[int, MemberResult] = {}
-    for indices in group_members(members):
-        group = _Group([members[i] for i in indices], data, min(slots or default_slots(), len(indices)), ks)
-        run = _GroupRun(group, epochs, patience, metric)
+    groups = group_members(members)
+    for number, indices in enumerate(groups, start=1):
+        run = _GroupRun(_Group([members[i] for i in indices], data), slots or default_slots())
         while run.active:
             for position, result in run.epoch():
                 results[indices[position]] = result
                 if on_result is not None:
                     on_result(indices[position], result)
             if on_epoch is not None:
-                on_epoch(len(results), len(members))
+                running = [slot.progress.epoch for slot in run.slots if slot is not None]
+                on_epoch(SweepReport(len(results), len(members), number, len(groups), running))
     return [results[i] for i in range(len(members))]
+
+
+def check_sweep(data: Interactions, members: Sequence[RunConfig], slots: int | None = None) -> None:
+    """Raise the `UserError` of a sweep that cannot begin."""
+    if not members:
+        raise UserError("the sweep has no members; give each axis of the grid at least one value.")
+    if slots is not None and slots < 1:
+        raise UserError(f"slots is {slots}; it must be at least 1.")
+    for split in ("valid", "test"):
+        if not len(getattr(data, split)):
+            raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")
 
 
 def default_slots() -> int:
@@ -282,52 +476,96 @@ def default_slots() -> int:
     return 1 if jax.default_backend() == "cpu" else 16
 
 
-class _GroupRun:
-    """The members of a group passing through the slots of its program."""
+@dataclass
+class _Slot:
+    """What a lane of the program trains now: the member's index in its group and how far it is."""
 
-    def __init__(self, group: _Group, epochs: int, patience: int, metric: str) -> None:
-        self.group, self.epochs, self.patience, self.metric = group, epochs, patience, metric
+    index: int
+    progress: Progress = field(default_factory=Progress)
+    losses: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("compile", "train", "evaluate"), 0.0))
+
+
+class _GroupRun:
+    """The members of a group passing through the lanes of its program."""
+
+    def __init__(self, group: _Group, slots: int) -> None:
+        self.group = group
         self.waiting = list(range(len(group.members)))
-        self.slots: list[_Slot | None] = [_Slot(self.waiting.pop(0)) for _ in range(group.slots)]
-        loaded = [group.load(group.members[slot.index]) for slot in self.slots if slot is not None]
-        self.stacked: _Member = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loaded)
+        width, programs = _compile_what_fits(group, min(slots, len(self.waiting)))
+        self.slots: list[_Slot | None] = [_Slot(self.waiting.pop(0)) for _ in range(width)]
+        self.lanes = _Lanes(group, [group.load(i) for i in range(width)], programs)
+        self.share_of_compilation = programs.seconds / len(group.members)
 
     @property
     def active(self) -> bool:
-        """Whether any slot still trains."""
+        """Whether any lane still trains."""
         return any(slot is not None for slot in self.slots)
 
     def epoch(self) -> list[tuple[int, MemberResult]]:
-        """One epoch of every slot; returns the members that stopped, with their results."""
-        group = self.group
-        numbers = jnp.asarray([slot.progress.epoch if slot else 0 for slot in self.slots], jnp.int32)
-        self.stacked, finite = group.train(self.stacked, group.shared, group.train_data, numbers)
-        valid, test = jax.device_get(group.evaluate(self.stacked, group.shared, group.rankers))
+        """One epoch of every lane; returns the members that stopped, with their results."""
+        outcome, scores, *seconds = self.lanes.epoch(self._clock())
+        busy = sum(slot is not None for slot in self.slots)
         stopped = []
-        for position, (slot, good) in enumerate(zip(self.slots, np.asarray(finite), strict=True)):
+        for lane, slot in enumerate(self.slots):
             if slot is None:
                 continue
-            if good:
-                pick = {
-                    split: {k: float(v[position]) for k, v in m.items()} for split, m in (("v", valid), ("t", test))
-                }
-                slot.progress.update(self.metric, pick["v"], pick["t"])
-            progress = slot.progress
-            if not good or progress.epoch >= self.epochs or progress.bad_epochs > self.patience:
-                stopped.append((slot.index, self._result(slot)))
-                self._refill(position)
+            for name, value in zip(("train", "evaluate"), seconds, strict=True):
+                slot.seconds[name] += value / busy
+            if self._record(slot, _lane(outcome, lane), _lane(scores, lane)):
+                stopped.append((slot.index, self._result(slot, diverged=not _finite(outcome, scores, lane))))
+                self._refill(lane)
+        self._shrink()
         return stopped
 
-    def _refill(self, position: int) -> None:
-        """Give a free slot to the next waiting member; without one the slot idles."""
+    def _clock(self) -> _Clock:
+        epochs, factors = [0] * len(self.slots), [1.0] * len(self.slots)
+        for lane, slot in enumerate(self.slots):
+            if slot is not None:
+                epochs[lane] = slot.progress.epoch
+                g, s = self.group.members[slot.index].learning_rate_decay
+                factors[lane] = g ** (slot.progress.epoch / s)
+        return _clock(epochs, factors)
+
+    def _record(self, slot: _Slot, outcome: _Outcome, scores: _Scores) -> bool:
+        """Count the epoch of one member; returns whether it was its last one."""
+        if not (outcome.finite and scores.finite):
+            return True
+        member, progress = self.group.members[slot.index], slot.progress
+        slot.losses.append(float(outcome.loss))
+        valid, test = ({k: float(v) for k, v in metrics.items()} for metrics in (scores.valid, scores.test))
+        progress.update(member.metric, valid, test)
+        return progress.epoch >= member.epochs or progress.bad_epochs > member.patience
+
+    def _refill(self, lane: int) -> None:
+        """Give a free lane to the next waiting member; without one it idles."""
         if not self.waiting:
-            self.slots[position] = None
+            self.slots[lane] = None
             return
         slot = _Slot(self.waiting.pop(0))
-        self.slots[position] = slot
-        self.stacked = self.group.write(self.stacked, self.group.load(self.group.members[slot.index]), position)
+        self.slots[lane] = slot
+        self.lanes.put(lane, self.group.load(slot.index))
 
-    def _result(self, slot: _Slot) -> MemberResult:
+    def _shrink(self) -> None:
+        """Leave idle lanes behind once they are half of all."""
+        busy = [lane for lane, slot in enumerate(self.slots) if slot is not None]
+        if busy and 2 * len(busy) <= len(self.slots):
+            self.lanes.keep(busy)
+            self.slots = [self.slots[lane] for lane in busy]
+
+    def _result(self, slot: _Slot, diverged: bool) -> MemberResult:
         progress = slot.progress
-        member = self.group.members[slot.index]
-        return MemberResult(member, progress.epoch, progress.best_epoch, progress.valid, progress.test)
+        return MemberResult(
+            config=self.group.members[slot.index],
+            epochs_run=progress.epoch,
+            best_epoch=progress.best_epoch,
+            valid=progress.valid,
+            test=progress.test,
+            losses=tuple(slot.losses),
+            diverged=diverged,
+            seconds={**slot.seconds, "compile": self.share_of_compilation},
+        )
+
+
+def _finite(outcome: _Outcome, scores: _Scores, lane: int) -> bool:
+    return bool(outcome.finite[lane] and scores.finite[lane])

@@ -19,7 +19,8 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mgrad_jax.errors import UserError
-from mgrad_jax.training.run import RunConfig, load_run, train_run
+from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.run import load_run, train_run
 
 EPOCHS = 14
 
@@ -68,7 +69,8 @@ def start(out: Path) -> subprocess.Popen[bytes]:
     """The same run in another process, slow enough to be caught in the middle."""
     program = textwrap.dedent(f"""
         import time
-        from mgrad_jax.training.run import RunConfig, train_run
+        from mgrad_jax.training.config import RunConfig
+        from mgrad_jax.training.run import train_run
         config = RunConfig("freedom", "demo", epochs={EPOCHS}, batch_size=1000, seed=3, out={str(out)!r})
         train_run(config, progress=lambda report: time.sleep(0.15))
     """)

@@ -1,0 +1,121 @@
+"""The options of training, defined once for the commands that train; `key=value` arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from mgrad_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mgrad_jax.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What `train` takes and `sweep` takes for all its members; a field is an option."""
+
+    model: Annotated[str, typer.Option(help="A model's name; `mgrad-jax models` lists them.")]
+    data: Annotated[str, typer.Option(help="Directory in MMRec format, or 'demo'.")]
+    mirror: Annotated[
+        bool | None, typer.Option("--mirror/--no-mirror", help="Mirror Gradient (the default), or the plain optimizer.")
+    ] = None
+    replay: Annotated[
+        bool, typer.Option("--replay", help="The control with as many updates: mirror batches are repeated with +1.")
+    ] = False
+    alpha1: Annotated[float, typer.Option(help="Factor of the first pass over a mirror batch.")] = 1.0
+    alpha2: Annotated[float, typer.Option(help="Factor of the second pass, taken with the minus sign.")] = 0.2
+    interval: Annotated[int, typer.Option(help="One batch in how many is a mirror batch (beta).")] = 3
+    optimizer: Annotated[str, typer.Option(help="adam, sgd, rmsprop, adagrad, adamw, lion, muon ...")] = "adam"
+    learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3
+    weight_decay: Annotated[float, typer.Option(help="Coupled for adam, sgd, rmsprop and adagrad.")] = 0.0
+    optimizer_set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the optimizer; repeatable.")
+    ] = None
+    learning_rate_decay: Annotated[
+        tuple[float, float], typer.Option(metavar="G S", help="Epoch e trains at learning rate * G ** (e / S).")
+    ] = (1.0, 50.0)
+    max_norm: Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")] = None
+    seed: Annotated[int, typer.Option(help="Of parameters, order, negatives and dropout.")] = 999
+    epochs: Annotated[int, typer.Option(help="The most epochs to train.")] = 1000
+    patience: Annotated[int, typer.Option(help="Epochs without improvement that are tolerated.")] = 20
+    batch_size: Annotated[int, typer.Option(help="Interactions a batch.")] = 2048
+    metric: Annotated[str, typer.Option(help="What selects the best epoch, on validation.")] = "recall@5"
+    evaluate: Annotated[
+        str, typer.Option(help="'fresh' parameters, or 'stale' ones from before an epoch's last update.")
+    ] = "fresh"
+    hyper: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the model; repeatable."),
+    ] = None
+
+    def config(self, out: str | None) -> RunConfig:
+        """The configuration of a run with these options, checked; `out` is its directory."""
+        from mgrad_jax.training.config import RunConfig
+
+        if self.replay and self.mirror:
+            raise UserError("--mirror and --replay exclude each other; leave one of them out.")
+        values = asdict(self)
+        mirror, replay = values.pop("mirror"), values.pop("replay")
+        return RunConfig(
+            training="replay" if replay else "plain" if mirror is False else "mirror",
+            optimizer_args=pairs("--optimizer-set", values.pop("optimizer_set") or ()),
+            hyper_parameters=pairs("--set", values.pop("hyper") or ()),
+            out=out,
+            **values,
+        )
+
+
+def takes_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Make a command whose first parameter is a `TrainingOptions` take each of its fields as an option of its own."""
+    own = inspect.signature(command, eval_str=True).parameters
+    hints = get_type_hints(TrainingOptions, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    shared = []
+    for field in fields(TrainingOptions):
+        parameter = inspect.Parameter(field.name, keyword, annotation=hints[field.name])
+        required = field.default is MISSING
+        shared.append(parameter if required else parameter.replace(default=field.default))
+    shared += [parameter.replace(kind=keyword) for parameter in list(own.values())[1:]]
+
+    def spread(**values: Any) -> None:
+        options = TrainingOptions(**{f.name: values.pop(f.name) for f in fields(TrainingOptions)})
+        command(options, **values)
+
+    # Not by `functools.wraps`, which would show the one parameter of the command.
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    spread.__signature__ = inspect.Signature(shared)  # type: ignore[attr-defined]
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in shared}
+    return spread
+
+
+def pairs(option: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """`key=value` arguments as a dictionary, the values read as numbers, booleans or text."""
+    values = {}
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
+        if not separator or not key:
+            raise UserError(
+                f"{option} {argument} is not of the form key=value; write for example {option} dropout=0.8."
+            )
+        values[key.strip()] = scalar(text.strip())
+    return values
+
+
+def scalar(text: str) -> Any:
+    """A YAML scalar; also 1e-3, which YAML itself reads as text."""
+    import yaml
+
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (bool, str)) else text
