@@ -1,7 +1,6 @@
 """What a training step costs under Mirror Gradient, beside the plain optimizer and beside the bound.
 
-    python benchmarks/step_throughput.py --models vbpr bm3 freedom --sizes baby --intervals 3 --forms plain mirror \
-        --output benchmarks/results/step_throughput.json
+    python benchmarks/step_throughput.py --models vbpr bm3 freedom --sizes baby --intervals 1 3 5 7
 
 One program runs several batches with the trainer's own passes (`mgrad_jax.training.epoch`); resampling, shuffling and
 the draw of negatives, which every form does once an epoch alike, are left out, so that nothing dilutes the ratio. The
@@ -9,19 +8,19 @@ forms take turns in every round, and a ratio compares times of the same round. F
 
     plain    Adam                                                                         bound 1
     mirror   optax.chain(mirror_gradient(interval), adam)                                 bound 1 + 1 / interval
-    opaque   mirrored(adam, interval)                                                     bound 1 + 1 / interval
+    mirrored mirrored(adam, interval)                                                     bound 1 + 1 / interval
     sam      optax.contrib.sam(adam, opaque_mode=True)                                    bound 2
     idle     as mirror, with no batch ever mirrored: the transformation's own price       bound 1
 
 Sizes are those of the paper's Table 1 (made up, power-law degrees), and `--data DIR` adds a dataset. The output is a
 JSON list of rows; a file keeps rows of one device only, and a row measured again replaces its older self. The plot lies
-beside it.
+beside it. `peak_memory_bytes` is of the device (on a GPU the most of all forms so far, which it cannot forget) or, on the
+CPU, of this process with its data; `program_memory_bytes` is what XLA says the compiled program needs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +34,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from _report import device_name, versions, write_json
+from _report import (
+    RESULTS,
+    Parser,
+    check_at_least,
+    check_choices,
+    device_name,
+    earlier_rows,
+    peak_memory,
+    program_memory,
+    reset_peak_memory,
+    versions,
+    write_json,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +64,7 @@ ALL_SIZES = {"quick": Size(300, 200, 3_000, 32, 16), **SIZES}
 BOUNDS: dict[str, Callable[[int], float]] = {
     "plain": lambda interval: 1.0,
     "mirror": lambda interval: 1.0 + 1.0 / interval,
-    "opaque": lambda interval: 1.0 + 1.0 / interval,
+    "mirrored": lambda interval: 1.0 + 1.0 / interval,
     "sam": lambda interval: 2.0,
     "idle": lambda interval: 1.0,
 }
@@ -64,11 +75,8 @@ def main() -> int:
     """Measure what is asked for; print, write and plot it."""
     options = _options()
     try:
-        kept = _earlier_rows(options.output, device_name())
-        if options.device_check:
-            print(f"{device_name()}: {options.output} holds {len(kept)} rows of this device and none of another.")
-            return 0
-        rows = _measure(options, kept)
+        _check(options)
+        rows = _measure(options, earlier_rows(options.output))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -78,18 +86,17 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["vbpr", "bm3", "freedom"])
-    parser.add_argument("--sizes", nargs="+", choices=list(ALL_SIZES), help="default: baby; none with --data")
+    parser.add_argument("--sizes", nargs="+", help=f"of {', '.join(ALL_SIZES)} (default: baby; none with --data)")
     parser.add_argument("--data", help="a directory in MMRec format, or 'demo', measured under its own name")
     parser.add_argument("--intervals", nargs="+", type=int, default=[3])
-    parser.add_argument("--forms", nargs="+", choices=list(BOUNDS), default=list(BOUNDS))
+    parser.add_argument("--forms", nargs="+", default=list(BOUNDS), help=f"of {', '.join(BOUNDS)}")
     parser.add_argument("--repeats", type=int, help="rounds (default 9)")
     parser.add_argument("--batches", type=int, help="batches a round, made a multiple of the interval (default 12)")
     parser.add_argument("--batch-size", type=int, help="interactions a batch (default 2048)")
     parser.add_argument("--quick", action="store_true", help="tiny defaults: does it run, not how fast")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_throughput.json"))
-    parser.add_argument("--device-check", action="store_true", help="only check that --output is of this device")
+    parser.add_argument("--output", type=Path, default=RESULTS / "step_throughput.json")
     options = parser.parse_args()
     defaults = (2, 3, 256) if options.quick else (9, 12, 2048)
     for name, default in zip(("repeats", "batches", "batch_size"), defaults, strict=True):
@@ -99,32 +106,18 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _earlier_rows(output: Path, device: str) -> list[dict[str, Any]]:
-    """Rows already in the output file; those of another device are refused."""
-    if not output.exists():
-        return []
-    try:
-        rows = json.loads(output.read_text())
-        others = {row["device"] for row in rows} - {device}
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{output} is no list of rows of this benchmark; choose another --output.") from None
-    if others:
-        raise UserError(
-            f"{output} holds rows of {', '.join(sorted(others))} and this is {device}; choose another --output."
-        )
-    return rows
+def _check(options: argparse.Namespace) -> None:
+    for model in options.models:
+        models.model_class(model)
+    check_choices("--sizes", options.sizes, list(ALL_SIZES))
+    check_choices("--forms", options.forms, list(BOUNDS))
+    check_at_least("--intervals", options.intervals)
+    for name in ("repeats", "batches", "batch_size"):
+        check_at_least(f"--{name.replace('_', '-')}", getattr(options, name))
 
 
 def _measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every model, size and interval; the file is written after each of them."""
-    for name in ("repeats", "batches", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
-    for interval in options.intervals:
-        if interval < 1:
-            raise UserError(f"--intervals holds {interval}; each must be at least 1.")
-    for model in options.models:
-        models.model_class(model)
     sources: list[str | None] = [*options.sizes, *([None] if options.data else [])]
     for size in sources:
         data = load_interactions(options.data) if size is None else synthetic_interactions(ALL_SIZES[size], name=size)
@@ -135,7 +128,6 @@ def _measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[di
                 fresh = _group(parts, data, model, interval, options)
                 keys = {_key(row) for row in fresh}
                 rows = [row for row in rows if _key(row) not in keys] + fresh
-                options.output.parent.mkdir(parents=True, exist_ok=True)
                 write_json(options.output, rows)
     return rows
 
@@ -158,7 +150,7 @@ def _group(
         {
             "model": model,
             "size": data.name,
-            "source": data.source,
+            "source": "synthetic" if data.source.startswith("synthetic") else "files",
             "interval": interval,
             "form": form,
             **_times(seconds[:, column], seconds[:, 0]),
@@ -233,7 +225,7 @@ def _prepare(form: str, interval: int, parts: SplitModel, batches: Batch) -> Cas
     started = time.perf_counter()
     compiled = program.lower(carry, *arguments).compile()
     seconds = time.perf_counter() - started
-    return Case(start, lambda carry: compiled(carry, *arguments), len(schedule), seconds, _program_bytes(compiled))
+    return Case(start, lambda carry: compiled(carry, *arguments), len(schedule), seconds, program_memory(compiled))
 
 
 def _passes(
@@ -257,7 +249,7 @@ def _optimizer(form: str, interval: int) -> optax.GradientTransformation:
     adam = optax.adam(1e-3)
     if form == "mirror":
         return optax.chain(mirror_gradient(interval=interval), adam)
-    if form == "opaque":
+    if form == "mirrored":
         return mirrored(adam, interval=interval)
     if form == "sam":
         return _sam(adam)
@@ -286,29 +278,11 @@ def _start_state(form: str, opt_state: Any) -> Any:
     return (mirror._replace(phase=jnp.ones_like(mirror.phase)), *rest)
 
 
-def _program_bytes(compiled: Any) -> int:
-    analysis = compiled.memory_analysis()
-    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    return sum(getattr(analysis, part) for part in parts) - analysis.alias_size_in_bytes
-
-
 def _peak_memory(case: Case) -> int:
-    """Run once, for warmth; returns the most memory in use, of the device or else of this process.
-
-    Linux can forget a process's earlier peak, so that the number is this form's own. A device cannot: there it is the
-    most of all forms so far.
-    """
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if reset.exists():
-        reset.write_text("5")
+    """Run once, for warmth; returns the most memory in use meanwhile (see above)."""
+    reset_peak_memory()
     jax.block_until_ready(case.run(case.start()))
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return 0
+    return peak_memory()
 
 
 def _rounds(cases: dict[str, Case], repeats: int) -> np.ndarray:

@@ -277,7 +277,7 @@ class Intruder:
         Intruder(),
         {10**6: [[1], [1.0]]},
     ],
-    ids=repr,
+    ids=lambda content: "intruder" if isinstance(content, Intruder) else repr(content),
 )
 def test_a_published_file_that_is_none_is_a_user_error(
     content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
