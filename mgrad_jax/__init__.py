@@ -18,22 +18,29 @@ if TYPE_CHECKING:
         replayed,
         second_pass_pending,
     )
+    from mgrad_jax.sharpness_aware import SSAMState, sam, ssam_d, ssam_f
 
 __all__ = [
     "MirrorState",
+    "SSAMState",
     "mirror_gradient",
     "mirror_step",
     "mirrored",
     "replay",
     "replayed",
+    "sam",
     "second_pass_pending",
+    "ssam_d",
+    "ssam_f",
 ]
+_SHARPNESS_AWARE = ("SSAMState", "sam", "ssam_d", "ssam_f")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("mgrad_jax.mirror"), name)
+    module = "mgrad_jax.sharpness_aware" if name in _SHARPNESS_AWARE else "mgrad_jax.mirror"
+    value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
 

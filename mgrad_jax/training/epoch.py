@@ -179,23 +179,41 @@ def _pass(
     carry: tuple[nnx.State, optax.OptState],
     position: tuple[Int[Array, ""], Int[Array, ""]],
 ) -> tuple[tuple[nnx.State, optax.OptState], EpochLog]:
-    """One gradient and one update. Forms that need more gradients of the batch get `grad_fn(params, pass_index)`."""
+    """One gradient and one update.
+
+    Forms that need more gradients get `grad_fn(params, pass_index)`, that of the same batch, and
+    `sample_grad_fn(params, index)`, that of one of the `n_samples` interactions in the segment's batches. What a form
+    does not call is not in the program.
+    """
     params, opt_state = carry
     index, number = position
     batch = jax.tree.map(lambda x: x[index], batches)
     key = jax.random.fold_in(pass_key, number)
 
-    def loss_fn(params: nnx.State, key: Array = key) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(params: nnx.State, key: Array = key, batch: Batch = batch) -> tuple[Array, dict[str, Array]]:
         return nnx.merge(graphdef, params, epoch_state, constants).loss(batch, key)
 
     def grad_fn(params: nnx.State, pass_index: Any) -> nnx.State:
         # 2**30 keeps these keys apart from the pass numbers.
         return jax.grad(loss_fn, has_aux=True)(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
 
+    def sample_grad_fn(params: nnx.State, index: Any) -> nnx.State:
+        sample = jax.tree.map(lambda x: x.reshape(-1)[index][None], batches)
+        # A second fold: an index may be as large as the numbers that tell the other keys apart.
+        sample_key = jax.random.fold_in(jax.random.fold_in(key, 2**30 - 1), index)
+        return jax.grad(loss_fn, has_aux=True)(params, sample_key, sample)[0]
+
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    tx = optax.with_extra_args_support(tx)
-    updates, opt_state = tx.update(
-        grads, opt_state, params, value=loss, grad=grads, value_fn=lambda p: loss_fn(p)[0], grad_fn=grad_fn
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+        grads,
+        opt_state,
+        params,
+        value=loss,
+        grad=grads,
+        value_fn=lambda p: loss_fn(p)[0],
+        grad_fn=grad_fn,
+        sample_grad_fn=sample_grad_fn,
+        n_samples=batches.users.size,
     )
     updates = jax.tree.map(lambda u: u * jnp.asarray(rate_factor, u.dtype), updates)
     return (optax.apply_updates(params, updates), opt_state), EpochLog(loss, parts)
