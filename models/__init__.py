@@ -15,7 +15,7 @@ from flax import nnx
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, Scalar
+from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, Scalar, hold_features
 
 _CLASSES = {
     "bm3": "BM3",
@@ -56,7 +56,13 @@ def make_config(name: str, hyper_parameters: dict[str, Any]) -> ModelConfig:
 
 
 def create(
-    name: str, data: Interactions, *, seed: int = 999, dtype: Any = jnp.float32, **hyper_parameters: Any
+    name: str,
+    data: Interactions,
+    *,
+    seed: int = 999,
+    dtype: Any = jnp.float32,
+    feature_dtype: Any = None,
+    **hyper_parameters: Any,
 ) -> Recommender:
     """Build a model for a dataset.
 
@@ -65,13 +71,19 @@ def create(
         data: the interactions and features it is built on.
         seed: seed of the initial parameters.
         dtype: floating-point type of parameters, features and graphs.
+        feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory; `dtype`
+            unless given. Everything else, item graphs included, is made of the features as they are.
         **hyper_parameters: published names, e.g. `reg_weight=1e-3`; the rest keep their published defaults.
 
     Raises:
-        UserError: unknown model or hyper-parameter, a value out of range, or a feature that the data lack.
+        UserError: unknown model or hyper-parameter, a value out of range, a feature that the data lack, or a
+            `feature_dtype` for a model that reads no features.
     """
     config = make_config(name, hyper_parameters)
-    return model_class(name)(data, config, rngs=nnx.Rngs(seed), dtype=dtype)
+    model = model_class(name)(data, config, rngs=nnx.Rngs(seed), dtype=dtype)
+    if feature_dtype is not None and feature_dtype != dtype:
+        hold_features(model, feature_dtype)
+    return model
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -68,6 +69,7 @@ class Recommender(nnx.Module):
         uses_negatives: whether `loss` reads `batch.negatives`.
         published_names: our parameter path -> name in the published state_dict; a path that ends in
             `.kernel` is stored transposed there.
+        penalties: parts of `loss` that penalise parameters and rank nothing.
     """
 
     name: ClassVar[str]
@@ -76,6 +78,7 @@ class Recommender(nnx.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     uses_negatives: ClassVar[bool] = True
     published_names: ClassVar[Mapping[str, str]]
+    penalties: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         del rngs  # the subclasses draw their parameters from it
@@ -108,6 +111,13 @@ class Recommender(nnx.Module):
         del key
         return {}
 
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """Have `loss` read items' features from variables, and name these by path; none in a model without features.
+
+        For whoever changes the variables' values, as `mgrad_jax.models.adversarial` does.
+        """
+        return ()
+
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Training loss of a batch and its parts.
 
@@ -125,6 +135,23 @@ class Recommender(nnx.Module):
         """Scores of all items for some users, (len(users), n_items)."""
         user_vectors, item_vectors = self.embed()
         return user_vectors[jnp.asarray(users)] @ item_vectors.T
+
+
+def hold_features(model: Recommender, dtype: Any) -> None:
+    """Hold the tables of features that the loss reads in another type.
+
+    A row is widened to the model's type where it meets a parameter; a trained table, and the optimizer's moments of it,
+    keep the narrow type.
+
+    Raises:
+        UserError: the model reads no features.
+    """
+    tables = model.open_feature_tables()
+    if not tables:
+        raise UserError(f"{model.name} reads no features in training; leave the type of the features out.")
+    for path in tables:
+        variable: Any = functools.reduce(getattr, path.split("."), model)
+        variable.set_value(variable.get_value().astype(dtype))
 
 
 def xavier_uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "rows cols"]:

@@ -66,6 +66,7 @@ class BM3(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = BM3Config
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2),
@@ -111,6 +112,10 @@ class BM3(Recommender):
         self.graph = Frozen(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
+
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """F of each modality; their rows are trained."""
+        return tuple(f"{modality}_embedding" for modality in self.modalities)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Bootstrap terms of ids and features plus the norms; `key` draws the targets' dropout masks."""

@@ -62,6 +62,7 @@ class UserGraphRecommender(Recommender):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    penalties: ClassVar[tuple[str, ...]] = ("squares",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
         "reg_weight": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
@@ -117,6 +118,10 @@ class UserGraphRecommender(Recommender):
     def resample(self, key: Array) -> dict[str, Any]:
         """The epoch's user graph, short lists filled up anew."""
         return {"user_sample": sample_user_graph(key, self.user_graph.get_value(), self.dtype)}
+
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """X of each modality."""
+        return tuple(f"{modality}_features" for modality in self.modalities)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking to base 2 and the penalty; `key` is not used."""

@@ -121,6 +121,10 @@ class FREEDOM(Recommender):
             return {}
         return {"pruned_graph": prune_edges(key, self.edges.get_value(), self.n_keep)}
 
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """F of each modality, not the item graph that was made of the same features."""
+        return tuple(f"{modality}_embedding" for modality in self.modalities)
+
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking by the propagated vectors and by the projected features; `key` is not used."""
         del key

@@ -84,6 +84,7 @@ class GRCN(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = GRCNConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    penalties: ClassVar[tuple[str, ...]] = ("squares",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1.0, 1e-1, 1e-2, 1e-3, 1e-4),
         "reg_weight": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
@@ -121,6 +122,10 @@ class GRCN(Recommender):
             setattr(self, f"{modality}_preference", preference)
             feature_map = linear(table.shape[1], width, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
             setattr(self, f"{modality}_map", feature_map)
+
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """X of each modality."""
+        return tuple(f"{modality}_features" for modality in self.modalities)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking and the penalty on ids and preferences; `key` is not used."""

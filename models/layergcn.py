@@ -73,6 +73,7 @@ class LayerGCN(Recommender):
         "Zhou, Lin, Liu, Miao: Layer-refined Graph Convolutional Networks for Recommendation, ICDE 2023"
     )
     config_class: ClassVar[type[ModelConfig]] = LayerGCNConfig
+    penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "dropout": (0.0, 0.1, 0.2),
         "reg_weight": (1e-2, 1e-3, 1e-4, 1e-5),

@@ -63,6 +63,7 @@ class LightGCN(Recommender):
         "Recommendation, SIGIR 2020"
     )
     config_class: ClassVar[type[ModelConfig]] = LightGCNConfig
+    penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2, 3, 4),
         "reg_weight": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6),

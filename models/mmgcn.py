@@ -33,6 +33,9 @@ class MMGCNConfig(ModelConfig):
         default=False, metadata={"help": "learn the id and preference tables, which as published stay random"}
     )
     table_seed: int = dataclasses.field(default=999, metadata={"help": "seed of the id and preference tables"})
+    sum_modalities: bool = dataclasses.field(
+        default=False, metadata={"help": "add the modalities' vectors, as in the paper, and do not average them"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +72,7 @@ class _Branch(nnx.Module):
         self.features = Frozen(features)
         self.width = latent or features.shape[1]
         self.map = linear(features.shape[1], latent, rngs=rngs, dtype=dtype) if latent else None
+        self.constant_features = True
         wide, narrow = (self.width, self.width, dim, xavier_normal), (dim, dim, dim, None)
         shapes = [wide] + [narrow] * (N_LAYERS - 1)
         self.layers = nnx.List([_Layer(*shape, rngs=rngs, dtype=dtype) for shape in shapes])
@@ -94,10 +98,16 @@ class _Branch(nnx.Module):
     def use_preference(self, kind: type[nnx.Variable[Any]], table: Array, graph: SparseGraph) -> None:
         """Set the users' preferences; where nothing in layer 0 is learned, its products are made once, here."""
         self.preference = kind(table)
-        self.constant_start = kind is Frozen and self.map is None
+        self.constant_start = self.constant_features and kind is Frozen and self.map is None
         if self.constant_start:
             start = self.start()
             self.first_input, self.first_neighbours = Frozen(start), Frozen(propagate(graph, start))
+
+    def open_features(self) -> None:
+        """Make layer 0 of the features in every pass, so that it follows a change of them."""
+        if self.constant_start:
+            del self.first_input, self.first_neighbours
+        self.constant_features = self.constant_start = False
 
 
 class MMGCN(Recommender):
@@ -114,7 +124,7 @@ class MMGCN(Recommender):
 
     As published: Y and P are meant to be learned and are not, so they stay the noise they start as and the penalty is a
     constant (`train_tables=True` learns them); P_text has no penalty; there are three layers, whatever the published
-    `n_layers` says, which is left out; modalities are averaged where the paper adds them.
+    `n_layers` says, which is left out; modalities are averaged where the paper adds them (`sum_modalities=True` adds).
 
     The published code draws the tables with the run's seed and its checkpoints lack them. Here they are drawn from
     `table_seed`, so that parameters and configuration suffice to rebuild a model; seeds of a study share the tables
@@ -130,6 +140,7 @@ class MMGCN(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = MMGCNConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    penalties: ClassVar[tuple[str, ...]] = ("table_squares",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-4, 5e-4, 1e-3, 5e-3, 1e-2),
         "reg_weight": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
@@ -189,6 +200,12 @@ class MMGCN(Recommender):
             table = jnp.asarray(preferences[modality], self.dtype)
             getattr(self, modality).use_preference(kind, table, self.graph.get_value())
 
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """X of each modality; what was made of the texts ahead is made in every pass from then on."""
+        for modality in self.modalities:
+            getattr(self, modality).open_features()
+        return tuple(f"{modality}.features" for modality in self.modalities)
+
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking and the penalty on the tables; `key` is not used."""
         del key
@@ -202,7 +219,9 @@ class MMGCN(Recommender):
         """z_u and z_i."""
         graph, ids = self.graph.get_value(), self.id_embedding[...]
         views = [getattr(self, modality)(graph, ids) for modality in self.modalities]
-        nodes = sum(views[1:], views[0]) / len(views)
+        nodes = sum(views[1:], views[0])
+        if not self.config.sum_modalities:
+            nodes = nodes / len(views)
         return nodes[: self.n_users], nodes[self.n_users :]
 
     def _table_squares(self, batch: Batch) -> Float[Array, ""]:

@@ -74,6 +74,7 @@ class SelfCF(Recommender):
         "ACM Transactions on Recommender Systems 2023"
     )
     config_class: ClassVar[type[ModelConfig]] = SelfCFConfig
+    penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2),

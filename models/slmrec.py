@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
@@ -31,6 +33,9 @@ class SLMRecConfig(ModelConfig):
     )
     ssl_alpha: float = dataclasses.field(
         default=0.1, metadata={"help": "weight of the contrast between modalities", "traced": True}
+    )
+    sigmoid_scores: bool = dataclasses.field(
+        default=False, metadata={"help": "scores in (0, 1) as published; rankings go by the dot product all the same"}
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +71,8 @@ class SLMRec(Recommender):
 
     None of these deviations changes the training loss: scores come from the current parameters, where the published
     code scores with the representations of the last training step (`fit(..., evaluate="stale")`); they are dot
-    products without the published sigmoid, which orders the items alike but saturates to ties in float32; the
+    products without the published sigmoid, which orders the items alike but saturates to ties in float32
+    (`sigmoid_scores` gives it in `scores`; evaluation and recommendation rank by the dot product all the same); the
     published `reg`, which takes no part in its loss, and the head for audio, which never gets a gradient, are left
     out.
 
@@ -88,6 +94,7 @@ class SLMRec(Recommender):
         "ssl_temp": (0.1, 0.2, 0.5, 1.0),
         "ssl_alpha": (0.01, 0.05, 0.1, 0.5, 1.0),
     }
+    ignored_names: ClassVar[tuple[str, ...]] = ("g_a_iva.weight", "g_a_iva.bias")
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "embedding_user.weight",
         "item_embedding": "embedding_item.weight",
@@ -137,6 +144,10 @@ class SLMRec(Recommender):
         self.head_coarse_narrow = dense(dim, dim // 2)
         self.head_text = dense(dim, dim // 2)
 
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """X_v and X_t, whose rows have unit length."""
+        return "image", "text"
+
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Contrast of users with the batch's items, and of the items' modalities; `key` is not used."""
         del key
@@ -152,6 +163,11 @@ class SLMRec(Recommender):
         """The fused representations, of users and of items."""
         user_views, item_views = self._views()
         return self.fuse_users(user_views), self.fuse_items(item_views)
+
+    def scores(self, users: Int[Array, " n"] | Int[np.ndarray, " n"]) -> Float[Array, "n items"]:
+        """Scores of all items for some users, (len(users), n_items); their sigmoid with `sigmoid_scores`."""
+        products = super().scores(users)
+        return jax.nn.sigmoid(products) if self.config.sigmoid_scores else products
 
     def _views(self) -> tuple[Float[Array, "users views"], Float[Array, "items views"]]:
         """[G_id; G_v; G_t] side by side: the three propagations run as one, three times as wide."""

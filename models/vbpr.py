@@ -41,6 +41,7 @@ class VBPR(Recommender):
     paper: ClassVar[str] = "He, McAuley: VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback, AAAI 2016"
     config_class: ClassVar[type[ModelConfig]] = VBPRConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"reg_weight": (2.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)}
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "u_embedding",
@@ -68,6 +69,10 @@ class VBPR(Recommender):
             kernel_init=lambda key, shape, dtype, *_, **__: xavier_normal(key, shape, dtype),
             bias_init=nnx.initializers.zeros,
         )
+
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """x, text and image side by side."""
+        return ("item_features",)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking plus the norms of the gathered vectors; `key` is not used."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden import recorded_parameters, tiny
 
 from mgrad_jax import interop, models
 from mgrad_jax.data import demo_interactions
@@ -43,6 +44,16 @@ def test_a_state_goes_from_one_model_to_another_and_scores_follow() -> None:
     assert same(interop.torch_state(source), interop.torch_state(target))
     users = np.arange(5)
     np.testing.assert_array_equal(source.scores(users), target.scores(users))
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name != "lightgcn"])
+def test_recorded_published_states_go_in_and_come_out(name: str) -> None:
+    state = recorded_parameters("selfcfed_lgn" if name == "selfcf" else name)
+    sizes = {"dualgnn": {"embedding_dim": 64}, "dragon": {"embedding_dim": 64}, "grcn": {"latent_embedding": 8}}
+    model = models.create(name, tiny(), **({"embedding_dim": 8} | sizes.get(name, {})))
+    given = interop.torch_state(interop.load_torch_state(model, state))
+    assert same(given, {published: state[published] for published in given})
+    assert set(state) - set(given) <= set(getattr(model, "ignored_names", ()))
 
 
 def test_an_npz_file_is_read(tmp_path: Path) -> None:
