@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from mgrad_jax.cli import main
 
@@ -53,7 +54,7 @@ def test_train_writes_a_run_and_prints_a_table(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["train", *MODEL, "--data", "demo", "--no-mirror", "--epochs", "2", "--set", "reg_weight=1e-3"]
-    assert main([*arguments, "--optimizer", "sgd", "--optimizer-set", "momentum=0.9", "--max-norm", "1.0"]) == 0
+    assert main([*arguments, "--optimizer", "sgd", "--optimizer-arg", "momentum=0.9", "--max-norm", "1.0"]) == 0
     captured = capfd.readouterr()
     assert captured.err == ""
     assert "vbpr on demo, plain, seed 999" in captured.out
@@ -82,6 +83,26 @@ def test_replay_is_named_in_the_result(tmp_path: Path) -> None:
     assert main(arguments) == 0
     result = json.loads((out / "result.json").read_text())
     assert (result["training"], result["mirror"], result["replay"]) == ("replay", None, {"interval": 2})
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("sam", {"rho": 0.1}),
+        ("ssam-f", {"rho": 0.1, "sparsity": 0.5, "fisher_samples": 4}),
+        ("ssam-d", {"refresh_epochs": 1}),
+    ],
+)
+def test_flat_minima(method: str, arguments: dict[str, float], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["train", *MODEL, "--data", "demo", "--epochs", "1", "--out", str(out), "--flat-minima", method]
+    for name, value in arguments.items():
+        command += ["--flat-minima-arg", f"{name}={value}"]
+    assert main(command) == 0
+    assert json.loads((out / "result.json").read_text())["training"] == method
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["training"], config["flat_minima_args"]) == (method, arguments)
+    assert main(["evaluate", str(out)]) == 0
 
 
 def test_evaluate_repeats_the_result(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -268,8 +289,8 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "badly typed option": (["--alpha1", "big"], "--alpha1"),
     "option without value": (["--alpha1"], "--alpha1"),
     "unknown optimizer": (["--optimizer", "adamm"], "unknown optimizer 'adamm'; choose one of"),
-    "unknown optimizer argument": (["--optimizer-set", "beta=1"], "adam has no argument 'beta'; choose among b1, b2"),
-    "badly typed optimizer argument": (["--optimizer-set", "b1=high"], "b1"),
+    "unknown optimizer argument": (["--optimizer-arg", "beta=1"], "adam has no argument 'beta'; choose among b1, b2"),
+    "badly typed optimizer argument": (["--optimizer-arg", "b1=high"], "b1"),
     "alpha of zero": (["--alpha1", "0"], "alpha1 is 0.0; it must be a positive number"),
     "negative alpha": (["--alpha2", "-0.1"], "alpha2 is -0.1; it must be a positive number"),
     "interval of zero": (["--interval", "0"], "interval is 0"),
@@ -278,6 +299,25 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "negative seed": (["--seed", "-1"], "seed is -1"),
     "unknown metric": (["--metric", "recall@7"], "unknown metric 'recall@7'; choose one of recall@5,"),
     "mirror and replay": (["--mirror", "--replay"], "exclude each other"),
+    "unknown flat-minima method": (
+        ["--flat-minima", "sharp"],
+        "unknown flat-minima method 'sharp'; choose one of mirror, sam, ssam-f, ssam-d.",
+    ),
+    "unknown flat-minima argument": (
+        ["--flat-minima", "ssam-f", "--flat-minima-arg", "samples=3"],
+        "ssam-f has no argument 'samples'; choose among rho, sparsity, refresh_epochs, fisher_samples, seed.",
+    ),
+    "flat-minima argument out of range": (
+        ["--flat-minima", "ssam-d", "--flat-minima-arg", "sparsity=1.5"],
+        "`sparsity` must be a Python number from 0 to below 1, not 1.5",
+    ),
+    "flat-minima argument of another method": (
+        ["--flat-minima-arg", "rho=0.1"],
+        "mirror training takes no flat-minima argument 'rho'; leave it out.",
+    ),
+    "flat minima and mirror": (["--flat-minima", "sam", "--mirror"], "--mirror and --flat-minima sam exclude"),
+    "flat minima and no mirror": (["--flat-minima", "ssam-f", "--no-mirror"], "exclude each other"),
+    "flat minima and replay": (["--flat-minima", "ssam-d", "--replay"], "exclude each other"),
     "unexpected argument": (["surplus"], "surplus"),
 }
 

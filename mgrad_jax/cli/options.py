@@ -28,13 +28,32 @@ class TrainingOptions:
     replay: Annotated[
         bool, typer.Option("--replay", help="The control with as many updates: mirror batches are repeated with +1.")
     ] = False
+    flat_minima: Annotated[
+        str | None, typer.Option(help="How to look for flat minima: mirror (the default), sam, ssam-f or ssam-d.")
+    ] = None
+    flat_minima_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of sam, ssam-f or ssam-d; repeatable.")
+    ] = None
+    adversarial: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=VALUE,...", help="Train on perturbed features too (AMR): epsilon=0.1,weight=1."),
+    ] = None
+    feature_dtype: Annotated[
+        str,
+        typer.Option(help="Type in which tables of features are held: float32, or bfloat16 for half of the memory."),
+    ] = "float32"
     alpha1: Annotated[float, typer.Option(help="Factor of the first pass over a mirror batch.")] = 1.0
     alpha2: Annotated[float, typer.Option(help="Factor of the second pass, taken with the minus sign.")] = 0.2
     interval: Annotated[int, typer.Option(help="One batch in how many is a mirror batch (beta).")] = 3
-    optimizer: Annotated[str, typer.Option(help="adam, sgd, rmsprop, adagrad, adamw, lion, muon ...")] = "adam"
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="adam, sgd, rmsprop or adagrad, with PyTorch's defaults; adamw, lion, muon ..., with Optax's."
+        ),
+    ] = "adam"
     learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3
     weight_decay: Annotated[float, typer.Option(help="Coupled for adam, sgd, rmsprop and adagrad.")] = 0.0
-    optimizer_set: Annotated[
+    optimizer_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the optimizer; repeatable.")
     ] = None
     learning_rate_decay: Annotated[
@@ -58,17 +77,39 @@ class TrainingOptions:
         """The configuration of a run with these options, checked; `out` is its directory."""
         from mgrad_jax.training.config import RunConfig
 
-        if self.replay and self.mirror:
-            raise UserError("--mirror and --replay exclude each other; leave one of them out.")
         values = asdict(self)
-        mirror, replay = values.pop("mirror"), values.pop("replay")
+        for name in ("mirror", "replay", "flat_minima"):
+            del values[name]
+        perturbed = values.pop("adversarial")
         return RunConfig(
-            training="replay" if replay else "plain" if mirror is False else "mirror",
-            optimizer_args=pairs("--optimizer-set", values.pop("optimizer_set") or ()),
+            training=self._training(),
+            flat_minima_args=pairs("--flat-minima-arg", values.pop("flat_minima_arg") or ()),
+            adversarial=None if perturbed is None else pairs("--adversarial", perturbed.split(",")),
+            optimizer_args=pairs("--optimizer-arg", values.pop("optimizer_arg") or ()),
             hyper_parameters=pairs("--set", values.pop("hyper") or ()),
             out=out,
             **values,
         )
+
+    def _training(self) -> str:
+        """The name of the training; what excludes each other is an error."""
+        from mgrad_jax.training.config import FLAT_MINIMA
+
+        if self.flat_minima not in (None, "mirror", *FLAT_MINIMA):
+            raise UserError(
+                f"unknown flat-minima method '{self.flat_minima}'; choose one of {', '.join(('mirror', *FLAT_MINIMA))}."
+            )
+        said = {
+            "--mirror": "mirror" if self.mirror else None,
+            "--no-mirror": "plain" if self.mirror is False else None,
+            "--replay": "replay" if self.replay else None,
+            f"--flat-minima {self.flat_minima}": self.flat_minima,
+        }
+        options = [option for option, training in said.items() if training is not None]
+        trainings = {training for training in said.values() if training is not None}
+        if len(trainings) > 1:
+            raise UserError(f"{' and '.join(options)} exclude each other; leave one of them out.")
+        return trainings.pop() if trainings else "mirror"
 
 
 def takes_training_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,24 @@ import jax.numpy as jnp
 import optax
 
 from mgrad_jax import models
+from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.metrics import METRICS
 from mgrad_jax.mirror import mirror_gradient, replay
+from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
+from mgrad_jax.sharpness_aware import sam, ssam_d, ssam_f
 
-TRAININGS = ("mirror", "plain", "replay")
+FLAT_MINIMA = ("sam", "ssam-f", "ssam-d")
+TRAININGS = ("mirror", "plain", "replay", *FLAT_MINIMA)
+# Sharpness-aware trainings, and the constructor of each in `mgrad_jax.sharpness_aware`.
+_SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    "sam": sam,
+    "ssam-f": ssam_f,
+    "ssam-d": ssam_d,
+}
+# What the run itself knows and no argument may say.
+_GIVEN = ("optimizer", "steps_per_epoch")
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,12 @@ class RunConfig:
     Attributes:
         model, hyper_parameters: the model and its hyper-parameters by published name; the rest keep their defaults.
         data: a directory in MMRec format, or "demo".
-        training: "mirror", "plain" (the optimizer alone) or "replay" (the control with equally many updates).
-        alpha1, alpha2, interval: of Mirror Gradient; replay uses the interval, plain none of them.
+        training: "mirror", "plain" (the optimizer alone), "replay" (the control with equally many updates), or one of the
+            flat-minima baselines "sam", "ssam-f", "ssam-d".
+        alpha1, alpha2, interval: of Mirror Gradient; replay uses the interval, the others none of them.
+        flat_minima_args: arguments of `mgrad_jax.sharpness_aware.sam`, `ssam_f` or `ssam_d`.
+        adversarial: None, or "epsilon" and "weight" of `mgrad_jax.models.adversarial.adversarial`.
+        feature_dtype: type in which tables of features are held, "float32" or "bfloat16".
         optimizer, learning_rate, weight_decay, optimizer_args: see `mgrad_jax.optimizers.make_optimizer`.
         learning_rate_decay: (g, s): epoch e, from 0, trains at learning_rate * g ** (e / s).
         max_norm: clip gradients by global norm before a batch's last update; None: never.
@@ -48,6 +65,9 @@ class RunConfig:
     alpha1: float = 1.0
     alpha2: float = 0.2
     interval: int = 3
+    flat_minima_args: Mapping[str, Any] = field(default_factory=dict)
+    adversarial: Mapping[str, float] | None = None
+    feature_dtype: str = "float32"
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -68,28 +88,55 @@ class RunConfig:
         models.make_config(self.model, dict(self.hyper_parameters))
         self._check_choices()
         self._check_numbers()
-        if self.training != "plain":
+        if self.training in ("mirror", "replay"):
             _positive("alpha1", self.alpha1)
             _positive("alpha2", self.alpha2)
             _at_least("interval", self.interval, 1)
+        self._check_adversarial()
+        self._check_update(self._optimizer, f"the {self.optimizer} optimizer", self.optimizer_args)
+        self._check_flat_minima_args()
+        self._check_update(self.transformation, self.training, self.flat_minima_args)
+
+    def _check_update(
+        self, build: Callable[[], optax.GradientTransformation], what: str, arguments: Mapping[str, Any]
+    ) -> None:
+        """Build and update once in the abstract: Optax looks at most arguments only when it updates."""
         try:
-            # Optax looks at most arguments only when it updates.
-            transformation = self.transformation()
+            tx = optax.with_extra_args_support(build())
             params = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-            jax.eval_shape(lambda p: transformation.update(p, transformation.init(p), p), params)
+            gradients = {"grad_fn": lambda p, i: p, "sample_grad_fn": lambda p, i: p, "n_samples": 1}
+            jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, **gradients), params)
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"the {self.optimizer} optimizer does not take {dict(self.optimizer_args)} ({reason}); "
-                "correct its arguments."
-            ) from None
+            raise UserError(f"{what} does not take {dict(arguments)} ({reason}); correct its arguments.") from None
+
+    def _check_adversarial(self) -> None:
+        if self.adversarial is None:
+            return
+        for name in self.adversarial:
+            if name not in ("epsilon", "weight"):
+                raise UserError(f"adversarial training has no argument '{name}'; choose among epsilon, weight.")
+        for name in ("epsilon", "weight"):
+            if name not in self.adversarial:
+                raise UserError(f"adversarial training lacks its {name}; give epsilon and weight.")
+            _positive(name, self.adversarial[name])
+
+    def _check_flat_minima_args(self) -> None:
+        constructor = _SHARPNESS_AWARE.get(self.training)
+        known = [] if constructor is None else [n for n in inspect.signature(constructor).parameters if n not in _GIVEN]
+        for name in self.flat_minima_args:
+            if constructor is None:
+                raise UserError(f"{self.training} training takes no flat-minima argument '{name}'; leave it out.")
+            if name not in known:
+                raise UserError(f"{self.training} has no argument '{name}'; choose among {', '.join(known)}.")
 
     def _check_choices(self) -> None:
         for what, value, choices in (
             ("training", self.training, TRAININGS),
             ("evaluate", self.evaluate, ("fresh", "stale")),
+            ("feature dtype", self.feature_dtype, ("float32", "bfloat16")),
             ("metric", self.metric, self.metric_names),
         ):
             if value not in choices:
@@ -136,20 +183,37 @@ class RunConfig:
             "replay": f"replay (interval {self.interval})",
             "plain": "plain training",
         }
-        return f"{self.model} with {details[self.training]}, {self.optimizer}, learning rate {self.learning_rate:g}"
+        training = details.get(self.training, self.training)
+        return f"{self.model} with {training}, {self.optimizer}, learning rate {self.learning_rate:g}"
 
-    def transformation(self) -> optax.GradientTransformation:
-        """The Optax chain of the run."""
-        optimizer = make_optimizer(
-            self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args
-        )
+    def create_model(self, data: Interactions) -> models.Recommender:
+        """The run's model before training."""
+        feature_dtype = jnp.dtype(self.feature_dtype)
+        model = models.create(self.model, data, seed=self.seed, feature_dtype=feature_dtype, **self.hyper_parameters)
+        return model if self.adversarial is None else adversarial(model, **self.adversarial)
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args)
+
+    def transformation(self, data: Interactions | None = None) -> optax.GradientTransformation:
+        """The Optax chain of the run; `ssam-f` and `ssam-d` need the data, whose batches their masks are renewed by."""
+        optimizer = self._optimizer()
         if self.training == "mirror":
             return optax.chain(
                 mirror_gradient(self.alpha1, self.alpha2, self.interval, max_norm=self.max_norm), optimizer
             )
         if self.training == "replay":
             return optax.chain(replay(self.interval, max_norm=self.max_norm), optimizer)
-        return optimizer if self.max_norm is None else optax.chain(clip(self.max_norm), optimizer)
+        if self.max_norm is not None:
+            optimizer = optax.chain(clip(self.max_norm), optimizer)
+        if self.training == "plain":
+            return optimizer
+        constructor = _SHARPNESS_AWARE[self.training]
+        known = inspect.signature(constructor).parameters
+        steps = 1 if data is None else -(-len(data.train) // self.batch_size)
+        given = {"steps_per_epoch": steps, "epochs": self.epochs, "seed": self.seed}
+        given = {name: value for name, value in given.items() if name in known}
+        return constructor(optimizer, **{**given, **self.flat_minima_args})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, the model's defaults filled in."""
@@ -158,6 +222,8 @@ class RunConfig:
         values["out"] = str(self.directory)
         values["hyper_parameters"] = dataclasses.asdict(models.make_config(self.model, dict(self.hyper_parameters)))
         values["optimizer_args"] = dict(self.optimizer_args)
+        values["flat_minima_args"] = dict(self.flat_minima_args)
+        values["adversarial"] = None if self.adversarial is None else dict(self.adversarial)
         values["learning_rate_decay"] = list(self.learning_rate_decay)
         values["ks"] = list(self.ks)
         return values

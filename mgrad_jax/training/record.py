@@ -15,7 +15,7 @@ import jax
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -43,6 +43,9 @@ def result_record(
         "seed": config.seed,
         "training": config.training,
         "mirror": config.mirror,
+        "flat_minima": {"name": config.training, **config.flat_minima_args} if config.training in FLAT_MINIMA else None,
+        "adversarial": None if config.adversarial is None else dict(config.adversarial),
+        "feature_dtype": config.feature_dtype,
         "replay": {"interval": config.interval} if config.training == "replay" else None,
         "optimizer": {
             "name": config.optimizer,

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import yaml
 from flax import nnx
 
-from mgrad_jax import models
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.models import Recommender
@@ -78,7 +77,7 @@ def train_run(
         raise UserError(f"{directory} already holds a run; add --resume to go on with it, or choose another --out.")
     data = load_interactions(config.data)
     settings = {**config.to_dict(), "data_digest": data_digest(data)}
-    model = _create(config, data)
+    model = config.create_model(data)
     if resume:
         _check_same(directory, settings)
         finished = _read_result(directory)
@@ -102,10 +101,6 @@ def train_run(
     return result
 
 
-def _create(config: RunConfig, data: Interactions) -> Recommender:
-    return models.create(config.model, data, seed=config.seed, **config.hyper_parameters)
-
-
 def _fit(
     config: RunConfig,
     data: Interactions,
@@ -118,7 +113,7 @@ def _fit(
         return fit(
             model,
             data,
-            config.transformation(),
+            config.transformation(data),
             epochs=config.epochs,
             patience=config.patience,
             seed=config.seed,
@@ -164,12 +159,14 @@ def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
     interactions = load_interactions(config.data)
     if data_digest(interactions) != digest:
         raise UserError(f"{config.data} is not the data of {directory}; give the ones it was trained on with --data.")
-    model = _create(config, interactions)
+    model = config.create_model(interactions)
     parts = split_model(model)
     stale = parts.params if config.evaluate == "stale" else None
     metrics = dict.fromkeys(config.metric_names, 0.0)
     like = {
-        "state": TrainState(parts.params, config.transformation().init(parts.params), parts.epoch_state, stale),
+        "state": TrainState(
+            parts.params, config.transformation(interactions).init(parts.params), parts.epoch_state, stale
+        ),
         "progress": Progress(valid=metrics, test=metrics).to_arrays(),
     }
     epoch, best = Checkpoints(directory / "checkpoint").restore(like, "best")

@@ -32,7 +32,7 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_ranker, rank_metrics
 from mgrad_jax.mirror import pass_schedule
-from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
 from mgrad_jax.training.epoch import EpochPlan, SplitModel, TrainState, run_epoch, split_model, training_data
 from mgrad_jax.training.fit import Progress
 
@@ -45,8 +45,8 @@ _NO_STRUCTURE = (*_TRACED, "seed", "data", "out", "epochs", "patience", "metric"
 # What has no effect in a training, by its name.
 UNUSED: Mapping[str, tuple[str, ...]] = {
     "mirror": (),
-    "plain": ("alpha1", "alpha2", "interval"),
     "replay": ("alpha1", "alpha2"),
+    **dict.fromkeys(("plain", *FLAT_MINIMA), ("alpha1", "alpha2", "interval")),
 }
 
 
@@ -151,21 +151,23 @@ def _structure(config: RunConfig) -> str:
     static = [f.name for f in dataclasses.fields(_hyper(config)) if not f.metadata.get("traced")]
     hyper = {name: values["hyper_parameters"][name] for name in static}
     shared = {name: value for name, value in values.items() if name not in _NO_STRUCTURE}
+    # SSAM-D's drop rate follows a schedule over the planned epochs.
+    planned = config.epochs if config.training == "ssam-d" else None
     # Weight decay is an extra transformation, so whether there is any is structure; how much is a traced number.
-    return repr({**shared, "hyper_parameters": hyper, "decays": config.weight_decay > 0})
+    return repr({**shared, "hyper_parameters": hyper, "decays": config.weight_decay > 0, "planned": planned})
 
 
 def _hyper(config: RunConfig) -> models.ModelConfig:
     return models.make_config(config.model, dict(config.hyper_parameters))
 
 
-def _transformation(config: RunConfig, numbers: Mapping[str, Any]) -> optax.GradientTransformation:
+def _transformation(config: RunConfig, numbers: Mapping[str, Any], data: Interactions) -> optax.GradientTransformation:
     """The configuration's Optax chain with other, possibly traced numbers, which cannot pass its checks."""
     other = copy.copy(config)
     for name, value in numbers.items():
         object.__setattr__(other, name, value)
     with _no_advice():
-        return other.transformation()
+        return other.transformation(data)
 
 
 @contextlib.contextmanager
@@ -236,7 +238,7 @@ class _Group:
         self.rankers = (make_ranker(data, "valid", first.ks), make_ranker(data, "test", first.ks))
 
     def _split(self, member: RunConfig) -> SplitModel:
-        return split_model(models.create(member.model, self.data, seed=member.seed, **member.hyper_parameters))
+        return split_model(member.create_model(self.data))
 
     def _find_own(self, first: SplitModel) -> list[bool]:
         """Which constants differ between members: loss weights, and what is drawn at random. The others are kept once."""
@@ -256,7 +258,7 @@ class _Group:
 
     def _load(self, parts: SplitModel, member: RunConfig) -> tuple[TrainState, _Own]:
         numbers = {name: jnp.asarray(getattr(member, name), jnp.float32) for name in _TRACED if getattr(member, name)}
-        tx = _transformation(member, numbers)
+        tx = _transformation(member, numbers, self.data)
         # A copy, for the state is donated and must share no buffer with the constants.
         state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
         constants = [x for own, x in zip(self.is_own, jax.tree.leaves(parts.constants), strict=True) if own]
@@ -270,7 +272,7 @@ class _Group:
         self, state: TrainState, own: _Own, clock: _Clock, shared: list[Any], train: Any
     ) -> tuple[TrainState, nnx.State | None, _Outcome]:
         """One epoch of one member: the new state, the stale parameters if wanted, the outcome."""
-        tx = _transformation(self.members[0], own.numbers)
+        tx = _transformation(self.members[0], own.numbers, self.data)
         key = jax.random.fold_in(own.key, clock.epoch)
         constants = self._constants(own, shared)
         state, log = run_epoch(self.graphdef, tx, self.plan, state, constants, train, key, clock.rate_factor)

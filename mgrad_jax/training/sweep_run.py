@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mgrad_jax import models
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
@@ -144,7 +143,7 @@ def train_sweep(
     settings = {**config.to_dict(), "data_digest": data_digest(data)}
     if resume:
         _check_same(directory, settings)
-    models.create(members[0].model, data, **members[0].hyper_parameters)  # says what the data lack
+    members[0].create_model(data)  # says what the data lack
     write_text(directory, "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     records = {i: record for i in range(len(members)) if (record := _read_member(directory, i)) is not None}
     _train_missing(config, data, members, records, slots, progress)
