@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,16 +11,25 @@ import typer
 from rich.table import Table
 
 from mgrad_jax.cli.console import console
+from mgrad_jax.errors import UserError
 
 _Features = Annotated[
     tuple[Path, Path] | None,
     typer.Option(metavar="NPY IDS", help="Features (rows, dim), and a text file with the raw item id of each row."),
 ]
+# What `prepare` reads where it makes the user graph only; the other options are of raw ratings.
+_OF_USER_GRAPH = ("source", "user_graph", "user_k", "published_user_graph")
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Raw ratings: CSV, TSV or JSON lines, plain or .gz.")],
-    destination: Annotated[Path, typer.Argument(help="Directory to write.")],
+    context: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(help="Raw ratings: CSV, TSV or JSON lines, plain or .gz; without DESTINATION, a dataset."),
+    ],
+    destination: Annotated[
+        Path | None, typer.Argument(help="Directory to write; leave it out to make only a dataset's user graph.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the dataset; the directory's name by default.")] = None,
     user: Annotated[str | None, typer.Option(help="Column of the users; found by common names by default.")] = None,
     item: Annotated[str | None, typer.Option(help="Column of the items.")] = None,
@@ -32,8 +43,21 @@ def prepare(
     image_features: _Features = None,
     text_features: _Features = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")] = False,
+    user_graph: Annotated[
+        bool,
+        typer.Option("--user-graph", help="Build the user graph of dualgnn and dragon and store it in the dataset."),
+    ] = False,
+    user_k: Annotated[int, typer.Option(min=1, help="Neighbours a user in it (`user_k` of the models).")] = 40,
+    published_user_graph: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Store a dataset's user graph from a published user_graph_dict.npy instead."),
+    ] = None,
 ) -> None:
-    """Filter, split and re-index raw ratings into a dataset directory."""
+    """Filter, split and re-index raw ratings into a dataset directory; store its user graph."""
+    _check_preparation(context, source, destination, user_graph, published_user_graph)
+    if destination is None:
+        _store_user_graph(source, user_k, published_user_graph)
+        return
     from mgrad_jax.data import preprocess
 
     given = {"image": image_features, "text": text_features}
@@ -51,8 +75,74 @@ def prepare(
         features={modality: files for modality, files in given.items() if files is not None},
         overwrite=overwrite,
     )
-    table = Table(title=str(destination), show_header=False)
-    for key, value in vars(prepared).items():
+    _print_values(str(destination), vars(prepared))
+    if user_graph:
+        _store_user_graph(prepared.file, user_k)
+
+
+def _check_preparation(
+    context: typer.Context, source: Path, destination: Path | None, user_graph: bool, published: Path | None
+) -> None:
+    """What is asked for must fit together: raw ratings have a destination, a dataset that exists has none."""
+    if destination is None and not user_graph and published is None:
+        raise UserError(
+            "DESTINATION is missing; name the directory to write, or add --user-graph where SOURCE is a dataset."
+        )
+    if destination is not None and published is not None:
+        raise UserError(
+            "--published-user-graph is for a dataset that exists; give its directory and leave DESTINATION out."
+        )
+    if destination is not None and user_graph and source.is_dir():
+        raise UserError(f"{source} is a directory; leave DESTINATION out to store the user graph in it.")
+    said = _options_given(context)
+    if "user_k" in said and not user_graph and published is None:
+        raise UserError("--user-k is of the user graph, which is not asked for; add --user-graph.")
+    of_ratings = [option for name, option in said.items() if name not in _OF_USER_GRAPH]
+    if destination is None and of_ratings:
+        raise UserError(
+            f"{of_ratings[0]} is for raw ratings, which need a DESTINATION; name one, or leave {of_ratings[0]} out."
+        )
+
+
+def _options_given(context: typer.Context) -> dict[str, str]:
+    """The parameters that stand on the command line: name in the code -> spelling there."""
+    given = {}
+    for parameter in context.command.params:
+        origin = context.get_parameter_source(str(parameter.name))
+        # By name: the class of the origins depends on typer's version.
+        if origin is not None and origin.name == "COMMANDLINE":
+            given[str(parameter.name)] = parameter.opts[0]
+    return given
+
+
+def _store_user_graph(source: Path, k: int, published: Path | None = None) -> None:
+    """Store the user graph of a dataset, a directory or its .inter file, where the models look for it."""
+    from mgrad_jax.data import load_interactions
+    from mgrad_jax.data.user_graph import build_user_graph, cache_directory, read_published_user_graph
+
+    data = load_interactions(source)
+    cache = cache_directory(data)
+    if cache is None:
+        raise UserError(f"{source} is not on disk, so that nothing can be stored with it; give a dataset's directory.")
+    if not os.access(cache, os.W_OK):
+        raise UserError(f"{cache} cannot be written; copy the dataset to a place where its user graph can be stored.")
+    if published is None:
+        graph = build_user_graph(data, k, cache=cache)
+    else:
+        graph = read_published_user_graph(published, data, k, cache=cache)
+    counts = (graph.shared > 0).sum(axis=1)
+    values = {
+        "user graph": f"stored in {cache}",
+        "users": data.n_users,
+        f"users with {k} neighbours": int((counts == k).sum()),
+        "users without neighbours": int((counts == 0).sum()),
+    }
+    _print_values(f"user graph, user_k={k}", values)
+
+
+def _print_values(title: str, values: Mapping[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for key, value in values.items():
         table.add_row(key, str(value))
     console().print(table)
 
