@@ -21,7 +21,7 @@ import time
 import types
 
 # Imported by the trainer and never reached by a training run.
-NEVER_USED = ("lmdb", "matplotlib", "PIL", "torchvision")
+NEVER_USED = ("PIL", "lmdb", "matplotlib", "sklearn", "torch_scatter", "torchvision")
 REMOVED_ALIASES = {"bool": bool, "float": float, "int": int, "object": object, "str": str}
 
 
@@ -97,7 +97,11 @@ class _Anything(types.ModuleType):
 
 
 def patch_torch(torch, device: str) -> None:
-    """Load the trainer's own pickled caches as before PyTorch 2.6; on the CPU `.cuda()` stays where it is."""
+    """Load the trainer's own pickled caches as before PyTorch 2.6; on the CPU, act as on a GPU.
+
+    `.cuda()` stays where it is. A parameter's `.to(device)` gives a copy, as it does on a GPU: the trainer writes
+    `self.x = nn.Parameter(...).to(device)`, which makes x a trained parameter only where nothing has to be moved.
+    """
     load = torch.load
 
     def load_own_cache(*args, **kwargs):
@@ -108,6 +112,7 @@ def patch_torch(torch, device: str) -> None:
     if device == "cpu":
         torch.Tensor.cuda = lambda self, *args, **kwargs: self
         torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+        torch.nn.Parameter.to = lambda self, *args, **kwargs: torch.Tensor.to(self, *args, **kwargs).clone()
 
 
 def run(job, torch):

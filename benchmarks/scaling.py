@@ -46,12 +46,12 @@ from _report import (
     versions,
     write_json,
 )
+from _settings import SETTINGS
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from step_throughput import ALL_SIZES
-from vs_pytorch import SETTINGS
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions, synthetic_interactions
@@ -123,7 +123,7 @@ def _measure(model_name: str, size: str, options: argparse.Namespace) -> dict[st
     data = synthetic_interactions(ALL_SIZES[size], name=size)
     memory["data"] = resident_memory()
     started = time.perf_counter()
-    model = models.create(model_name, data, **SETTINGS.get(model_name, {}))
+    model = models.create(model_name, data, **SETTINGS[model_name].hyper_parameters)
     seconds_build = time.perf_counter() - started
     memory["model"], memory["peak_build"] = resident_memory(), host_peak_memory()
     n_batches = math.ceil(len(data.train) / options.batch_size)

@@ -47,10 +47,10 @@ from _report import (
     versions,
     write_json,
 )
+from _settings import SETTINGS
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from vs_pytorch import SETTINGS
 
 from mgrad_jax import MirrorState, mirror_gradient, mirrored, models
 from mgrad_jax.data import Batch, Interactions, load_interactions, synthetic_interactions
@@ -122,7 +122,7 @@ def _measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[di
     for size in sources:
         data = load_interactions(options.data) if size is None else synthetic_interactions(ALL_SIZES[size], name=size)
         for model in options.models:
-            parts = split_model(models.create(model, data, **SETTINGS.get(model, {})))
+            parts = split_model(models.create(model, data, **SETTINGS[model].hyper_parameters))
             for interval in options.intervals:
                 print(f"{data.name}, {model}, interval {interval} ...", file=sys.stderr, flush=True)
                 fresh = _group(parts, data, model, interval, options)

@@ -4,7 +4,7 @@
         --output benchmarks/results/vs_pytorch.json
 
 PATH is a checkout of https://github.com/Qrange-group/Mirror-Gradient; `--reference-python` an interpreter that has
-torch, numpy, scipy, pandas and pyyaml. The checkout is run unchanged, as a subprocess (`_published.py`). Both sides get
+torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, DualGNN and DRAGON. The checkout is run unchanged, as a subprocess (`_published.py`). Both sides get
 the same interactions and features, batch size, optimizer, seed, device and processor cores, train for exactly
 `--epochs` epochs and evaluate validation and test after each. They take turns, each alone on the machine, `--repeats`
 times; the first epoch of every run is left out. An epoch runs from the resampling of the graph to the last update; an
@@ -25,27 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optax
 from _published import limit_cores
-from _report import device_name, versions, write_json
+from _report import RESULTS, Parser, cores, device_name, spread, versions, write_json
+from _settings import BATCH_SIZE, EMBEDDING, LEARNING_RATE, MIRROR, SETTINGS
 from rich.console import Console
 from rich.table import Table
 
-from mgrad_jax import mirror_gradient, models
 from mgrad_jax.data import Interactions, load_interactions
+from mgrad_jax.data.user_graph import build_user_graph
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import fit
+from mgrad_jax.training.config import RunConfig
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "vbpr": {"reg_weight": 1e-3},
-    "bm3": {"n_layers": 1, "dropout": 0.3, "reg_weight": 0.1},
-    "freedom": {"dropout": 0.8, "reg_weight": 1e-3},
-}
-MIRROR = {"alpha1": 1.0, "alpha2": 0.2, "beta": 3}
+PUBLISHED = [name for name, setting in SETTINGS.items() if setting.published]
 TRAININGS = ("plain", "mirror")
 SIDES = ("published", "ours")
 SHOWN = ("recall@5", "recall@20")
-LEARNING_RATE, EMBEDDING = 1e-3, 64
+USER_GRAPH, USER_GRAPH_MODELS = "user_graph_dict.npy", ("dualgnn", "dragon")
 HERE = Path(__file__).resolve().parent
 
 
@@ -64,25 +60,21 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--reference", type=Path, help="checkout of the published trainer")
     parser.add_argument("--reference-python", default=sys.executable, help="interpreter that has torch")
     parser.add_argument("--data", default="demo", help="a directory in MMRec format, or 'demo'")
-    parser.add_argument("--models", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--models", nargs="+", choices=PUBLISHED, default=["vbpr", "bm3", "freedom"])
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each side; they take turns")
-    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--seed", type=int, default=999)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--threads", type=int, default=_cores(), help="processor cores for either side")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/vs_pytorch.json"))
+    parser.add_argument("--threads", type=int, default=cores(), help="processor cores for either side")
+    parser.add_argument("--output", type=Path, default=RESULTS / "vs_pytorch.json")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -93,7 +85,7 @@ def _compare(options: argparse.Namespace) -> None:
     data = load_interactions(options.data)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="vs_pytorch_") as folder:
-        files = lay_out(Path(folder), source, data)
+        files = lay_out(Path(folder), source, data, not set(USER_GRAPH_MODELS).isdisjoint(options.models))
         for model in options.models:
             for training in options.trainings:
                 rows += _pair(Path(folder), source, files, data.name, model, training, options)
@@ -114,8 +106,10 @@ def published_source(reference: Path | None) -> Path:
     )
 
 
-def lay_out(folder: Path, source: Path, data: Interactions) -> dict[str, str]:
+def lay_out(folder: Path, source: Path, data: Interactions, user_graph: bool = False) -> dict[str, str]:
     """Give the trainer the working directory it expects: its own configurations, and the data in its layout.
+
+    With `user_graph` the file of user neighbours that its DualGNN and DRAGON read is among them.
 
     Returns:
         The part of its configuration that says where the data are and how the columns are called.
@@ -131,6 +125,8 @@ def lay_out(folder: Path, source: Path, data: Interactions) -> dict[str, str]:
         for file in (given if given.is_dir() else given.parent).iterdir():
             if file.name in (f"{data.name}.inter", "image_feat.npy", "text_feat.npy"):
                 (home / file.name).symlink_to(file)
+    if user_graph:
+        _write_user_graph(home / USER_GRAPH, data)
     with (home / f"{data.name}.inter").open(encoding="utf-8") as stream:
         header = stream.readline().rstrip("\r\n").split("\t")
     columns = {role: next(name for name in header if role in name.lower()) for role in ("user", "item", "label")}
@@ -139,6 +135,7 @@ def lay_out(folder: Path, source: Path, data: Interactions) -> dict[str, str]:
         "inter_file_name": f"{data.name}.inter",
         "vision_feature_file": "image_feat.npy",
         "text_feature_file": "text_feat.npy",
+        "user_graph_dict_file": USER_GRAPH,
         "USER_ID_FIELD": columns["user"],
         "ITEM_ID_FIELD": columns["item"],
         "inter_splitting_label": columns["label"],
@@ -155,6 +152,16 @@ def _write_files(home: Path, data: Interactions) -> None:
         np.save(home / f"{modality}_feat.npy", features)
 
 
+def _write_user_graph(file: Path, data: Interactions) -> None:
+    graph = build_user_graph(data)
+    lengths = np.count_nonzero(graph.shared, axis=1)
+    lists = {
+        user: [graph.neighbours[user, :n].tolist(), graph.shared[user, :n].astype(float).tolist()]
+        for user, n in enumerate(lengths)
+    }
+    np.save(file, np.array(lists, dtype=object))
+
+
 def _pair(
     folder: Path,
     source: Path,
@@ -167,7 +174,7 @@ def _pair(
     """Both sides of one model and training, turn by turn; one row each."""
     published = {
         "source": str(source),
-        "model": model.upper(),
+        "model": SETTINGS[model].published,
         "dataset": dataset,
         "config": {**files, **published_config(model, training, options)},
     }
@@ -189,8 +196,11 @@ def _pair(
 
 def published_config(model: str, training: str, options: argparse.Namespace) -> dict[str, Any]:
     """Overrides of the trainer's configuration files, with a single setting in place of its grid."""
-    grid = {**SETTINGS[model], **(MIRROR if training == "mirror" else {}), "seed": options.seed}
+    setting = SETTINGS[model]
+    mirror = {"alpha1": MIRROR["alpha1"], "alpha2": MIRROR["alpha2"], "beta": MIRROR["interval"]}
+    grid = {**setting.hyper_parameters, **(mirror if training == "mirror" else {}), "seed": options.seed}
     return {
+        **setting.published_only,
         "use_gpu": options.device == "gpu",
         "gpu_id": 0,
         "epochs": options.epochs,
@@ -198,6 +208,7 @@ def published_config(model: str, training: str, options: argparse.Namespace) -> 
         "train_batch_size": options.batch_size,
         "learner": "adam",
         "learning_rate": LEARNING_RATE,
+        "weight_decay": setting.weight_decay,
         "embedding_size": EMBEDDING,
         "hyper_parameters": list(grid),
         **{name: [value] for name, value in grid.items()},
@@ -235,13 +246,20 @@ def _train_ours(job: dict[str, Any]) -> None:
     limit_cores(job["threads"])
     started = time.perf_counter()
     data = load_interactions(job["data"])
-    model = models.create(job["model"], data, seed=job["seed"], embedding_dim=EMBEDDING, **SETTINGS[job["model"]])
-    tx = optax.adam(LEARNING_RATE)
-    if job["mirror"]:
-        mirror = mirror_gradient(alpha1=MIRROR["alpha1"], alpha2=MIRROR["alpha2"], interval=int(MIRROR["beta"]))
-        tx = optax.chain(mirror, tx)
-    epochs, batch_size, seed = job["epochs"], job["batch_size"], job["seed"]
-    result = fit(model, data, tx, epochs=epochs, patience=epochs, batch_size=batch_size, seed=seed)
+    epochs, setting = job["epochs"], SETTINGS[job["model"]]
+    config = RunConfig(
+        job["model"],
+        job["data"],
+        training="mirror" if job["mirror"] else "plain",
+        **MIRROR,
+        learning_rate=LEARNING_RATE,
+        weight_decay=setting.weight_decay,
+        seed=job["seed"],
+        batch_size=job["batch_size"],
+        hyper_parameters=setting.hyper_parameters,
+    )
+    model, tx = config.create_model(data), config.transformation(data)
+    result = fit(model, data, tx, epochs=epochs, patience=epochs, batch_size=config.batch_size, seed=config.seed)
     record = {
         "epochs": [report.seconds_train for report in result.history],
         # A report covers both splits; an evaluation is one of them.
@@ -271,16 +289,16 @@ def _row(
         "training": training,
         "side": side,
         "data": dataset,
-        "seconds_per_epoch": _spread([x for record in records for x in record["epochs"][1:]]),
-        "seconds_per_evaluation": _spread([x for record in records for x in _both_splits(record)[1:]]),
+        "seconds_per_epoch": spread([x for record in records for x in record["epochs"][1:]]),
+        "seconds_per_evaluation": spread([x for record in records for x in _both_splits(record)[1:]]),
         "seconds_compile": first.get("seconds_compile", 0.0),
-        "seconds_run": _spread([record["seconds_run"] for record in records]),
+        "seconds_run": spread([record["seconds_run"] for record in records]),
         "epochs": options.epochs,
         "repeats": options.repeats,
         "batch_size": options.batch_size,
         "seed": options.seed,
         "threads": options.threads,
-        "hyper_parameters": {**SETTINGS[model], **(MIRROR if training == "mirror" else {})},
+        "hyper_parameters": {**SETTINGS[model].hyper_parameters, **(MIRROR if training == "mirror" else {})},
         "metrics": {"valid": first["valid"], "test": first["test"]},
         "device": first["device"],
         "versions": first["versions"],
@@ -290,10 +308,6 @@ def _row(
 def _both_splits(record: dict[str, Any]) -> list[float]:
     """Seconds for one split after each epoch: the mean of validation and test, which differ in size."""
     return np.reshape(record["evaluations"], (-1, 2)).mean(axis=1).tolist()
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": float(np.median(seconds)), "min": min(seconds), "max": max(seconds)}
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -313,8 +327,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     console.print(rows[1]["device"], rows[0]["versions"], rows[1]["versions"])
 
 
-def _cell(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.3f} ({spread['min']:.3f} to {spread['max']:.3f})"
+def _cell(times: dict[str, float]) -> str:
+    return f"{times['median']:.3f} ({times['min']:.3f} to {times['max']:.3f})"
 
 
 if __name__ == "__main__":

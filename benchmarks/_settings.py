@@ -1,0 +1,46 @@
+"""The setting every model is measured at, and what the published trainer calls it.
+
+Adam at 1e-3, batches of 2,048 and embeddings of 64 throughout. VBPR, BM3 and FREEDOM have the hyper-parameters of the
+published reference runs; the others a point of their published grid (`mgrad_jax.training.sweep.published_grid`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LEARNING_RATE, BATCH_SIZE, EMBEDDING = 1e-3, 2048, 64
+MIRROR = {"alpha1": 1.0, "alpha2": 0.2, "interval": 3}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model's setting.
+
+    Attributes:
+        published: the model's class in the published trainer, and its configuration file's name; None where it has none.
+        hyper_parameters: by published name, the same on both sides.
+        weight_decay: of the optimizer.
+        published_only: options of the published configuration that our model knows as fixed.
+    """
+
+    published: str | None
+    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    published_only: Mapping[str, Any] = field(default_factory=dict)
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "vbpr": Setting("VBPR", {"reg_weight": 1e-3}),
+    "bm3": Setting("BM3", {"n_layers": 1, "dropout": 0.3, "reg_weight": 0.1}),
+    "freedom": Setting("FREEDOM", {"dropout": 0.8, "reg_weight": 1e-3}),
+    "mmgcn": Setting("MMGCN", {"reg_weight": 1e-3}),
+    "grcn": Setting("GRCN", {"reg_weight": 1e-3}),
+    "dualgnn": Setting("DualGNN", {"reg_weight": 1e-3}, published_only={"aggr_mode": "add"}),
+    "slmrec": Setting("SLMRec", {"ssl_temp": 0.2, "ssl_alpha": 0.1}, 1e-4, {"reg": 1e-4}),
+    "dragon": Setting("DRAGON", {"reg_weight": 1e-3}, published_only={"aggr_mode": "add"}),
+    "layergcn": Setting("LayerGCN", {"dropout": 0.1, "reg_weight": 1e-3}, published_only={"n_layers": 4}),
+    "selfcf": Setting("SELFCFED_LGN", {"n_layers": 2, "dropout": 0.1, "reg_weight": 1e-3}),
+    "lightgcn": Setting(None, {"n_layers": 3, "reg_weight": 1e-4}),
+}
