@@ -48,7 +48,7 @@ def load_torch_state(model: Recommender, state: Mapping[str, Any] | str | Path) 
     """
     arrays = _read(Path(state)) if isinstance(state, str | Path) else state
     parameters = list(_named_parameters(model))
-    ignored = set(getattr(model, "ignored_names", ()))
+    ignored = set(model.ignored_names)
     expected = {name: _transposed(path, np.asarray(variable[...])).shape for path, name, variable in parameters}
     given = {name: np.asarray(_host(array)) for name, array in arrays.items() if name not in ignored}
     missing = sorted(expected.keys() - given.keys())

@@ -69,6 +69,7 @@ class Recommender(nnx.Module):
         uses_negatives: whether `loss` reads `batch.negatives`.
         published_names: our parameter path -> name in the published state_dict; a path that ends in
             `.kernel` is stored transposed there.
+        ignored_names: published parameters that never get a gradient and are not ported.
         penalties: parts of `loss` that penalise parameters and rank nothing.
     """
 
@@ -78,6 +79,7 @@ class Recommender(nnx.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     uses_negatives: ClassVar[bool] = True
     published_names: ClassVar[Mapping[str, str]]
+    ignored_names: ClassVar[tuple[str, ...]] = ()
     penalties: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
