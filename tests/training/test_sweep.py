@@ -160,11 +160,12 @@ def test_expand_grid() -> None:
 def test_no_setting_of_a_run_is_unknown_here() -> None:
     """A new field must reach the members' training: through the transformation or through `sweep` itself."""
     by_transformation = {"optimizer", "optimizer_args", "max_norm", "training", "alpha1", "alpha2", "interval"}
-    by_transformation |= {"learning_rate", "weight_decay"}
+    by_transformation |= {"learning_rate", "weight_decay", "flat_minima_args"}
     by_sweep = {"model", "hyper_parameters", "seed", "batch_size", "epochs", "patience", "metric", "ks", "evaluate"}
     by_sweep |= {"learning_rate_decay"}
     fields = {field.name for field in dataclasses.fields(RunConfig)}
-    assert fields == by_transformation | by_sweep | {"data", "out"}
+    by_model = {"adversarial", "feature_dtype"}  # through `RunConfig.create_model`
+    assert fields == by_transformation | by_sweep | by_model | {"data", "out"}
 
 
 def test_what_has_no_effect_makes_no_member() -> None:
