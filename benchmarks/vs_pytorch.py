@@ -4,11 +4,12 @@
         --output benchmarks/results/vs_pytorch.json
 
 PATH is a checkout of https://github.com/Qrange-group/Mirror-Gradient; `--reference-python` an interpreter that has
-torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, DualGNN and DRAGON. The checkout is run unchanged, as a subprocess (`_published.py`). Both sides get
-the same interactions and features, batch size, optimizer, seed, device and processor cores, train for exactly
-`--epochs` epochs and evaluate validation and test after each. They take turns, each alone on the machine, `--repeats`
-times; the first epoch of every run is left out. An epoch runs from the resampling of the graph to the last update; an
-evaluation is one split, the mean of validation and test. Our compile time is reported apart.
+torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, DualGNN and DRAGON. The checkout is run
+unchanged, as a subprocess (`_published.py`). Both sides get the same interactions and features, batch size, optimizer,
+seed, device and processor cores, train for exactly `--epochs` epochs and evaluate validation and test after each. They
+take turns, each alone on the machine, `--repeats` times; the first epoch of every run is left out. An epoch runs from
+the resampling of the graph to the last update; an evaluation is one split, the mean of validation and
+test. Our compile time is reported apart.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def _train_ours(job: dict[str, Any]) -> None:
         weight_decay=setting.weight_decay,
         seed=job["seed"],
         batch_size=job["batch_size"],
-        hyper_parameters=setting.hyper_parameters,
+        hyper_parameters={"embedding_dim": EMBEDDING, **setting.hyper_parameters},
     )
     model, tx = config.create_model(data), config.transformation(data)
     result = fit(model, data, tx, epochs=epochs, patience=epochs, batch_size=config.batch_size, seed=config.seed)

@@ -23,14 +23,14 @@ from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.sharpness_aware import sam, ssam_d, ssam_f
 
-FLAT_MINIMA = ("sam", "ssam-f", "ssam-d")
-TRAININGS = ("mirror", "plain", "replay", *FLAT_MINIMA)
 # Sharpness-aware trainings, and the constructor of each in `mgrad_jax.sharpness_aware`.
 _SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "sam": sam,
     "ssam-f": ssam_f,
     "ssam-d": ssam_d,
 }
+FLAT_MINIMA = tuple(_SHARPNESS_AWARE)
+TRAININGS = ("mirror", "plain", "replay", *FLAT_MINIMA)
 # What the run itself knows and no argument may say.
 _GIVEN = ("optimizer", "steps_per_epoch")
 
