@@ -74,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[999, 42, 2024])
     parser.add_argument("--epochs", type=int, default=1000)
     parser.add_argument("--patience", type=int, default=20)
+    parser.add_argument("--feature-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--reference", type=Path, help="CSV with a reference's runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--output", type=Path, default=RESULTS / "runs.json")
@@ -81,6 +82,7 @@ def _options() -> argparse.Namespace:
 
 
 def _config(model: str, training: str, seed: int, data: str, options: argparse.Namespace) -> RunConfig:
+    narrow = "" if options.feature_dtype == "float32" else f"-{options.feature_dtype}"
     return RunConfig(
         model,
         options.data,
@@ -92,8 +94,9 @@ def _config(model: str, training: str, seed: int, data: str, options: argparse.N
         seed=seed,
         epochs=options.epochs,
         patience=options.patience,
+        feature_dtype=options.feature_dtype,
         hyper_parameters=SETTINGS[model].hyper_parameters,
-        out=str(options.runs / f"{model}-{data}-{training}-s{seed}"),
+        out=str(options.runs / f"{model}-{data}-{training}-s{seed}{narrow}"),
     )
 
 
@@ -110,6 +113,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
     return {
         **{key: result[key] for key in kept},
         "data": result["data"],
+        "feature_dtype": config.feature_dtype,
         "device": device_name(),
         "versions": versions(),
     }

@@ -1,6 +1,7 @@
 """A grid of 12 members by one `sweep` against 12 single `fit` runs one after another: same results, in how much time.
 
     python benchmarks/sweep_throughput.py --model freedom --size demo --slots 1 4 12
+    python benchmarks/sweep_throughput.py --model vbpr --data data/tiktok --slots 1
 
 Both ways do everything from the data in memory to the last result: build models, compile, train, evaluate. A round
 times the single runs and then the sweep at every number of slots; a ratio compares times of the same round, above 1
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from _report import device_name, spread, versions, write_json
+from _report import RESULTS, Parser, check_at_least, device_name, spread, versions, write_json
 from rich.console import Console
 from rich.table import Table
 
 from mgrad_jax import models
-from mgrad_jax.data import Interactions, demo_interactions, synthetic_interactions
+from mgrad_jax.data import Interactions, demo_interactions, load_interactions, synthetic_interactions
 from mgrad_jax.data.synthetic import SIZES
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import FitResult, fit
@@ -44,7 +45,8 @@ def main() -> int:
             patience=options.epochs,
             batch_size=options.batch_size,
         )
-        data = demo_interactions() if options.size == "demo" else synthetic_interactions(SIZES[options.size])
+        check_at_least("--slots", options.slots)
+        data = _data(options)
         rows = _measure(base, data, options)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -55,19 +57,27 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="freedom")
-    parser.add_argument("--size", choices=["demo", *SIZES], default="demo")
+    parser = Parser(__doc__)
+    parser.add_argument("--model", choices=models.names(), default="freedom")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--size", choices=["demo", *SIZES], default="demo")
+    source.add_argument("--data", help="a directory in MMRec format, in place of a size")
     parser.add_argument("--slots", nargs="+", type=int, default=[default_slots()])
     parser.add_argument("--epochs", type=int, help="of every member, none stops early (default 20)")
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--repeats", type=int, help="rounds (default 3)")
     parser.add_argument("--quick", action="store_true", help="two members, one epoch: does it run, not how fast")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sweep_throughput.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "sweep_throughput.json")
     options = parser.parse_args()
     options.epochs = options.epochs or (1 if options.quick else 20)
     options.repeats = options.repeats or (1 if options.quick else 3)
     return options
+
+
+def _data(options: argparse.Namespace) -> Interactions:
+    if options.data:
+        return load_interactions(options.data)
+    return demo_interactions() if options.size == "demo" else synthetic_interactions(SIZES[options.size])
 
 
 def _measure(base: RunConfig, data: Interactions, options: argparse.Namespace) -> list[dict[str, Any]]:

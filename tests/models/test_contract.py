@@ -84,9 +84,10 @@ def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
     other = jax.tree.map(lambda x: x * 1.1, parts.params)
     stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), parts.params, other)
     run = jax.value_and_grad(first)
-    together = jax.vmap(run, in_axes=(0, None, None))(stacked, first_batch(), jax.random.key(0))
+    together = jax.jit(jax.vmap(run, in_axes=(0, None, None)))(stacked, first_batch(), jax.random.key(0))
+    run_alone = jax.jit(run)
     for member, params in enumerate((parts.params, other)):
-        alone = run(params, first_batch(), jax.random.key(0))
+        alone = run_alone(params, first_batch(), jax.random.key(0))
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[member], b, rtol=2e-4, atol=1e-5)
 
