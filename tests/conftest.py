@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+# Here and in every process that a test starts: tests neither read nor fill the user's cache of compiled programs.
+os.environ["MGRAD_JAX_NO_CACHE"] = "1"
 
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
 # answer a hyper-parameter of the wrong type before the configuration's own sentence does.
@@ -18,3 +26,25 @@ def x64():
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def start_command() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Start `mgrad-jax` in a process of its own, stderr piped; none outlives the test."""
+    # Whoever starts the tests in the background may have them, and all they start, ignore Ctrl-C.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mgrad_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    started = []
+
+    def start(command: list[str]) -> subprocess.Popen[str]:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        arguments = [sys.executable, "-c", program, *command]
+        started.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +19,6 @@ import yaml
 from mgrad_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_cache() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MGRAD_JAX_NO_CACHE", "1")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +201,12 @@ def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_names_the_epoch_and_the_remedy(tmp_path: Path, stop: signal.Signals) -> None:
+def test_stopping_names_the_epoch_and_the_remedy(
+    tmp_path: Path, start_command: Callable[[list[str]], subprocess.Popen[str]], stop: signal.Signals
+) -> None:
     out = tmp_path / "run"
     command = ["train", *MODEL, "--data", "demo", "--epochs", "100000", "--patience", "100000", "--out", str(out)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MGRAD_JAX_NO_CACHE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mgrad_jax.cli", *command], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    process = start_command(command)
     history = out / "history.csv"
     while not history.exists() or history.read_text().count("\n") < 4:
         assert process.poll() is None

@@ -19,11 +19,6 @@ from mgrad_jax.data.user_graph import UserGraph, build_user_graph
 TINY = Path(__file__).parent / "golden" / "tiny"
 
 
-@pytest.fixture(autouse=True)
-def without_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MGRAD_JAX_NO_CACHE", "1")
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return shutil.copytree(TINY, tmp_path / "tiny")

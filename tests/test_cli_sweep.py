@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,6 @@ from mgrad_jax.training.sweep import published_grid
 
 BASE = ["--model", "vbpr", "--data", "demo", "--set", "embedding_dim=8", "--epochs", "2"]
 GRID = ["--grid", "alpha1=0.5,1.0", "--grid", "alpha2=0.1,0.2", "--seeds", "2"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_cache() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MGRAD_JAX_NO_CACHE", "1")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +180,13 @@ def test_damaged_sweep(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-def test_stopping_keeps_the_finished_members(tmp_path: Path) -> None:
+def test_stopping_keeps_the_finished_members(
+    tmp_path: Path, start_command: Callable[[list[str]], subprocess.Popen[str]]
+) -> None:
     out = tmp_path / "sweep"
     grid = ["--grid", "alpha1=0.5,1.0", "--grid", "alpha2=0.1,0.2", "--patience", "100000"]
     command = ["sweep", *BASE, *grid, "--epochs", "40", "--out", str(out)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MGRAD_JAX_NO_CACHE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mgrad_jax.cli", *command], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    process = start_command(command)
     first = out / "members" / "0000" / "result.json"
     while not first.exists():
         assert process.poll() is None

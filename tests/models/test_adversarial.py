@@ -201,6 +201,7 @@ def test_the_loss_rises_by_epsilon_times_the_norms_of_the_gradient() -> None:
 # --- every model that reads features ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("x64")
 def test_the_loss_is_the_plain_one_here_and_at_moved_features(name: str) -> None:
@@ -388,18 +389,12 @@ MODEL = ["--model", "vbpr", "--set", "embedding_dim=8", "--data", "demo"]
 AMR = ["--adversarial", "epsilon=0.1,weight=1"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_cache() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MGRAD_JAX_NO_CACHE", "1")
-        yield
-
-
 def history(run: Path) -> list[dict[str, str]]:
     with (run / "history.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded_evaluated_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run, unbroken, plain = tmp_path / "run", tmp_path / "unbroken", tmp_path / "plain"
     train = ["train", *MODEL, "--mirror"]
@@ -428,6 +423,7 @@ def test_a_run_is_recorded_evaluated_and_resumed(tmp_path: Path, capfd: pytest.C
     assert "adversarial was" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_the_same_as_single_runs() -> None:
     from mgrad_jax.training import fit
     from mgrad_jax.training.config import RunConfig

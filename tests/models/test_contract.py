@@ -54,6 +54,7 @@ def test_loss_and_gradients_are_finite_and_deterministic(name: str) -> None:
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_planted_groups_are_found(name: str) -> None:
     """Items of the user's own group, a quarter of all, fill well over a quarter of the lists after a short training."""
@@ -119,6 +120,21 @@ def test_a_second_call_does_not_compile_again(name: str) -> None:
     for seed in range(3):
         counted(jax.tree.map(lambda x, s=seed: x + s, parts.params), first_batch(), jax.random.key(seed))
     assert traces == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_gradients_and_embeddings_lower_for_a_gpu(name: str) -> None:
+    """Without a GPU nothing can be run on one, but a primitive without a rule for it would be refused here."""
+    model = create(name)
+    loss, parts = loss_of(model)
+    batch = first_batch()
+    traced = (
+        jax.jit(jax.value_and_grad(loss)).trace(parts.params, batch, jax.random.key(0)),
+        jax.jit(lambda parts: nnx.merge(*parts).embed()).trace(nnx.split(model)),
+        jax.jit(model.resample).trace(jax.random.key(0)),
+    )
+    for program in traced:
+        assert "func.func public @main" in program.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

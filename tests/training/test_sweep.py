@@ -88,6 +88,7 @@ def test_vbpr_members_equal_single_runs_through_any_number_of_slots(slots: int) 
     assert len({result.epochs_run for result in results}) > 1  # some stopped early, at different epochs
 
 
+@pytest.mark.slow
 def test_plain_mirror_and_replay_are_groups_of_freedom() -> None:
     members = expand_grid(
         dataclasses.replace(VBPR, model="freedom", epochs=2),
