@@ -65,13 +65,13 @@ def test_equal_to_sorting(levels: int, block: int, ks: tuple[int, ...]) -> None:
     rng = np.random.default_rng(block)
     scores = rng.integers(0, levels, size=(data.n_users, data.n_items)).astype(np.float32)
     users, hits, counts = sorted_hits(data, scores, max(ks))
-    expected = ranking_metrics(jnp.asarray(hits), jnp.asarray(counts), ks)
+    expected = jax.jit(ranking_metrics, static_argnums=2)(jnp.asarray(hits), jnp.asarray(counts), ks)
 
     ranker = make_ranker(data, "test", ks, block=block)
     vectors = jnp.asarray(scores), jnp.eye(data.n_items)
     ids, values = per_user_metrics(ranker, *vectors)
     np.testing.assert_array_equal(ids, users)
-    means = rank_metrics(ranker, *vectors)
+    means = jax.jit(rank_metrics)(ranker, *vectors)
     for name, value in expected.items():
         np.testing.assert_allclose(values[name], value, rtol=1e-6)
         np.testing.assert_allclose(means[name], np.mean(value), rtol=1e-5)
