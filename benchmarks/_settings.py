@@ -41,6 +41,6 @@ SETTINGS: Mapping[str, Setting] = {
     "slmrec": Setting("SLMRec", {"ssl_temp": 0.2, "ssl_alpha": 0.1}, 1e-4, {"reg": 1e-4}),
     "dragon": Setting("DRAGON", {"reg_weight": 1e-3}, published_only={"aggr_mode": "add"}),
     "layergcn": Setting("LayerGCN", {"dropout": 0.1, "reg_weight": 1e-3}, published_only={"n_layers": 4}),
-    "selfcf": Setting("SELFCFED_LGN", {"n_layers": 2, "dropout": 0.1, "reg_weight": 1e-3}),
+    "selfcf": Setting("SELFCFED_LGN", {"n_layers": 1, "dropout": 0.1, "reg_weight": 0.0}),
     "lightgcn": Setting(None, {"n_layers": 3, "reg_weight": 1e-4}),
 }
