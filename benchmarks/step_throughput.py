@@ -24,8 +24,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +40,22 @@ from _report import (
     device_name,
     earlier_rows,
     peak_memory,
-    program_memory,
     reset_peak_memory,
     versions,
     write_json,
 )
 from _settings import SETTINGS
+from _steps import Case, compile_passes, random_batches
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from mgrad_jax import MirrorState, mirror_gradient, mirrored, models
 from mgrad_jax.data import Batch, Interactions, load_interactions, synthetic_interactions
-from mgrad_jax.data.sampling import sample_negatives, user_history
 from mgrad_jax.data.synthetic import SIZES, Size
 from mgrad_jax.errors import UserError
 from mgrad_jax.mirror import pass_schedule
-from mgrad_jax.training.epoch import SplitModel, _pass, split_model
+from mgrad_jax.training.epoch import SplitModel, split_model
 
 ALL_SIZES = {"quick": Size(300, 200, 3_000, 32, 16), **SIZES}
 BOUNDS: dict[str, Callable[[int], float]] = {
@@ -142,7 +139,7 @@ def _group(
     """One model, size and interval: all forms in turns, a row each; plain is always among them."""
     forms = ["plain", *(form for form in options.forms if form != "plain")]
     n_batches = -(-options.batches // interval) * interval
-    batches = _batches(data, n_batches, options.batch_size)
+    batches = random_batches(data, n_batches, options.batch_size)
     cases = {form: _prepare(form, interval, parts, batches) for form in forms}
     peaks = {form: _peak_memory(case) for form, case in cases.items()}
     seconds = _rounds(cases, options.repeats) / n_batches
@@ -183,66 +180,12 @@ def _times(seconds: np.ndarray, plain: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _batches(data: Interactions, n_batches: int, batch_size: int) -> Batch:
-    """Batches (n_batches, batch_size) of random training interactions with negatives; small data are repeated."""
-    rows = np.resize(np.random.default_rng(0).permutation(len(data.train)), n_batches * batch_size)
-    users, positives = jnp.asarray(data.train[rows, 0]), jnp.asarray(data.train[rows, 1])
-    negatives = sample_negatives(jax.random.key(0), users, user_history(data))
-    return jax.tree.map(lambda x: x.reshape(n_batches, batch_size), Batch(users, positives, negatives))
-
-
-@dataclass
-class Case:
-    """One form, compiled.
-
-    Attributes:
-        start: makes fresh parameters and optimizer state, which `run` consumes.
-        run: the compiled program.
-        passes: times the scan's body runs.
-        compile_seconds: tracing, lowering and compiling.
-        program_bytes: XLA's own account of the program: arguments, results and temporaries.
-    """
-
-    start: Callable[[], Any]
-    run: Callable[[Any], Any]
-    passes: int
-    compile_seconds: float
-    program_bytes: int
-
-
 def _prepare(form: str, interval: int, parts: SplitModel, batches: Batch) -> Case:
     tx = _optimizer(form, interval)
-
-    def start() -> Any:
-        params = jax.tree.map(jnp.copy, parts.params)
-        return jax.block_until_ready((params, _start_state(form, tx.init(params))))
-
-    carry = start()
+    state = _start_state(form, tx.init(parts.params))
     n_batches = batches.users.shape[0]
-    schedule = np.arange(n_batches, dtype=np.int32) if form == "idle" else pass_schedule(carry[1], n_batches)
-    program = jax.jit(partial(_passes, parts, tx, schedule), donate_argnums=0)
-    arguments = (parts.epoch_state, parts.constants, batches, jax.random.key(0), np.float32(1.0))
-    started = time.perf_counter()
-    compiled = program.lower(carry, *arguments).compile()
-    seconds = time.perf_counter() - started
-    return Case(start, lambda carry: compiled(carry, *arguments), len(schedule), seconds, program_memory(compiled))
-
-
-def _passes(
-    parts: SplitModel,
-    tx: optax.GradientTransformation,
-    schedule: np.ndarray,
-    carry: Any,
-    epoch_state: Any,
-    constants: Any,
-    batches: Batch,
-    key: jax.Array,
-    rate_factor: jax.Array,
-) -> Any:
-    """The trainer's scan over passes, without what it does once an epoch."""
-    step = partial(_pass, parts.graphdef, tx, epoch_state, constants, key, rate_factor, batches)
-    numbers = jnp.arange(len(schedule), dtype=jnp.int32)
-    return jax.lax.scan(step, carry, (jnp.asarray(schedule), numbers))
+    schedule = np.arange(n_batches, dtype=np.int32) if form == "idle" else pass_schedule(state, n_batches)
+    return compile_passes(parts, tx, state, schedule, batches)
 
 
 def _optimizer(form: str, interval: int) -> optax.GradientTransformation:

@@ -1,0 +1,88 @@
+"""Training steps as programs of their own: some batches with the trainer's own passes, and nothing done once an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _report import program_memory
+
+from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.data.sampling import sample_negatives, user_history
+from mgrad_jax.training.epoch import SplitModel, _pass
+
+
+@dataclass
+class Case:
+    """One program, compiled.
+
+    Attributes:
+        start: makes fresh parameters and optimizer state, which `run` consumes.
+        run: the compiled program.
+        passes: times the scan's body runs.
+        compile_seconds: tracing, lowering and compiling.
+        program_bytes: XLA's own account of the program: arguments, results and temporaries.
+        operations: floating-point operations of one pass as XLA counts them, those of its sparse kernels left out.
+    """
+
+    start: Callable[[], Any]
+    run: Callable[[Any], Any]
+    passes: int
+    compile_seconds: float
+    program_bytes: int
+    operations: float
+
+
+def random_batches(data: Interactions, n_batches: int, batch_size: int) -> Batch:
+    """Batches (n_batches, batch_size) of random training interactions with negatives; small data are repeated."""
+    rows = np.resize(np.random.default_rng(0).permutation(len(data.train)), n_batches * batch_size)
+    users, positives = jnp.asarray(data.train[rows, 0]), jnp.asarray(data.train[rows, 1])
+    negatives = sample_negatives(jax.random.key(0), users, user_history(data))
+    return jax.tree.map(lambda x: x.reshape(n_batches, batch_size), Batch(users, positives, negatives))
+
+
+def compile_passes(
+    parts: SplitModel, tx: optax.GradientTransformation, opt_state: Any, schedule: np.ndarray, batches: Batch
+) -> Case:
+    """The trainer's scan over passes, from the model's parameters and `opt_state`."""
+
+    def start() -> Any:
+        return jax.block_until_ready(jax.tree.map(jnp.copy, (parts.params, opt_state)))
+
+    carry = start()
+    program = jax.jit(partial(_passes, parts, tx, schedule), donate_argnums=0)
+    arguments = (parts.epoch_state, parts.constants, batches, jax.random.key(0), np.float32(1.0))
+    started = time.perf_counter()
+    lowered = program.lower(carry, *arguments)
+    compiled = lowered.compile()
+    return Case(
+        start=start,
+        run=lambda carry: compiled(carry, *arguments),
+        passes=len(schedule),
+        compile_seconds=time.perf_counter() - started,
+        program_bytes=program_memory(compiled),
+        operations=lowered.cost_analysis()["flops"],
+    )
+
+
+def _passes(
+    parts: SplitModel,
+    tx: optax.GradientTransformation,
+    schedule: np.ndarray,
+    carry: Any,
+    epoch_state: Any,
+    constants: Any,
+    batches: Batch,
+    key: jax.Array,
+    rate_factor: jax.Array,
+) -> Any:
+    step = partial(_pass, parts.graphdef, tx, epoch_state, constants, key, rate_factor, batches)
+    numbers = jnp.arange(len(schedule), dtype=jnp.int32)
+    return jax.lax.scan(step, carry, (jnp.asarray(schedule), numbers))
