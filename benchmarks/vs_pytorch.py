@@ -2,12 +2,13 @@
 
     python benchmarks/vs_pytorch.py --reference PATH --data data/tiktok --models freedom bm3 vbpr --epochs 6 \
         --output benchmarks/results/vs_pytorch.json
+    python benchmarks/vs_pytorch.py --reference PATH --data data/tiktok --models vbpr --epochs 1000 --patience 20 --seed 1
 
 PATH is a checkout of https://github.com/Qrange-group/Mirror-Gradient; `--reference-python` an interpreter that has
 torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, DualGNN and DRAGON. The checkout is run
 unchanged, as a subprocess (`_published.py`). Both sides get the same interactions and features, batch size, optimizer,
-seed, device and processor cores, train for exactly `--epochs` epochs and evaluate validation and test after each. They
-take turns, each alone on the machine, `--repeats` times; the first epoch of every run is left out. An epoch runs from
+seed, device and processor cores, train for exactly `--epochs` epochs, or stop early on validation Recall@5 with
+`--patience`, and evaluate validation and test after each epoch. They take turns, each alone on the machine, `--repeats` times; the first epoch of every run is left out. An epoch runs from
 the resampling of the graph to the last update; an evaluation is one split, the mean of validation and
 test. Our compile time is reported apart.
 """
@@ -39,7 +40,7 @@ from mgrad_jax.training import fit
 from mgrad_jax.training.config import RunConfig
 
 PUBLISHED = [name for name, setting in SETTINGS.items() if setting.published]
-TRAININGS = ("plain", "mirror")
+TRAININGS = ("plain", "mirror", "replay")
 SIDES = ("published", "ours")
 SHOWN = ("recall@5", "recall@20")
 USER_GRAPH, USER_GRAPH_MODELS = "user_graph_dict.npy", ("dualgnn", "dragon")
@@ -66,8 +67,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--reference-python", default=sys.executable, help="interpreter that has torch")
     parser.add_argument("--data", default="demo", help="a directory in MMRec format, or 'demo'")
     parser.add_argument("--models", nargs="+", choices=PUBLISHED, default=["vbpr", "bm3", "freedom"])
-    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
+    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=["plain", "mirror"])
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--patience", type=int, help="epochs without improvement before stopping; never by default")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each side; they take turns")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--seed", type=int, default=999)
@@ -179,9 +181,10 @@ def _pair(
         "dataset": dataset,
         "config": {**files, **published_config(model, training, options)},
     }
-    ours = {"data": str(folder / "data" / dataset), "model": model, "epochs": options.epochs, "seed": options.seed}
-    common = {"mirror": training == "mirror", "threads": options.threads, "device": options.device}
-    jobs = {"published": {**published, **common}, "ours": {**ours, **common, "batch_size": options.batch_size}}
+    ours = {"data": str(folder / "data" / dataset), "model": model, "seed": options.seed, "training": training}
+    ours |= {"epochs": options.epochs, "patience": _patience(options), "batch_size": options.batch_size}
+    common = {"mirror": training != "plain", "threads": options.threads, "device": options.device}
+    jobs = {"published": {**published, **common}, "ours": {**ours, **common}}
     records: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for repeat in range(options.repeats):
         for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
@@ -198,14 +201,16 @@ def _pair(
 def published_config(model: str, training: str, options: argparse.Namespace) -> dict[str, Any]:
     """Overrides of the trainer's configuration files, with a single setting in place of its grid."""
     setting = SETTINGS[model]
-    mirror = {"alpha1": MIRROR["alpha1"], "alpha2": MIRROR["alpha2"], "beta": MIRROR["interval"]}
-    grid = {**setting.hyper_parameters, **(mirror if training == "mirror" else {}), "seed": options.seed}
+    # A second pass along the gradient, +1, is to the trainer one against it with the factor -1.
+    factors = {"mirror": (MIRROR["alpha1"], MIRROR["alpha2"]), "replay": (1.0, -1.0)}.get(training)
+    passes = {} if factors is None else {"alpha1": factors[0], "alpha2": factors[1], "beta": MIRROR["interval"]}
+    grid = {**setting.hyper_parameters, **passes, "seed": options.seed}
     return {
         **setting.published_only,
         "use_gpu": options.device == "gpu",
         "gpu_id": 0,
         "epochs": options.epochs,
-        "stopping_step": options.epochs,
+        "stopping_step": _patience(options),
         "train_batch_size": options.batch_size,
         "learner": "adam",
         "learning_rate": LEARNING_RATE,
@@ -214,6 +219,10 @@ def published_config(model: str, training: str, options: argparse.Namespace) -> 
         "hyper_parameters": list(grid),
         **{name: [value] for name, value in grid.items()},
     }
+
+
+def _patience(options: argparse.Namespace) -> int:
+    return options.epochs if options.patience is None else options.patience
 
 
 def _launch(side: str, job: dict[str, Any], folder: Path, reference_python: str) -> dict[str, Any]:
@@ -247,20 +256,20 @@ def _train_ours(job: dict[str, Any]) -> None:
     limit_cores(job["threads"])
     started = time.perf_counter()
     data = load_interactions(job["data"])
-    epochs, setting = job["epochs"], SETTINGS[job["model"]]
+    setting = SETTINGS[job["model"]]
     config = RunConfig(
         job["model"],
         job["data"],
-        training="mirror" if job["mirror"] else "plain",
+        training=job["training"],
         **MIRROR,
         learning_rate=LEARNING_RATE,
         weight_decay=setting.weight_decay,
-        seed=job["seed"],
-        batch_size=job["batch_size"],
+        **{name: job[name] for name in ("seed", "batch_size", "epochs", "patience")},
         hyper_parameters={"embedding_dim": EMBEDDING, **setting.hyper_parameters},
     )
     model, tx = config.create_model(data), config.transformation(data)
-    result = fit(model, data, tx, epochs=epochs, patience=epochs, batch_size=config.batch_size, seed=config.seed)
+    limits = {name: getattr(config, name) for name in ("seed", "batch_size", "epochs", "patience")}
+    result = fit(model, data, tx, **limits)
     record = {
         "epochs": [report.seconds_train for report in result.history],
         # A report covers both splits; an evaluation is one of them.
@@ -294,7 +303,7 @@ def _row(
         "seconds_per_evaluation": spread([x for record in records for x in _both_splits(record)[1:]]),
         "seconds_compile": first.get("seconds_compile", 0.0),
         "seconds_run": spread([record["seconds_run"] for record in records]),
-        "epochs": options.epochs,
+        "epochs_run": len(first["epochs"]),
         "repeats": options.repeats,
         "batch_size": options.batch_size,
         "seed": options.seed,
