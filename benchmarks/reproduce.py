@@ -35,7 +35,7 @@ from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
 from mgrad_jax.training.config import TRAININGS, RunConfig
 from mgrad_jax.training.run import load_run, train_run
 
-METRICS = ("recall@5", "recall@20", "ndcg@5", "ndcg@20")
+METRICS = ("recall@5", "recall@20", "ndcg@20")
 PAIRED = ("recall@5", "recall@20")
 COMPARISONS = (("mirror", "plain"), ("mirror", "replay"), ("replay", "plain"))
 
@@ -141,11 +141,7 @@ def _reference(path: Path | None) -> dict[tuple[str, str], pd.DataFrame]:
     if path is None:
         return {}
     table = pd.read_csv(path)
-    names = {"MG": "mirror"}
-    return {
-        (str(model).lower(), names.get(str(training), str(training))): group
-        for (model, training), group in table.groupby(["model", "training"])
-    }
+    return {(str(model), str(training)): group for (model, training), group in table.groupby(["model", "training"])}
 
 
 def _agreement(ours: np.ndarray, theirs: np.ndarray) -> str:
