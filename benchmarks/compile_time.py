@@ -53,11 +53,17 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--data", default="demo", help="a directory in MMRec format, or 'demo'")
-    parser.add_argument("--models", nargs="+", choices=models.names(), default=["vbpr", "bm3", "freedom"])
-    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=models.names(), help="vbpr, bm3 and freedom by default")
+    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, help="both by default")
+    parser.add_argument("--repeats", type=int, help="rounds (default 3)")
+    parser.add_argument("--quick", action="store_true", help="tiny defaults: does it run, not how fast")
     parser.add_argument("--output", type=Path, default=RESULTS / "compile_time.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.models = options.models or (["vbpr"] if options.quick else ["vbpr", "bm3", "freedom"])
+    options.trainings = options.trainings or (["mirror"] if options.quick else list(TRAININGS))
+    if options.repeats is None:
+        options.repeats = 1 if options.quick else 3
+    return options
 
 
 def _row(model: str, training: str, data: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -75,11 +75,16 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--data", default="demo", help="a directory in MMRec format, or 'demo'")
-    parser.add_argument("--models", nargs="+", choices=models.names(), default=models.names())
+    parser.add_argument("--models", nargs="+", choices=models.names(), help="all by default")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--repeats", type=int, help="rounds (default 7)")
+    parser.add_argument("--quick", action="store_true", help="tiny defaults: does it run, not how fast")
     parser.add_argument("--output", type=Path, default=RESULTS / "floors.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.models = options.models or (["vbpr"] if options.quick else models.names())
+    if options.repeats is None:
+        options.repeats = 1 if options.quick else 7
+    return options
 
 
 def _row(model: str, data: Interactions, options: argparse.Namespace) -> dict[str, Any]:
