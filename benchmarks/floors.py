@@ -7,8 +7,8 @@ with this optimizer:
 
     traffic     parameters and both moments read once and written once, at the bandwidth of a pass that reads and writes
                 as many bytes (which is that of the cache where they fit into it)
-    arithmetic  the floating-point operations that XLA counts in the step, those of sparse products left out, at the
-                rate of a product of two 2,048 x 2,048 matrices in float32
+    arithmetic  the operations of the step's dense products, at the rate of a product of two 2,048 x 2,048 matrices in
+                float32
 
 `distance` is the step's time over the larger of the two. Neither knows of gathers, of gradients that are written and read
 again, or of the sparse products, so a distance of 1 is out of reach. Steps, passes and products take turns in every
