@@ -18,10 +18,12 @@ from mgrad_jax.graph import (
     SparseGraph,
     bipartite_edges,
     normalized_bipartite,
-    propagate,
+    propagate_bipartite,
     prune_edges,
 )
 from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, xavier_uniform
+
+_EPS = 1e-8  # norms are at least this, as published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +135,18 @@ class LayerGCN(Recommender):
 
     def _refine(self, graph: SparseGraph) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """Sum over layers 1..L of the propagated rows, each times its cosine with layer 0."""
-        ego = jnp.concatenate([self.user_embedding[...], self.item_embedding[...]])
-        layer, total = ego, jnp.zeros_like(ego)
+        users, items = self.user_embedding[...], self.item_embedding[...]
+        directions = losses.normalize(users, _EPS), losses.normalize(items, _EPS)
+        user_sum, item_sum = jnp.zeros_like(users), jnp.zeros_like(items)
         for _ in range(self.config.n_layers):
-            layer = propagate(graph, layer)
-            layer = losses.cosine(layer, ego)[:, None] * layer
-            total = total + layer
-        return total[: self.n_users], total[self.n_users :]
+            users, items = propagate_bipartite(graph, users, items)
+            users, items = map(_times_cosine, (users, items), directions)
+            user_sum, item_sum = user_sum + users, item_sum + items
+        return user_sum, item_sum
+
+
+def _times_cosine(x: Float[Array, "rows dim"], directions: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
+    """Each row times its cosine with its direction, which has norm 1; two sums a row and no normalised copy of x."""
+    along = jnp.sum(x * directions, axis=-1, keepdims=True)
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return along / jnp.sqrt(jnp.maximum(squares, _EPS**2)) * x
