@@ -84,7 +84,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=["vbpr", "bm3", "freedom"])
+    parser.add_argument("--models", nargs="+", help="vbpr, bm3 and freedom by default")
     parser.add_argument("--sizes", nargs="+", help=f"of {', '.join(ALL_SIZES)} (default: baby; none with --data)")
     parser.add_argument("--data", help="a directory in MMRec format, or 'demo', measured under its own name")
     parser.add_argument("--intervals", nargs="+", type=int, default=[3])
@@ -98,6 +98,7 @@ def _options() -> argparse.Namespace:
     defaults = (2, 3, 256) if options.quick else (9, 12, 2048)
     for name, default in zip(("repeats", "batches", "batch_size"), defaults, strict=True):
         setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
+    options.models = options.models or (["vbpr"] if options.quick else ["vbpr", "bm3", "freedom"])
     if options.sizes is None:
         options.sizes = [] if options.data else ["quick" if options.quick else "baby"]
     return options

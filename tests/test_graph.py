@@ -15,6 +15,7 @@ import pytest
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
     SparseGraph,
+    _product,
     bipartite_edges,
     blend_graphs,
     drop_entries,
@@ -67,9 +68,11 @@ def lowering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         taken.append(default)
         return default(*operands)
 
+    _product.cache_clear()  # what was traced before would be taken again
     if request.param == "elsewhere":
         monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
     yield
+    _product.cache_clear()
     assert bool(taken) == (request.param == "elsewhere")
 
 

@@ -443,6 +443,7 @@ def test_samples_of_the_epoch_make_up_its_batch():
     np.testing.assert_allclose(mean, whole, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vbpr", "lightgcn"])
 @pytest.mark.parametrize("form", ["ssam-f", "ssam-d"])
 def test_mask_and_optimizer_after_an_epoch(name, form):

@@ -300,6 +300,7 @@ def test_evaluation_names_and_resampling_are_those_of_the_model(name: str) -> No
     assert name != "mmgcn" or plain.text.constant_start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_jitted_mirror_step_trains_every_model(name: str) -> None:
     graphdef, before, rest = nnx.split(adversarial(create(name), EPSILON, WEIGHT), nnx.Param, ...)

@@ -72,6 +72,7 @@ def assert_equal(result: MemberResult, alone: FitResult) -> None:
 # --- equality with single runs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_vbpr_members_equal_single_runs_through_any_number_of_slots(slots: int) -> None:
     members = expand_grid(VBPR, {"alpha1": [1.0, 0.5], "reg_weight": [1e-3, 0.1], "seed": [1, 2]})[:5]
