@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -34,6 +35,21 @@ class Parser(argparse.ArgumentParser):
         """Print the sentence, without the usage."""
         print(f"{self.prog}: {message}; see --help.", file=sys.stderr)
         raise SystemExit(2)
+
+
+def exit_status(main: Callable[[], None]) -> Callable[[], int]:
+    """Make a script's main function return its exit status: 0, or 2 after the sentence of a `UserError`."""
+
+    @functools.wraps(main)
+    def run() -> int:
+        try:
+            main()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return 0
+
+    return run
 
 
 def check_choices(option: str, values: Sequence[str], known: Sequence[str]) -> None:
@@ -146,6 +162,12 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def spread_cell(values: Mapping[str, float], digits: int, factor: float = 1.0) -> str:
+    """A `spread` times `factor`, for a cell of a table: median (least to largest)."""
+    median, least, largest = (f"{factor * values[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({least} to {largest})"
 
 
 def ratios(seconds: Sequence[float], others: Sequence[float]) -> dict[str, float]:

@@ -21,7 +21,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _report import RESULTS, Parser, check_at_least, device_name, earlier_rows, spread, versions, write_json
+from _report import (
+    RESULTS,
+    Parser,
+    check_at_least,
+    device_name,
+    earlier_rows,
+    exit_status,
+    spread,
+    spread_cell,
+    versions,
+    write_json,
+)
 from _settings import BATCH_SIZE, MIRROR, SETTINGS
 from rich.console import Console
 from rich.table import Table
@@ -34,20 +45,16 @@ TRAININGS = ("plain", "mirror")
 RUNS = ("first", "again")
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Measure, print and write."""
     options = _options()
-    try:
-        check_at_least("--repeats", options.repeats)
-        name = load_interactions(options.data).name
-        earlier_rows(options.output)
-        rows = [_row(model, training, name, options) for model in options.models for training in options.trainings]
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    check_at_least("--repeats", options.repeats)
+    name = load_interactions(options.data).name
+    earlier_rows(options.output)
+    rows = [_row(model, training, name, options) for model in options.models for training in options.trainings]
     _print_table(rows)
     write_json(options.output, rows)
-    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -116,13 +123,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for name in ("model", "training", "compile", "with cache", "command", "with cache"):
         table.add_column(name, justify="left" if name in ("model", "training") else "right")
     for row in rows:
-        cells = [_range(row[f"{kind}_{run}"]) for kind in ("compile", "wall") for run in RUNS]
+        cells = [spread_cell(row[f"{kind}_{run}"], 1) for kind in ("compile", "wall") for run in RUNS]
         table.add_row(row["model"], row["training"], *cells)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _range(values: dict[str, float]) -> str:
-    return f"{values['median']:.1f} ({values['min']:.1f} to {values['max']:.1f})"
 
 
 if __name__ == "__main__":

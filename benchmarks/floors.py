@@ -34,8 +34,10 @@ from _report import (
     check_at_least,
     device_name,
     earlier_rows,
+    exit_status,
     interleaved,
     spread,
+    spread_cell,
     versions,
     write_json,
 )
@@ -46,30 +48,26 @@ from rich.table import Table
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.training.epoch import split_model
 
 N_BATCHES = 10
 SIDE = 2048  # of the matrices whose product gives the rate of arithmetic
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Measure, print and write."""
     options = _options()
-    try:
-        check_at_least("--repeats", options.repeats)
-        data = load_interactions(options.data)
-        earlier_rows(options.output)
-        rows = []
-        for model in options.models:
-            print(model, "...", file=sys.stderr, flush=True)
-            rows.append(_row(model, data, options))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    check_at_least("--repeats", options.repeats)
+    check_at_least("--batch-size", options.batch_size)
+    data = load_interactions(options.data)
+    earlier_rows(options.output)
+    rows = []
+    for model in options.models:
+        print(model, "...", file=sys.stderr, flush=True)
+        rows.append(_row(model, data, options))
     _print_table(rows)
     write_json(options.output, rows)
-    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -145,11 +143,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for name in ("trained", "ms a step", "traffic", "arithmetic", "distance", "GB/s", "GFLOP/s"):
         table.add_column(name, justify="right")
     for row in rows:
-        step, floors = row["seconds_per_step"], row["floor_seconds"]
+        floors = row["floor_seconds"]
         table.add_row(
             row["model"],
             f"{row['trained_numbers'] / 1e6:.2f} M",
-            f"{1e3 * step['median']:.1f} ({1e3 * step['min']:.1f} to {1e3 * step['max']:.1f})",
+            spread_cell(row["seconds_per_step"], 1, 1e3),
             f"{1e3 * floors['traffic']:.1f}",
             f"{1e3 * floors['arithmetic']:.1f}",
             f"{row['distance']:.1f}",

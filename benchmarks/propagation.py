@@ -38,9 +38,11 @@ from _report import (
     check_at_least,
     device_name,
     earlier_rows,
+    exit_status,
     interleaved,
     ratios,
     spread,
+    spread_cell,
     versions,
     write_json,
 )
@@ -51,7 +53,6 @@ from rich.table import Table
 
 from mgrad_jax.data import synthetic_interactions
 from mgrad_jax.data.synthetic import SIZES, Size
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
     SparseGraph,
     blend_graphs,
@@ -68,21 +69,17 @@ COPY = "copy"
 Array = jax.Array
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Measure, print, write and plot."""
     options = _options()
-    try:
-        for name in ("repeats", "columns", "calls"):
-            check_at_least(f"--{name}", getattr(options, name))
-        earlier_rows(options.output)
-        rows = [row for name, graph in _graphs(options).items() for row in _measure(name, graph, options)]
-        write_json(options.output, rows)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    for name in ("repeats", "columns", "calls"):
+        check_at_least(f"--{name}", getattr(options, name))
+    earlier_rows(options.output)
+    rows = [row for name, graph in _graphs(options).items() for row in _measure(name, graph, options)]
+    write_json(options.output, rows)
     _print_table(rows)
     _plot(rows, options.output.with_suffix(".png"))
-    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -237,8 +234,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             row["graph"],
             row["what"],
             row["case"],
-            _range({name: 1e3 * value for name, value in row["seconds"].items()}),
-            _range(row["ratio"]),
+            spread_cell(row["seconds"], 2, 1e3),
+            spread_cell(row["ratio"], 2),
             f"{row['times_floor']['median']:.1f}",
             f"{row['largest_difference']:.0e}",
             f"{row['compile_seconds']:.1f}",
@@ -247,10 +244,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     console = Console(width=140)
     console.print(table)
     console.print(f"copy: {rows[0]['copy_bytes_per_second']['median'] / 1e9:.1f} GB/s", rows[0]["versions"])
-
-
-def _range(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

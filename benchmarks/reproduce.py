@@ -23,14 +23,13 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
-from _report import RESULTS, Parser, device_name, versions, write_json
+from _report import RESULTS, Parser, device_name, exit_status, versions, write_json
 from _settings import BATCH_SIZE, LEARNING_RATE, MIRROR, SETTINGS
 from scipy import stats
 
 from mgrad_jax import models
 from mgrad_jax.cli.console import use_compilation_cache
 from mgrad_jax.data import load_interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
 from mgrad_jax.training.config import TRAININGS, RunConfig
 from mgrad_jax.training.run import load_run, train_run
@@ -40,30 +39,26 @@ PAIRED = ("recall@5", "recall@20")
 COMPARISONS = (("mirror", "plain"), ("mirror", "replay"), ("replay", "plain"))
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Train what is missing, then print and write rows and tables."""
     options = _options()
     use_compilation_cache()
-    try:
-        name = load_interactions(options.data).name
-        configs = [
-            _config(model, training, seed, name, options)
-            for model in options.models
-            for training in options.trainings
-            for seed in options.seeds
-        ]
-        rows = []
-        for config in configs:
-            rows.append(_run(config))
-            print(*(rows[-1][key] for key in ("model", "training", "seed", "epochs_run")), rows[-1]["test"], flush=True)
-        write_json(options.output, rows)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    name = load_interactions(options.data).name
+    configs = [
+        _config(model, training, seed, name, options)
+        for model in options.models
+        for training in options.trainings
+        for seed in options.seeds
+    ]
+    rows = []
+    for config in configs:
+        rows.append(_run(config))
+        print(*(rows[-1][key] for key in ("model", "training", "seed", "epochs_run")), rows[-1]["test"], flush=True)
+    write_json(options.output, rows)
     text = "\n\n".join([_markdown(_summary(rows, options.reference)), _markdown(_paired(configs))]) + "\n"
     options.output.with_suffix(".md").write_text(text)
     print(text)
-    return 0
 
 
 def _options() -> argparse.Namespace:

@@ -39,10 +39,12 @@ from _report import (
     check_choices,
     device_name,
     earlier_rows,
+    exit_status,
     host_peak_memory,
     peak_memory,
     resident_memory,
     spread,
+    spread_cell,
     versions,
     write_json,
 )
@@ -61,32 +63,28 @@ from mgrad_jax.training import fit
 PAPER = ("baby", "sports", "clothing", "electronics")
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Measure every model and size; print, write and plot."""
     options = _options()
-    try:
-        if options.job:
-            print(json.dumps(_measure(*options.job, options)))
-            return 0
+    if options.job:
+        print(json.dumps(_measure(*options.job, options)))
+        return
+    for model in options.models:
+        models.model_class(model)
+    check_choices("--sizes", options.sizes, list(ALL_SIZES))
+    check_at_least("--repeats", options.repeats)
+    check_at_least("--batch-size", options.batch_size)
+    check_at_least("--max-batches", options.max_batches, 0)
+    rows = earlier_rows(options.output)
+    for size in options.sizes:
         for model in options.models:
-            models.model_class(model)
-        check_choices("--sizes", options.sizes, list(ALL_SIZES))
-        check_at_least("--repeats", options.repeats)
-        check_at_least("--batch-size", options.batch_size)
-        check_at_least("--max-batches", options.max_batches, 0)
-        rows = earlier_rows(options.output)
-        for size in options.sizes:
-            for model in options.models:
-                print(f"{size}, {model} ...", file=sys.stderr, flush=True)
-                rows = [row for row in rows if (row["model"], row["size"]) != (model, size)]
-                rows = _with_slopes([*rows, _in_own_process(model, size, options)])
-                write_json(options.output, rows)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+            print(f"{size}, {model} ...", file=sys.stderr, flush=True)
+            rows = [row for row in rows if (row["model"], row["size"]) != (model, size)]
+            rows = _with_slopes([*rows, _in_own_process(model, size, options)])
+            write_json(options.output, rows)
     _print_table(rows)
     _plot(rows, options.output.with_suffix(".png"))
-    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -204,7 +202,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             row["size"],
             f"{row['interactions']:,}",
             f"{row['trained_numbers']:,}",
-            f"{batch['median']:.4f} ({batch['min']:.4f} to {batch['max']:.4f})",
+            spread_cell(batch, 4),
             f"{row['seconds_per_epoch']['median']:.1f}{' (estimated)' if estimated else ''}",
             f"{row['seconds_build']:.1f}",
             f"{row['peak_memory_bytes'] / 2**30:.2f}",

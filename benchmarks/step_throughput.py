@@ -39,6 +39,7 @@ from _report import (
     check_choices,
     device_name,
     earlier_rows,
+    exit_status,
     peak_memory,
     reset_peak_memory,
     versions,
@@ -53,7 +54,6 @@ from rich.table import Table
 from mgrad_jax import MirrorState, mirror_gradient, mirrored, models
 from mgrad_jax.data import Batch, Interactions, load_interactions, synthetic_interactions
 from mgrad_jax.data.synthetic import SIZES, Size
-from mgrad_jax.errors import UserError
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.training.epoch import SplitModel, split_model
 
@@ -68,18 +68,14 @@ BOUNDS: dict[str, Callable[[int], float]] = {
 NEVER = 2**30  # an interval that no run reaches
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Measure what is asked for; print, write and plot it."""
     options = _options()
-    try:
-        _check(options)
-        rows = _measure(options, earlier_rows(options.output))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    _check(options)
+    rows = _measure(options, earlier_rows(options.output))
     _print_table(rows)
     _plot(rows, options.output.with_suffix(".png"))
-    return 0
 
 
 def _options() -> argparse.Namespace:

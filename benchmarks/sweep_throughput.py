@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from _report import RESULTS, Parser, check_at_least, device_name, spread, versions, write_json
+from _report import RESULTS, Parser, check_at_least, device_name, exit_status, spread, spread_cell, versions, write_json
 from rich.console import Console
 from rich.table import Table
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions, demo_interactions, load_interactions, synthetic_interactions
 from mgrad_jax.data.synthetic import SIZES
-from mgrad_jax.errors import UserError
 from mgrad_jax.training import FitResult, fit
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.sweep import MemberResult, default_slots, expand_grid, sweep
@@ -34,26 +33,22 @@ GRID = {"alpha1": [0.5, 1.0], "alpha2": [0.1, 0.2], "seed": [1, 2, 3]}
 QUICK_GRID = {"alpha1": [0.5, 1.0], "seed": [1]}
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Measure, print and write."""
     options = _options()
-    try:
-        base = RunConfig(
-            options.model,
-            "demo",
-            epochs=options.epochs,
-            patience=options.epochs,
-            batch_size=options.batch_size,
-        )
-        check_at_least("--slots", options.slots)
-        data = _data(options)
-        rows = _measure(base, data, options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    base = RunConfig(
+        options.model,
+        "demo",
+        epochs=options.epochs,
+        patience=options.epochs,
+        batch_size=options.batch_size,
+    )
+    check_at_least("--slots", options.slots)
+    data = _data(options)
+    rows = _measure(base, data, options)
     _print_table(rows)
     write_json(options.output, rows)
-    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -149,13 +144,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for name in ("slots", "single runs (s)", "sweep (s)", "ratio", "largest difference"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = [_range(row[name], 1) for name in ("seconds_single_runs", "seconds_sweep")]
-        table.add_row(str(row["slots"]), *cells, _range(row["ratio"], 2), f"{row['largest_metric_difference']:.1e}")
+        cells = [spread_cell(row[name], 1) for name in ("seconds_single_runs", "seconds_sweep")]
+        table.add_row(
+            str(row["slots"]), *cells, spread_cell(row["ratio"], 2), f"{row['largest_metric_difference']:.1e}"
+        )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _range(values: dict[str, float], digits: int) -> str:
-    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
 
 
 if __name__ == "__main__":

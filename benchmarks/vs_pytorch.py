@@ -8,9 +8,9 @@ PATH is a checkout of https://github.com/Qrange-group/Mirror-Gradient; `--refere
 torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, DualGNN and DRAGON. The checkout is run
 unchanged, as a subprocess (`_published.py`). Both sides get the same interactions and features, batch size, optimizer,
 seed, device and processor cores, train for exactly `--epochs` epochs, or stop early on validation Recall@5 with
-`--patience`, and evaluate validation and test after each epoch. They take turns, each alone on the machine, `--repeats` times; the first epoch of every run is left out. An epoch runs from
-the resampling of the graph to the last update; an evaluation is one split, the mean of validation and
-test. Our compile time is reported apart.
+`--patience`, and evaluate validation and test after each epoch. They take turns, each alone on the machine, `--repeats`
+times; the first epoch of every run is left out. An epoch runs from the resampling of the graph to the last update; an
+evaluation is one split, the mean of validation and test. Our compile time is reported apart.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from _published import limit_cores
-from _report import RESULTS, Parser, cores, device_name, spread, versions, write_json
+from _report import RESULTS, Parser, cores, device_name, exit_status, spread, spread_cell, versions, write_json
 from _settings import BATCH_SIZE, EMBEDDING, LEARNING_RATE, MIRROR, SETTINGS
 from rich.console import Console
 from rich.table import Table
@@ -47,18 +47,14 @@ USER_GRAPH, USER_GRAPH_MODELS = "user_graph_dict.npy", ("dualgnn", "dragon")
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> int:
+@exit_status
+def main() -> None:
     """Run the comparison, or, as a subprocess of it, our side of one run."""
     options = _options()
-    try:
-        if options.job is not None:
-            _train_ours(json.loads(options.job.read_text()))
-        else:
-            _compare(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if options.job is not None:
+        _train_ours(json.loads(options.job.read_text()))
+    else:
+        _compare(options)
 
 
 def _options() -> argparse.Namespace:
@@ -180,10 +176,11 @@ def _pair(
         "model": SETTINGS[model].published,
         "dataset": dataset,
         "config": {**files, **published_config(model, training, options)},
+        "mirror": training != "plain",
     }
     ours = {"data": str(folder / "data" / dataset), "model": model, "seed": options.seed, "training": training}
     ours |= {"epochs": options.epochs, "patience": _patience(options), "batch_size": options.batch_size}
-    common = {"mirror": training != "plain", "threads": options.threads, "device": options.device}
+    common = {"threads": options.threads, "device": options.device}
     jobs = {"published": {**published, **common}, "ours": {**ours, **common}}
     records: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for repeat in range(options.repeats):
@@ -257,6 +254,7 @@ def _train_ours(job: dict[str, Any]) -> None:
     started = time.perf_counter()
     data = load_interactions(job["data"])
     setting = SETTINGS[job["model"]]
+    limits = {name: job[name] for name in ("seed", "batch_size", "epochs", "patience")}
     config = RunConfig(
         job["model"],
         job["data"],
@@ -264,11 +262,10 @@ def _train_ours(job: dict[str, Any]) -> None:
         **MIRROR,
         learning_rate=LEARNING_RATE,
         weight_decay=setting.weight_decay,
-        **{name: job[name] for name in ("seed", "batch_size", "epochs", "patience")},
+        **limits,
         hyper_parameters={"embedding_dim": EMBEDDING, **setting.hyper_parameters},
     )
     model, tx = config.create_model(data), config.transformation(data)
-    limits = {name: getattr(config, name) for name in ("seed", "batch_size", "epochs", "patience")}
     result = fit(model, data, tx, **limits)
     record = {
         "epochs": [report.seconds_train for report in result.history],
@@ -327,18 +324,14 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for name in SHOWN:
         table.add_column(f"test {name}", justify="right")
     for row in rows:
-        times = [_cell(row["seconds_per_epoch"]), f"{row['ratio']:.2f}x"]
-        times += [_cell(row["seconds_per_evaluation"]), f"{row['ratio_evaluation']:.2f}x"]
+        times = [spread_cell(row["seconds_per_epoch"], 3), f"{row['ratio']:.2f}x"]
+        times += [spread_cell(row["seconds_per_evaluation"], 3), f"{row['ratio_evaluation']:.2f}x"]
         times += [f"{row['seconds_compile']:.1f}", f"{row['seconds_run']['median']:.1f}"]
         metrics = [f"{row['metrics']['test'][name]:.4f}" for name in SHOWN]
         table.add_row(row["model"], row["training"], row["side"], *times, *metrics, end_section=row["side"] == "ours")
     console = Console(width=160)
     console.print(table)
     console.print(rows[1]["device"], rows[0]["versions"], rows[1]["versions"])
-
-
-def _cell(times: dict[str, float]) -> str:
-    return f"{times['median']:.3f} ({times['min']:.3f} to {times['max']:.3f})"
 
 
 if __name__ == "__main__":
