@@ -197,10 +197,27 @@ _bipartite.defvjp(_bipartite_forward, _bipartite_backward)
 
 
 def _value_gradients(columns: Array, row_starts: Array, dy: Array, x: Array) -> Array:
-    return jnp.sum(dy[_row_ids(row_starts, columns.shape[0])] * x[columns], axis=-1)
+    return _dots(columns, _row_ids(row_starts, columns.shape[0]), dy, x)
 
 
-def _no_tangent(structure: tuple[Any, ...]) -> Any:
+def _dots(columns: Array, rows: Array, a: Array, b: Array) -> Array:
+    """<a[row], b[column]> of every entry."""
+    products = a[rows] * b[columns]
+    return jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
+
+
+def _sum_by_halves(x: Array) -> Array:
+    # On a CPU a sum fused with the gather of its rows adds number by number; halves added to halves take a twentieth.
+    width, rest = x.shape[-1], jnp.zeros(x.shape[:-1], x.dtype)
+    while width > 1:
+        if width % 2:
+            rest = rest + x[..., width - 1]
+        width //= 2
+        x = x[..., :width] + x[..., width : 2 * width]
+    return x[..., 0] + rest if width else rest
+
+
+def _no_tangent(structure: Any) -> Any:
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), structure)
 
 
@@ -444,17 +461,70 @@ def drop_entries(key: Array, graph: SparseGraph, rate: Float[Array, ""] | float)
     return replace_values(graph, jnp.where(keep, graph.values / (1.0 - rate), 0.0))
 
 
-def edge_dot(graph: SparseGraph, a: Float[Array, "rows dim"], b: Float[Array, "cols dim"]) -> Float[Array, " nnz"]:
-    """<a[row], b[column]> of every stored entry."""
-    return jnp.sum(a[graph.rows()] * b[graph.columns], axis=-1)
+def edge_dot(graph: SparseGraph, x: Float[Array, "nodes dim"]) -> Float[Array, " nnz"]:
+    """<x[row], x[column]> of every stored entry of a user-item graph; both directions of an edge share one product.
+
+    Args:
+        graph: with `n_users` and its transpose (`mean_bipartite`, `with_transpose`).
+        x: (n_nodes, dim), users first.
+
+    Raises:
+        ValueError: a graph without `n_users` or transpose.
+    """
+    if graph.n_users is None or graph.transpose is None:
+        raise ValueError("edge_dot: the graph must be a user-item graph with its transpose spelled out.")
+    return _edge_dot(graph.shape, _structure(graph), x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _edge_dot(shape: tuple[int, int], structure: tuple[Any, ...], x: Array) -> Array:
+    columns, row_starts, transpose = structure
+    half = columns.shape[0] // 2
+    once = _dots(columns[:half], _row_ids(row_starts, 2 * half)[:half], x, x)
+    return jnp.concatenate([once, once[transpose.entries[half:]]])
+
+
+def _edge_dot_forward(shape: tuple[int, int], structure: tuple[Any, ...], x: Array) -> tuple[Array, tuple[Any, ...]]:
+    return _edge_dot(shape, structure, x), (structure, x)
+
+
+def _edge_dot_backward(shape: tuple[int, int], saved: tuple[Any, ...], g: Array) -> tuple[Any, Array]:
+    # An entry and its mirror image pull at the same two rows, so that their sum does in one product.
+    structure, x = saved
+    columns, row_starts, transpose = structure
+    return _no_tangent(structure), _product(shape)(g + g[transpose.entries], columns, row_starts, x)
+
+
+_edge_dot.defvjp(_edge_dot_forward, _edge_dot_backward)
 
 
 def edge_softmax(graph: SparseGraph, logits: Float[Array, " nnz"]) -> Float[Array, " nnz"]:
     """Softmax over the entries of every row, with 1e-16 in the denominator as published (GRCN)."""
-    rows, n_rows = graph.rows(), graph.shape[0]
-    top = jax.ops.segment_max(jax.lax.stop_gradient(logits), rows, n_rows, indices_are_sorted=True)
+    return _edge_softmax(graph.row_starts, logits)
+
+
+@jax.custom_vjp
+def _edge_softmax(row_starts: Array, logits: Array) -> Array:
+    rows, n_rows = _row_ids(row_starts, logits.shape[0]), row_starts.shape[0] - 1
+    top = jax.ops.segment_max(logits, rows, n_rows, indices_are_sorted=True)
     weights = jnp.exp(logits - top[rows])
     return weights / (jax.ops.segment_sum(weights, rows, n_rows, indices_are_sorted=True)[rows] + 1e-16)
+
+
+def _edge_softmax_forward(row_starts: Array, logits: Array) -> tuple[Array, tuple[Array, Array]]:
+    attention = _edge_softmax(row_starts, logits)
+    return attention, (row_starts, attention)
+
+
+def _edge_softmax_backward(saved: tuple[Array, Array], g: Array) -> tuple[Any, Array]:
+    row_starts, attention = saved
+    rows, n_rows = _row_ids(row_starts, attention.shape[0]), row_starts.shape[0] - 1
+    pull = attention * g
+    total = jax.ops.segment_sum(pull, rows, n_rows, indices_are_sorted=True)
+    return _no_tangent(row_starts), pull - attention * total[rows]
+
+
+_edge_softmax.defvjp(_edge_softmax_forward, _edge_softmax_backward)
 
 
 def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[Array, "n k"]:

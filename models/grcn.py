@@ -197,4 +197,4 @@ class GRCN(Recommender):
 
 def _attention(graph: SparseGraph, x: Float[Array, "nodes dim"]) -> Float[Array, " nnz"]:
     """Softmax over the entries of every row of <x_row, x_column>."""
-    return edge_softmax(graph, edge_dot(graph, x, x))
+    return edge_softmax(graph, edge_dot(graph, x))

@@ -252,27 +252,60 @@ def test_dropped_entries_are_unbiased_and_have_the_right_derivative() -> None:
 # Attention over edges
 
 
+def user_item_graph() -> SparseGraph:
+    users, items = np.nonzero(CASES["rectangular"])  # one user has no item
+    return mean_bipartite(users, items, *CASES["rectangular"].shape, dtype=jnp.float64)
+
+
 @pytest.mark.usefixtures("x64")
-def test_edge_softmax_and_edge_dot_equal_dense_attention() -> None:
-    dense = CASES["rectangular"]
-    graph, stored = as_graph(dense, dtype=jnp.float64), dense != 0
-    rng = np.random.default_rng(0)
-    a, b = jnp.asarray(rng.normal(size=(7, 4))), jnp.asarray(rng.normal(size=(5, 4)))
+def test_attention_over_edges_equals_dense_attention_alone_and_under_vmap() -> None:
+    graph = user_item_graph()
+    stored = graph.todense() != 0
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, graph.shape[0], 4)))
 
-    def ours(a: Any, b: Any) -> Any:
-        attention = edge_softmax(graph, edge_dot(graph, a, b))
-        return propagate(replace_values(graph, attention), b)
+    def ours(x: Any) -> Any:
+        return propagate(replace_values(graph, edge_softmax(graph, edge_dot(graph, x))), x)
 
-    def theirs(a: Any, b: Any) -> Any:
-        logits = jnp.where(stored, a @ b.T, -jnp.inf)
+    def theirs(x: Any) -> Any:
+        logits = jnp.where(stored, x @ x.T, -jnp.inf)
         top = jnp.where(stored.any(axis=1), logits.max(axis=1), 0.0)[:, None]
         weights = jnp.where(stored, jnp.exp(logits - top), 0.0)
-        return weights / (weights.sum(axis=1, keepdims=True) + 1e-16) @ b
+        return weights / (weights.sum(axis=1, keepdims=True) + 1e-16) @ x
 
-    np.testing.assert_allclose(ours(a, b), theirs(a, b), atol=1e-12)
-    for argument in (0, 1):
-        gradients = [jax.grad(lambda a, b, f=f: jnp.sum(f(a, b) ** 2), argument)(a, b) for f in (ours, theirs)]
-        np.testing.assert_allclose(*gradients, atol=1e-11)
+    values, gradients = ([jax.vmap(g)(x) for g in forms] for forms in ((ours, theirs), map(_squared, (ours, theirs))))
+    np.testing.assert_allclose(*values, atol=1e-12)
+    np.testing.assert_allclose(*gradients, atol=1e-11)
+    np.testing.assert_allclose(ours(x[0]), values[1][0], atol=1e-12)
+    np.testing.assert_allclose(_squared(ours)(x[0]), gradients[1][0], atol=1e-11)
+
+
+def _squared(form: Any) -> Any:
+    return jax.grad(lambda x: jnp.sum(form(x) ** 2))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("width", [0, 1, 3, 4, 11])
+def test_the_directions_of_an_edge_pass_their_own_gradients(width: int) -> None:
+    graph = user_item_graph()
+    rng = np.random.default_rng(1)
+    x, pull = jnp.asarray(rng.normal(size=(graph.shape[0], width))), jnp.asarray(rng.normal(size=graph.nnz))
+
+    def expected(x: Any) -> Any:
+        return jnp.sum(x[graph.rows()] * x[graph.columns], axis=1)
+
+    (dots, pull_back), (expected_dots, expected_back) = (
+        jax.vjp(f, x) for f in (lambda x: edge_dot(graph, x), expected)
+    )
+    np.testing.assert_allclose(dots, expected_dots, atol=1e-12)
+    np.testing.assert_allclose(pull_back(pull)[0], expected_back(pull)[0], atol=1e-12)
+
+
+def test_edge_dot_wants_a_user_item_graph_with_its_transpose() -> None:
+    x = jnp.ones((3, 2))
+    pairs = np.asarray([0, 1]), np.asarray([0, 0]), 2, 1
+    for graph in (normalized_bipartite(*pairs), as_graph(np.eye(3))):
+        with pytest.raises(ValueError, match="user-item graph with its transpose"):
+            edge_dot(graph, x)
 
 
 # Nearest neighbours
