@@ -29,6 +29,15 @@ def x64():
 
 
 @pytest.fixture
+def quick_compilation():
+    """Compile without LLVM's optimisations: half of the time of tests that ask for equations, not for what users run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def start_command() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
     """Start `mgrad-jax` in a process of its own, stderr piped; none outlives the test."""
     # Whoever starts the tests in the background may have them, and all they start, ignore Ctrl-C.
