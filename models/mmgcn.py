@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
@@ -84,7 +84,10 @@ class _Branch(nnx.Module):
             items = self.map(items)
         return losses.normalize(jnp.concatenate([self.preference[...], items]))
 
-    def __call__(self, graph: SparseGraph, ids: Float[Array, "nodes dim"]) -> Float[Array, "nodes dim"]:
+    def __call__(
+        self, graph: SparseGraph, ids: Float[Array, "nodes dim"], nodes: Int[Array, " n"] | None = None
+    ) -> Float[Array, "n dim"]:
+        """x_m of some nodes, or of all: the last layer's dense products are made for those asked for only."""
         if self.constant_start:
             x, neighbours = self.first_input[...], self.first_neighbours[...]
         else:
@@ -93,6 +96,8 @@ class _Branch(nnx.Module):
         for layer in self.layers[:-1]:
             x = layer(x, neighbours, ids)
             neighbours = propagate(graph, x)
+        if nodes is not None:
+            x, neighbours, ids = x[nodes], neighbours[nodes], ids[nodes]
         return self.layers[-1](x, neighbours, ids)
 
     def use_preference(self, kind: type[nnx.Variable[Any]], table: Array, graph: SparseGraph) -> None:
@@ -209,20 +214,24 @@ class MMGCN(Recommender):
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking and the penalty on the tables; `key` is not used."""
         del key
-        users, items = self.embed()
-        difference = jnp.sum(users[batch.users] * (items[batch.positives] - items[batch.negatives]), axis=-1)
+        nodes = jnp.concatenate([batch.users, self.n_users + batch.positives, self.n_users + batch.negatives])
+        users, positives, negatives = jnp.split(self._fused(nodes), 3)
+        difference = jnp.sum(users * (positives - negatives), axis=-1)
         ranking = losses.bpr_loss(difference)
         penalty = self.reg_weight[...] * self._table_squares(batch)
         return ranking + penalty, {"bpr": ranking, "table_squares": penalty}
 
     def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """z_u and z_i."""
-        graph, ids = self.graph.get_value(), self.id_embedding[...]
-        views = [getattr(self, modality)(graph, ids) for modality in self.modalities]
-        nodes = sum(views[1:], views[0])
-        if not self.config.sum_modalities:
-            nodes = nodes / len(views)
+        nodes = self._fused()
         return nodes[: self.n_users], nodes[self.n_users :]
+
+    def _fused(self, nodes: Int[Array, " n"] | None = None) -> Float[Array, "n dim"]:
+        """z of some nodes, or of all."""
+        graph, ids = self.graph.get_value(), self.id_embedding[...]
+        views = [getattr(self, modality)(graph, ids, nodes) for modality in self.modalities]
+        total = sum(views[1:], views[0])
+        return total if self.config.sum_modalities else total / len(views)
 
     def _table_squares(self, batch: Batch) -> Float[Array, ""]:
         squares = self.id_embedding[...] ** 2
