@@ -148,5 +148,4 @@ class LayerGCN(Recommender):
 def _times_cosine(x: Float[Array, "rows dim"], directions: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
     """Each row times its cosine with its direction, which has norm 1; two sums a row and no normalised copy of x."""
     along = jnp.sum(x * directions, axis=-1, keepdims=True)
-    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return along / jnp.sqrt(jnp.maximum(squares, _EPS**2)) * x
+    return along / jnp.maximum(losses.safe_norm(x, axis=-1, keepdims=True), _EPS) * x
