@@ -1,0 +1,43 @@
+"""Sparse graphs: built once on the host, passed to compiled functions as arguments, propagated with `propagate`."""
+
+from mgrad_jax.graph.attention import edge_dot, edge_softmax
+from mgrad_jax.graph.items import blend_graphs, knn_graph, knn_indices
+from mgrad_jax.graph.propagation import propagate, propagate_bipartite
+from mgrad_jax.graph.sparse import (
+    SparseGraph,
+    Transpose,
+    replace_values,
+    sparse_graph,
+    with_transpose,
+)
+from mgrad_jax.graph.user_item import (
+    BipartiteEdges,
+    bipartite_edges,
+    drop_entries,
+    keep_edges,
+    mean_bipartite,
+    normalized_bipartite,
+    prune_edges,
+)
+
+__all__ = [
+    "BipartiteEdges",
+    "SparseGraph",
+    "Transpose",
+    "bipartite_edges",
+    "blend_graphs",
+    "drop_entries",
+    "edge_dot",
+    "edge_softmax",
+    "keep_edges",
+    "knn_graph",
+    "knn_indices",
+    "mean_bipartite",
+    "normalized_bipartite",
+    "propagate",
+    "propagate_bipartite",
+    "prune_edges",
+    "replace_values",
+    "sparse_graph",
+    "with_transpose",
+]

@@ -1,0 +1,72 @@
+"""Item graphs: nearest neighbours by features, and blends of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph.sparse import SparseGraph, sparse_graph
+
+
+def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[Array, "n k"]:
+    """The k nearest rows of every row by cosine similarity, itself included; ties go to the lower index.
+
+    Exact, on the device, in blocks of rows: no (n, n) array in memory.
+
+    Args:
+        features: (n, dim), finite, no zero row.
+        k: neighbours, at most n.
+        block: rows at a time.
+
+    Raises:
+        UserError: k above n, or a row that has no direction.
+    """
+    table = jnp.asarray(features)
+    n = table.shape[0]
+    if not 1 <= k <= n:
+        raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
+    norms = jnp.linalg.norm(table, axis=1, keepdims=True)
+    bad = np.flatnonzero(~np.asarray((norms[:, 0] > 0) & jnp.isfinite(norms[:, 0])))
+    if len(bad):
+        raise UserError(f"feature row {bad[0]} is all zero or not finite, so it has no nearest items; fill it.")
+    return _knn(table / norms, k, min(block, n))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _knn(table: Array, k: int, block: int) -> Array:
+    n = table.shape[0]
+    starts = jnp.arange(0, n, block)
+
+    def neighbours(start: Array) -> Array:
+        # The last block is shifted back so that every block has the same shape.
+        rows = jax.lax.dynamic_slice_in_dim(table, jnp.minimum(start, n - block), block)
+        similarity = jnp.matmul(rows, table.T, precision=jax.lax.Precision.HIGHEST)
+        return jax.lax.top_k(similarity, k)[1]
+
+    found = jax.lax.map(neighbours, starts)
+    tail = n - block * (starts.shape[0] - 1)
+    return jnp.concatenate([found[:-1].reshape(-1, k), found[-1, block - tail :]]).astype(jnp.int32)
+
+
+def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) -> SparseGraph:
+    """The directed graph of `knn_indices`, both ends normalised by the row degree k: every entry is 1 / (k + 1e-7)."""
+    neighbours = np.asarray(knn_indices(features, k))
+    n = len(neighbours)
+    values = np.full(n * k, 1.0 / (k + 1e-7))
+    return sparse_graph(np.repeat(np.arange(n), k), neighbours.ravel(), values, (n, n), dtype=dtype)
+
+
+def blend_graphs(weighted: Sequence[tuple[float, SparseGraph]]) -> SparseGraph:
+    """The weighted sum of graphs of one shape, as one graph. Host side."""
+    shape, dtype = weighted[0][1].shape, weighted[0][1].values.dtype
+    rows = np.concatenate([np.asarray(graph.rows()) for _, graph in weighted])
+    columns = np.concatenate([np.asarray(graph.columns) for _, graph in weighted])
+    values = np.concatenate([weight * np.asarray(graph.values, np.float64) for weight, graph in weighted])
+    return sparse_graph(rows, columns, values, shape, dtype=dtype)

@@ -1,0 +1,150 @@
+"""User-item graphs: normalised, and with some of their edges only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mgrad_jax.dropout import keep_mask
+from mgrad_jax.graph.sparse import SparseGraph, replace_values, row_ids, sparse_graph, starts_of
+
+
+def _both_directions(
+    users: np.ndarray, items: np.ndarray, n_users: int, n_items: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and columns of both directions of the unique pairs over users + items nodes, and the nodes' degrees."""
+    codes = np.unique(np.asarray(users, np.int64) * n_items + np.asarray(items, np.int64))
+    users, items = codes // n_items, codes % n_items + n_users
+    rows, columns = np.concatenate([users, items]), np.concatenate([items, users])
+    return rows, columns, np.bincount(rows, minlength=n_users + n_items)
+
+
+def normalized_bipartite(
+    users: np.ndarray, items: np.ndarray, n_users: int, n_items: int, eps: float = 1e-7, dtype: Any = jnp.float32
+) -> SparseGraph:
+    """D^-1/2 A D^-1/2 over the nodes users, then items, with D the degrees plus `eps`; isolated rows are zero.
+
+    Args:
+        users, items: (n,) training pairs; repeated pairs count once.
+        n_users, n_items: sizes.
+        eps: added to every degree, as published (1e-7; SLMRec 1e-8; DualGNN and DRAGON 0).
+        dtype: of the values.
+    """
+    rows, columns, degrees = _both_directions(users, items, n_users, n_items)
+    values = 1.0 / np.sqrt((degrees[rows] + eps) * (degrees[columns] + eps))
+    n_nodes = n_users + n_items
+    return sparse_graph(rows, columns, values, (n_nodes, n_nodes), symmetric=True, n_users=n_users, dtype=dtype)
+
+
+def mean_bipartite(
+    users: np.ndarray, items: np.ndarray, n_users: int, n_items: int, dtype: Any = jnp.float32
+) -> SparseGraph:
+    """D^-1 A over the nodes users, then items: every node averages its neighbours (MMGCN)."""
+    rows, columns, degrees = _both_directions(users, items, n_users, n_items)
+    n_nodes = n_users + n_items
+    return sparse_graph(rows, columns, 1.0 / degrees[rows], (n_nodes, n_nodes), n_users=n_users, dtype=dtype)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["users", "items", "log_weights", "columns", "row_starts", "edge_ids"],
+    meta_fields=["n_users", "n_items", "eps"],
+)
+@dataclass(frozen=True)
+class BipartiteEdges:
+    """What sampling edges inside jit needs, built once.
+
+    Attributes:
+        users, items: (E,) int32, the edges in the order given.
+        log_weights: (E,) logarithm of 1 / sqrt((d_u + eps)(d_i + eps)).
+        columns, row_starts: the full graph with both directions of every edge, (2E,) and (n_nodes + 1,).
+        edge_ids: (2E,) int32, the edge of every entry.
+        n_users, n_items, eps: static.
+    """
+
+    users: Int[Array, " edges"]
+    items: Int[Array, " edges"]
+    log_weights: Float[Array, " edges"]
+    columns: Int[Array, " entries"]
+    row_starts: Int[Array, " nodes_plus_1"]
+    edge_ids: Int[Array, " entries"]
+    n_users: int
+    n_items: int
+    eps: float
+
+
+def bipartite_edges(
+    users: np.ndarray, items: np.ndarray, n_users: int, n_items: int, eps: float = 1e-7, dtype: Any = jnp.float32
+) -> BipartiteEdges:
+    """Prepare a bipartite graph for `prune_edges`; the pairs must be unique."""
+    users, items = np.asarray(users, np.int64), np.asarray(items, np.int64)
+    user_degrees, item_degrees = np.bincount(users, minlength=n_users), np.bincount(items, minlength=n_items)
+    log_weights = -0.5 * np.log((user_degrees[users] + eps) * (item_degrees[items] + eps))
+    rows, columns = np.concatenate([users, items + n_users]), np.concatenate([items + n_users, users])
+    order = np.lexsort((columns, rows))
+    edge_ids = np.tile(np.arange(len(users)), 2)[order]
+    as_ids = partial(jnp.asarray, dtype=jnp.int32)
+    return BipartiteEdges(
+        as_ids(users),
+        as_ids(items),
+        jnp.asarray(log_weights, dtype),
+        as_ids(columns[order]),
+        starts_of(rows, n_users + n_items),
+        as_ids(edge_ids),
+        n_users,
+        n_items,
+        eps,
+    )
+
+
+def keep_edges(edges: BipartiteEdges, kept: Int[Array, " kept"]) -> SparseGraph:
+    """The graph of some edges, normalised by their own degrees plus eps; static shapes, no sorting.
+
+    Args:
+        edges: from `bipartite_edges`.
+        kept: (n_keep,) distinct edge ids.
+    """
+    dtype, n_nodes = edges.log_weights.dtype, edges.n_users + edges.n_items
+    keep = jnp.zeros(edges.users.shape, bool).at[kept].set(True)[edges.edge_ids]
+    (places,) = jnp.nonzero(keep, size=2 * kept.shape[0])
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(keep, dtype=jnp.int32)])
+    row_starts = before[edges.row_starts]
+    columns = edges.columns[places]
+    scale = jax.lax.rsqrt(jnp.diff(row_starts).astype(dtype) + edges.eps)
+    values = scale[row_ids(row_starts, columns.shape[0])] * scale[columns]
+    return SparseGraph(values, columns, row_starts, (n_nodes, n_nodes), n_users=edges.n_users)
+
+
+def prune_edges(key: Array, edges: BipartiteEdges, n_keep: int, weighted: bool | Bool[Array, ""] = True) -> SparseGraph:
+    """Sample edges without replacement and normalise what is left (FREEDOM, LayerGCN).
+
+    Sampling in proportion to the edge weights 1 / sqrt(d_u d_i), one after another, equals taking the largest of log
+    weight + Gumbel noise.
+
+    Args:
+        key: a PRNG key.
+        edges: from `bipartite_edges`.
+        n_keep: edges to keep; static.
+        weighted: False samples uniformly; may be traced.
+    """
+    noise = jax.random.gumbel(key, edges.log_weights.shape, edges.log_weights.dtype)
+    _, kept = jax.lax.top_k(noise + jnp.where(weighted, edges.log_weights, 0.0), n_keep)
+    return keep_edges(edges, kept)
+
+
+def drop_entries(key: Array, graph: SparseGraph, rate: Float[Array, ""] | float) -> SparseGraph:
+    """Keep every stored entry by itself with probability 1 - rate, scaled by 1 / (1 - rate) (SelfCF, BUIR).
+
+    Args:
+        key: a PRNG key.
+        graph: with its transpose (`with_transpose`): the result is not symmetric.
+        rate: in [0, 1); may be traced.
+    """
+    keep = keep_mask(key, graph.values.shape, rate)
+    return replace_values(graph, jnp.where(keep, graph.values / (1.0 - rate), 0.0))
