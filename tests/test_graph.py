@@ -15,7 +15,6 @@ import pytest
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
     SparseGraph,
-    _product,
     bipartite_edges,
     blend_graphs,
     drop_entries,
@@ -33,6 +32,7 @@ from mgrad_jax.graph import (
     sparse_graph,
     with_transpose,
 )
+from mgrad_jax.graph.propagation import product_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -68,11 +68,11 @@ def lowering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         taken.append(default)
         return default(*operands)
 
-    _product.cache_clear()  # what was traced before would be taken again
+    product_of.cache_clear()  # what was traced before would be taken again
     if request.param == "elsewhere":
         monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
     yield
-    _product.cache_clear()
+    product_of.cache_clear()
     assert bool(taken) == (request.param == "elsewhere")
 
 
