@@ -257,7 +257,7 @@ def user_item_graph() -> SparseGraph:
     return mean_bipartite(users, items, *CASES["rectangular"].shape, dtype=jnp.float64)
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "quick_compilation")
 def test_attention_over_edges_equals_dense_attention_alone_and_under_vmap() -> None:
     graph = user_item_graph()
     stored = graph.todense() != 0
