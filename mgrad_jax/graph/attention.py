@@ -52,28 +52,29 @@ _edge_dot.defvjp(_edge_dot_forward, _edge_dot_backward)
 
 def edge_softmax(graph: SparseGraph, logits: Float[Array, " nnz"]) -> Float[Array, " nnz"]:
     """Softmax over the entries of every row, with 1e-16 in the denominator as published (GRCN)."""
-    return _edge_softmax(graph.row_starts, logits)
+    return _edge_softmax(graph.shape[0], graph.rows(), logits)
 
 
-@jax.custom_vjp
-def _edge_softmax(row_starts: Array, logits: Array) -> Array:
-    rows, n_rows = row_ids(row_starts, logits.shape[0]), row_starts.shape[0] - 1
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _edge_softmax(n_rows: int, rows: Array, logits: Array) -> Array:
     top = jax.ops.segment_max(logits, rows, n_rows, indices_are_sorted=True)
     weights = jnp.exp(logits - top[rows])
-    return weights / (jax.ops.segment_sum(weights, rows, n_rows, indices_are_sorted=True)[rows] + 1e-16)
+    return weights / (_row_sums(n_rows, rows, weights)[rows] + 1e-16)
 
 
-def _edge_softmax_forward(row_starts: Array, logits: Array) -> tuple[Array, tuple[Array, Array]]:
-    attention = _edge_softmax(row_starts, logits)
-    return attention, (row_starts, attention)
+def _edge_softmax_forward(n_rows: int, rows: Array, logits: Array) -> tuple[Array, tuple[Array, Array]]:
+    attention = _edge_softmax(n_rows, rows, logits)
+    return attention, (rows, attention)
 
 
-def _edge_softmax_backward(saved: tuple[Array, Array], g: Array) -> tuple[Any, Array]:
-    row_starts, attention = saved
-    rows, n_rows = row_ids(row_starts, attention.shape[0]), row_starts.shape[0] - 1
+def _edge_softmax_backward(n_rows: int, saved: tuple[Array, Array], g: Array) -> tuple[Any, Array]:
+    rows, attention = saved
     pull = attention * g
-    total = jax.ops.segment_sum(pull, rows, n_rows, indices_are_sorted=True)
-    return no_tangent(row_starts), pull - attention * total[rows]
+    return no_tangent(rows), pull - attention * _row_sums(n_rows, rows, pull)[rows]
 
 
 _edge_softmax.defvjp(_edge_softmax_forward, _edge_softmax_backward)
+
+
+def _row_sums(n_rows: int, rows: Array, values: Array) -> Array:
+    return jax.ops.segment_sum(values, rows, n_rows, indices_are_sorted=True)
