@@ -283,6 +283,22 @@ def _squared(form: Any) -> Any:
     return jax.grad(lambda x: jnp.sum(form(x) ** 2))
 
 
+@pytest.mark.usefixtures("x64", "quick_compilation")
+def test_edge_softmax_of_a_rectangular_graph_equals_the_dense_one() -> None:
+    dense = CASES["rectangular"]
+    graph, stored = as_graph(dense, dtype=jnp.float64), np.nonzero(dense)
+    logits, pull = jnp.asarray(np.random.default_rng(0).normal(size=(2, graph.nnz)))
+
+    def theirs(logits: Any) -> Any:
+        weights = jnp.zeros(dense.shape).at[stored].set(jnp.exp(logits))
+        return (weights / (weights.sum(axis=1, keepdims=True) + 1e-16))[stored]
+
+    ours, back = jax.vjp(lambda logits: edge_softmax(graph, logits), logits)
+    expected, expected_back = jax.vjp(theirs, logits)
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+    np.testing.assert_allclose(back(pull)[0], expected_back(pull)[0], atol=1e-12)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("width", [0, 1, 3, 4, 11])
 def test_the_directions_of_an_edge_pass_their_own_gradients(width: int) -> None:
