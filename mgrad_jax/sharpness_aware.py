@@ -31,6 +31,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from mgrad_jax.mirror import GradFn
+from mgrad_jax.selection import largest
 
 Renew: TypeAlias = Callable[["SSAMState", jax.Array, Any, Any, dict[str, Any]], Any]
 
@@ -208,7 +209,7 @@ def ssam_f(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
         chosen = jax.random.choice(key, n_samples, (min(fisher_samples, n_samples),), replace=False)
         fisher = _flat(_fisher(sample_grad_fn, moved, chosen))
-        return _unflatten(_largest(fisher, int(fisher.size * (1 - sparsity))), moved)
+        return _unflatten(largest(fisher, int(fisher.size * (1 - sparsity))), moved)
 
     return _sparse(optimizer, rho, refresh_epochs, steps_per_epoch, seed, empty_mask, renew)
 
@@ -291,7 +292,7 @@ def ssam_d(
 
     def random_mask(key: jax.Array, params: Any) -> Any:
         size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
-        return _unflatten(_largest(jax.random.uniform(key, (size,)), size - math.ceil(size * sparsity)), params)
+        return _unflatten(largest(jax.random.uniform(key, (size,)), size - math.ceil(size * sparsity)), params)
 
     def renew(state: SSAMState, epoch: jax.Array, grads: Any, moved: Any, extra_args: dict[str, Any]) -> Any:
         del moved, extra_args
@@ -299,8 +300,8 @@ def ssam_d(
         stay, grow = _exchange(alive.size, sparsity, drop_rate, refresh_epochs, epochs)
         now = jnp.minimum(epoch // refresh_epochs, len(stay) - 1)
         drawn = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch), alive.shape)
-        staying = _largest((steepness + _SSAM_EPSILON) * alive, jnp.asarray(stay)[now])
-        growing = _largest((drawn + _SSAM_EPSILON) * ~alive, jnp.asarray(grow)[now])
+        staying = largest((steepness + _SSAM_EPSILON) * alive, jnp.asarray(stay)[now])
+        growing = largest((drawn + _SSAM_EPSILON) * ~alive, jnp.asarray(grow)[now])
         return _unflatten(staying | growing, state.mask)
 
     return _sparse(optimizer, rho, refresh_epochs, steps_per_epoch, seed, random_mask, renew)
@@ -402,12 +403,6 @@ def _exchange(size: int, sparsity: float, drop_rate: float, refresh_epochs: int,
     stay = [int(size * (1 - sparsity) * (1 - rate)) for rate in rates]
     grow = [int(min(size * (1 - sparsity) * rate, size * sparsity)) for rate in rates]
     return np.asarray([stay, grow], np.int32)
-
-
-def _largest(values: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
-    """Which are the ``count`` largest, of equal ones the first; unlike in `jax.lax.top_k` the count may be traced."""
-    order = jnp.argsort(values, descending=True, stable=True)
-    return jnp.zeros(values.shape, jnp.bool_).at[order].set(jnp.arange(values.size) < count)
 
 
 def _flat(tree: Any) -> jax.Array:

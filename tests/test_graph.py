@@ -228,7 +228,7 @@ def test_uniform_pruning_treats_all_edges_alike() -> None:
 
 
 def test_kept_edges_are_normalised_by_their_own_degrees() -> None:
-    graph = keep_edges(small_edges(), jnp.array([0, 1, 3]))
+    graph = keep_edges(small_edges(), jnp.array([True, True, False, True]), 3)
     expected = normalized_bipartite(np.array([0, 0, 2]), np.array([0, 1, 1]), 3, 2).todense()
     np.testing.assert_allclose(graph.todense(), expected, atol=1e-6)
 

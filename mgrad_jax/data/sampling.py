@@ -68,15 +68,12 @@ def sample_negatives(key: Array, users: Int[Array, " n"], history: UserHistory) 
     start = history.row_starts[users]
     degree = history.row_starts[users + 1] - start
     draw = jax.random.randint(key, users.shape, 0, history.candidates.shape[0] - degree)
-    low, high = jnp.zeros_like(degree), degree
-    last = history.ranks.shape[0] - 1
-    for _ in range(history.max_degree.bit_length()):
-        middle = (low + high) // 2
-        before = history.ranks[jnp.minimum(start + middle, last)] - middle <= draw
-        searching = low < high
-        low = jnp.where(searching & before, middle + 1, low)
-        high = jnp.where(searching & ~before, middle, high)
-    return history.candidates[draw + low]
+    own_before, last = jnp.zeros_like(degree), history.ranks.shape[0] - 1
+    for bit in reversed(range(history.max_degree.bit_length())):
+        more = own_before + (1 << bit)
+        is_before = history.ranks[jnp.minimum(start + more - 1, last)] - (more - 1) <= draw
+        own_before = jnp.where((more <= degree) & is_before, more, own_before)
+    return history.candidates[draw + own_before]
 
 
 def shuffle(key: Array, n: int) -> Int[Array, " n"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.dropout import keep_mask
 from mgrad_jax.graph.sparse import SparseGraph, replace_values, row_ids, sparse_graph, starts_of
+from mgrad_jax.selection import largest
 
 
 def _both_directions(
@@ -103,16 +104,17 @@ def bipartite_edges(
     )
 
 
-def keep_edges(edges: BipartiteEdges, kept: Int[Array, " kept"]) -> SparseGraph:
+def keep_edges(edges: BipartiteEdges, kept: Bool[Array, " edges"], n_keep: int) -> SparseGraph:
     """The graph of some edges, normalised by their own degrees plus eps; static shapes, no sorting.
 
     Args:
         edges: from `bipartite_edges`.
-        kept: (n_keep,) distinct edge ids.
+        kept: (E,) which edges; `n_keep` of them.
+        n_keep: static.
     """
     dtype, n_nodes = edges.log_weights.dtype, edges.n_users + edges.n_items
-    keep = jnp.zeros(edges.users.shape, bool).at[kept].set(True)[edges.edge_ids]
-    (places,) = jnp.nonzero(keep, size=2 * kept.shape[0])
+    keep = kept[edges.edge_ids]
+    (places,) = jnp.nonzero(keep, size=2 * n_keep)
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(keep, dtype=jnp.int32)])
     row_starts = before[edges.row_starts]
     columns = edges.columns[places]
@@ -134,8 +136,8 @@ def prune_edges(key: Array, edges: BipartiteEdges, n_keep: int, weighted: bool |
         weighted: False samples uniformly; may be traced.
     """
     noise = jax.random.gumbel(key, edges.log_weights.shape, edges.log_weights.dtype)
-    _, kept = jax.lax.top_k(noise + jnp.where(weighted, edges.log_weights, 0.0), n_keep)
-    return keep_edges(edges, kept)
+    kept = largest(noise + jnp.where(weighted, edges.log_weights, 0.0), n_keep)
+    return keep_edges(edges, kept, n_keep)
 
 
 def drop_entries(key: Array, graph: SparseGraph, rate: Float[Array, ""] | float) -> SparseGraph:
