@@ -41,7 +41,7 @@ _TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
 # What a member can vary besides the model's hyper-parameters.
 AXES = (*_TRACED, "seed", "training", "interval", "optimizer", "batch_size")
 # What no compiled program depends on.
-_NO_STRUCTURE = (*_TRACED, "seed", "data", "out", "epochs", "patience", "metric", "learning_rate_decay")
+_NO_STRUCTURE = (*_TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay")
 # What has no effect in a training, by its name.
 UNUSED: Mapping[str, tuple[str, ...]] = {
     "mirror": (),
@@ -210,7 +210,7 @@ class _Outcome(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """Metrics of both splits, and whether the scores are finite."""
+    """Metrics on validation, those on test where they are the best so far on validation, else zeros; finite or not."""
 
     valid: dict[str, jax.Array]
     test: dict[str, jax.Array]
@@ -233,6 +233,7 @@ class _Group:
         state, _ = self._loaded[0]
         self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._loaded[0])
         schedule = pass_schedule(state.opt_state, -(-len(data.train) // first.batch_size))
+        self.metric = first.metric
         self.plan = EpochPlan(first.batch_size, tuple(int(i) for i in schedule), first.evaluate == "stale")
         self.train_data = training_data(data)
         self.rankers = (make_ranker(data, "valid", first.ks), make_ranker(data, "test", first.ks))
@@ -280,11 +281,16 @@ class _Group:
         return state._replace(stale_params=None), state.stale_params, outcome
 
     def evaluate(
-        self, params: nnx.State, epoch_state: nnx.State, own: _Own, shared: list[Any], rankers: Any
+        self, params: nnx.State, epoch_state: nnx.State, own: _Own, best: Any, shared: list[Any], rankers: Any
     ) -> _Scores:
-        """Metrics of one member."""
+        """Metrics of one member; `best` is its best selection metric so far, which spares it most tests."""
         users, items = nnx.merge(self.graphdef, params, epoch_state, self._constants(own, shared)).embed()
-        valid, test = (rank_metrics(ranker, users, items) for ranker in rankers)
+        valid = rank_metrics(rankers[0], users, items)
+        test = jax.lax.cond(
+            valid[self.metric] > best,
+            lambda: rank_metrics(rankers[1], users, items),
+            lambda: jax.tree.map(jnp.zeros_like, valid),
+        )
         return _Scores(valid, test, jnp.isfinite(users.sum() + items.sum()))
 
 
@@ -309,18 +315,18 @@ class _Lanes:
         self.state, self.own = stacked
         self.programs = programs
 
-    def epoch(self, clock: _Clock) -> tuple[_Outcome, _Scores, float, float]:
+    def epoch(self, clock: _Clock, best: np.ndarray) -> tuple[_Outcome, _Scores, float, float]:
         """Train and evaluate all lanes for one epoch: outcome and scores with a leading axis, and both times."""
         group = self.group
+        if self.width == 1:
+            clock, best = _lane((clock, best), 0)
         started = time.perf_counter()
-        self.state, stale, outcome = self.programs.train(
-            self.state, self.own, clock if self.width > 1 else _lane(clock, 0), group.shared, group.train_data
-        )
+        self.state, stale, outcome = self.programs.train(self.state, self.own, clock, group.shared, group.train_data)
         outcome = jax.device_get(outcome)
         trained = time.perf_counter()
         params = self.state.params if stale is None else stale
         scores = jax.device_get(
-            self.programs.evaluate(params, self.state.epoch_state, self.own, group.shared, group.rankers)
+            self.programs.evaluate(params, self.state.epoch_state, self.own, best, group.shared, group.rankers)
         )
         evaluated = time.perf_counter()
         if self.width == 1:
@@ -364,21 +370,25 @@ def _compile(group: _Group, width: int) -> _Programs:
             return group.train(state, own, clock, shared, train_data)
         return jax.vmap(lambda s, o, c: group.train(s, o, c, shared, train_data))(state, own, clock)
 
-    def evaluate(params: Any, epoch_state: Any, own: Any, shared: Any, rankers: Any) -> Any:
+    def evaluate(params: Any, epoch_state: Any, own: Any, best: Any, shared: Any, rankers: Any) -> Any:
         if width == 1:
-            return group.evaluate(params, epoch_state, own, shared, rankers)
+            return group.evaluate(params, epoch_state, own, best, shared, rankers)
         # One member after another: scores of all members at once would not fit, and gain nothing.
-        return jax.lax.map(lambda m: group.evaluate(m[0], m[1], m[2], shared, rankers), (params, epoch_state, own))
+        members = (params, epoch_state, own, best)
+        return jax.lax.map(lambda m: group.evaluate(m[0], m[1], m[2], m[3], shared, rankers), members)
 
     state, own = (
         group.shapes
         if width == 1
         else jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), group.shapes)
     )
-    clock = _clock([0] * width, [1.0] * width)
-    clock = clock if width > 1 else _lane(clock, 0)
+    clock, best = _clock([0] * width, [1.0] * width), np.zeros(width, np.float32)
+    if width == 1:
+        clock, best = _lane((clock, best), 0)
     trainer = jax.jit(train, donate_argnums=0).lower(state, own, clock, group.shared, group.train_data).compile()
-    evaluator = jax.jit(evaluate).lower(state.params, state.epoch_state, own, group.shared, group.rankers).compile()
+    evaluator = (
+        jax.jit(evaluate).lower(state.params, state.epoch_state, own, best, group.shared, group.rankers).compile()
+    )
     return _Programs(trainer, evaluator, time.perf_counter() - started)
 
 
@@ -506,7 +516,7 @@ class _GroupRun:
 
     def epoch(self) -> list[tuple[int, MemberResult]]:
         """One epoch of every lane; returns the members that stopped, with their results."""
-        outcome, scores, *seconds = self.lanes.epoch(self._clock())
+        outcome, scores, *seconds = self.lanes.epoch(self._clock(), self._best())
         busy = sum(slot is not None for slot in self.slots)
         stopped = []
         for lane, slot in enumerate(self.slots):
@@ -528,6 +538,11 @@ class _GroupRun:
                 g, s = self.group.members[slot.index].learning_rate_decay
                 factors[lane] = g ** (slot.progress.epoch / s)
         return _clock(epochs, factors)
+
+    def _best(self) -> np.ndarray:
+        """The best selection metric of every lane so far; no value beats that of an idle one."""
+        best = [math.inf if slot is None else slot.progress.best_value for slot in self.slots]
+        return np.asarray(best, np.float32)
 
     def _record(self, slot: _Slot, outcome: _Outcome, scores: _Scores) -> bool:
         """Count the epoch of one member; returns whether it was its last one."""
