@@ -28,13 +28,17 @@ def x64():
         yield
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compile without LLVM's optimisations: half of the time of tests that ask for equations, not for what users run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compile what is marked `quick_compilation` without LLVM's optimisations: half of the time of asking for equations.
+
+    Before any fixture of the test, and with nothing compiled in the other way left: a helper that a test before has
+    compiled differently rounds differently, which a run in another process would not.
+    """
+    quick = item.get_closest_marker("quick_compilation") is not None
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -257,7 +257,8 @@ def user_item_graph() -> SparseGraph:
     return mean_bipartite(users, items, *CASES["rectangular"].shape, dtype=jnp.float64)
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.quick_compilation
+@pytest.mark.usefixtures("x64")
 def test_attention_over_edges_equals_dense_attention_alone_and_under_vmap() -> None:
     graph = user_item_graph()
     stored = graph.todense() != 0
@@ -283,7 +284,8 @@ def _squared(form: Any) -> Any:
     return jax.grad(lambda x: jnp.sum(form(x) ** 2))
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.quick_compilation
+@pytest.mark.usefixtures("x64")
 def test_edge_softmax_of_a_rectangular_graph_equals_the_dense_one() -> None:
     dense = CASES["rectangular"]
     graph, stored = as_graph(dense, dtype=jnp.float64), np.nonzero(dense)

@@ -210,7 +210,7 @@ class _Outcome(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """Metrics on validation, those on test where they are the best so far on validation, else zeros; finite or not."""
+    """Metrics on validation; on test, zeros where validation is not the best so far; whether the scores are finite."""
 
     valid: dict[str, jax.Array]
     test: dict[str, jax.Array]
@@ -283,7 +283,7 @@ class _Group:
     def evaluate(
         self, params: nnx.State, epoch_state: nnx.State, own: _Own, best: Any, shared: list[Any], rankers: Any
     ) -> _Scores:
-        """Metrics of one member; `best` is its best selection metric so far, which spares it most tests."""
+        """Metrics of one member; `best` is its best selection metric so far, and test waits for a better one."""
         users, items = nnx.merge(self.graphdef, params, epoch_state, self._constants(own, shared)).embed()
         valid = rank_metrics(rankers[0], users, items)
         test = jax.lax.cond(
@@ -315,7 +315,7 @@ class _Lanes:
         self.state, self.own = stacked
         self.programs = programs
 
-    def epoch(self, clock: _Clock, best: np.ndarray) -> tuple[_Outcome, _Scores, float, float]:
+    def epoch(self, clock: _Clock, best: jax.Array) -> tuple[_Outcome, _Scores, float, float]:
         """Train and evaluate all lanes for one epoch: outcome and scores with a leading axis, and both times."""
         group = self.group
         if self.width == 1:
@@ -382,7 +382,7 @@ def _compile(group: _Group, width: int) -> _Programs:
         if width == 1
         else jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), group.shapes)
     )
-    clock, best = _clock([0] * width, [1.0] * width), np.zeros(width, np.float32)
+    clock, best = _clock([0] * width, [1.0] * width), jnp.zeros(width)
     if width == 1:
         clock, best = _lane((clock, best), 0)
     trainer = jax.jit(train, donate_argnums=0).lower(state, own, clock, group.shared, group.train_data).compile()
@@ -539,10 +539,9 @@ class _GroupRun:
                 factors[lane] = g ** (slot.progress.epoch / s)
         return _clock(epochs, factors)
 
-    def _best(self) -> np.ndarray:
+    def _best(self) -> jax.Array:
         """The best selection metric of every lane so far; no value beats that of an idle one."""
-        best = [math.inf if slot is None else slot.progress.best_value for slot in self.slots]
-        return np.asarray(best, np.float32)
+        return jnp.asarray([math.inf if slot is None else slot.progress.best_value for slot in self.slots])
 
     def _record(self, slot: _Slot, outcome: _Outcome, scores: _Scores) -> bool:
         """Count the epoch of one member; returns whether it was its last one."""

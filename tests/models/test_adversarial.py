@@ -22,7 +22,7 @@ from mgrad_jax.data import Batch, demo_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.adversarial import AdversarialRecommender, adversarial
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 NAMES = [name for name in models.names() if models.model_class(name).needs]
 # Models that read no other rows of the tables than the batch's.

@@ -42,7 +42,7 @@ def loss_of(model: models.Recommender) -> tuple[Any, models.Recommender]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.quick_compilation
 def test_loss_and_gradients_are_finite_and_deterministic(name: str) -> None:
     loss, parts = loss_of(create(name))
     run = jax.jit(jax.value_and_grad(loss))
@@ -71,7 +71,7 @@ def test_the_planted_groups_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.quick_compilation
 def test_scores_are_products_of_the_embeddings(name: str) -> None:
     model = create(name)
     users, items = model.embed()
@@ -82,7 +82,7 @@ def test_scores_are_products_of_the_embeddings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.quick_compilation
 def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
     first, parts = loss_of(create(name))
     other = jax.tree.map(lambda x: x * 1.1, parts.params)
@@ -97,7 +97,7 @@ def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.quick_compilation
 def test_resampling_keeps_shapes_and_follows_its_key(name: str) -> None:
     model = create(name)
     first, again, other = (model.resample(jax.random.key(seed)) for seed in (1, 1, 2))
@@ -111,7 +111,7 @@ def test_resampling_keeps_shapes_and_follows_its_key(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.quick_compilation
 def test_a_second_call_does_not_compile_again(name: str) -> None:
     loss, parts = loss_of(create(name))
     traces = 0

@@ -78,7 +78,8 @@ def test_equals_the_published_numbers_in_float32_on_our_graph(name: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.quick_compilation
+@pytest.mark.usefixtures("x64")
 def test_every_float_has_the_models_dtype(name: str, dtype: Any) -> None:
     model = models.create(name, tiny(), dtype=dtype, embedding_dim=8)
     kinds = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(leaf.dtype, jnp.floating)}

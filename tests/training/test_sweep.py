@@ -180,6 +180,8 @@ def test_structure_makes_groups() -> None:
     grid = {"dropout": [0.8, 0.9], "reg_weight": [0.0, 1e-3], "weight_decay": [0.0, 1e-3, 1e-2], "seed": [1, 2]}
     groups = group_members(expand_grid(freedom, grid))
     assert [len(group) for group in groups] == [4, 8, 4, 8]  # dropout, and whether there is weight decay
+    metrics = [dataclasses.replace(VBPR, metric=metric) for metric in ("recall@5", "ndcg@20", "recall@5")]
+    assert group_members(metrics) == [[0, 2], [1]]  # the program scores test by the metric on validation
 
 
 def test_a_grid_may_contain_what_a_run_is_warned_of() -> None:
