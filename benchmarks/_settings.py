@@ -1,7 +1,7 @@
 """The setting every model is measured at, and what the published trainer calls it.
 
 Adam at 1e-3, batches of 2,048 and embeddings of 64 throughout. VBPR, BM3 and FREEDOM have the hyper-parameters of the
-published reference runs; the others a point of their published grid (`mgrad_jax.training.sweep.published_grid`).
+published reference runs; the others a point of their published grid (`mgrad_jax.training.grid.published_grid`).
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from mgrad_jax.data import Interactions, demo_interactions, load_interactions, s
 from mgrad_jax.data.synthetic import SIZES
 from mgrad_jax.training import FitResult, fit
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.sweep import MemberResult, default_slots, expand_grid, sweep
+from mgrad_jax.training.grid import expand_grid
+from mgrad_jax.training.sweep import MemberResult, default_slots, sweep
 
 GRID = {"alpha1": [0.5, 1.0], "alpha2": [0.1, 0.2], "seed": [1, 2, 3]}
 QUICK_GRID = {"alpha1": [0.5, 1.0], "seed": [1]}

@@ -21,7 +21,7 @@ from mgrad_jax import models
 from mgrad_jax.cli import main
 from mgrad_jax.cli.sweep import read_grid
 from mgrad_jax.errors import UserError
-from mgrad_jax.training.sweep import published_grid
+from mgrad_jax.training.grid import published_grid
 
 BASE = ["--model", "vbpr", "--data", "demo", "--set", "embedding_dim=8", "--epochs", "2"]
 GRID = ["--grid", "alpha1=0.5,1.0", "--grid", "alpha2=0.1,0.2", "--seeds", "2"]

@@ -48,7 +48,7 @@ def sweep(
 
 def read_grid(model: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
     """The lists of values in `--grid` arguments, by name; axes given by name replace those of the published grid."""
-    from mgrad_jax.training.sweep import published_grid
+    from mgrad_jax.training.grid import published_grid
 
     axes: dict[str, list[Any]] = {}
     for argument in arguments:

@@ -10,14 +10,10 @@ a program of half the width: at most log2(slots) more compilations, and no more 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
-import itertools
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,22 +28,10 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_ranker, rank_metrics
 from mgrad_jax.mirror import pass_schedule
-from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
+from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import EpochPlan, SplitModel, TrainState, run_epoch, split_model, training_data
 from mgrad_jax.training.fit import Progress
-
-# Numbers of a run that may be traced; the model's traced hyper-parameters and the seed join them.
-_TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
-# What a member can vary besides the model's hyper-parameters.
-AXES = (*_TRACED, "seed", "training", "interval", "optimizer", "batch_size")
-# What no compiled program depends on.
-_NO_STRUCTURE = (*_TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay")
-# What has no effect in a training, by its name.
-UNUSED: Mapping[str, tuple[str, ...]] = {
-    "mirror": (),
-    "replay": ("alpha1", "alpha2"),
-    **dict.fromkeys(("plain", *FLAT_MINIMA), ("alpha1", "alpha2", "interval")),
-}
+from mgrad_jax.training.grid import TRACED, group_members, no_advice
 
 
 @dataclass(frozen=True)
@@ -74,117 +58,13 @@ class MemberResult:
     seconds: dict[str, float]
 
 
-def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
-    """All combinations of the grid's values over a base configuration.
-
-    What has no effect in a member's training (alpha1 in plain training, say) is set back to its default, and members
-    that are then equal are kept once.
-
-    Args:
-        base: what the grid does not name.
-        grid: lists of values by name, one of `AXES` or a hyper-parameter of the model.
-
-    Raises:
-        UserError: an unknown name, a list that is empty or repeats itself, an axis without effect, or a value that
-            does not fit.
-
-    >>> [m.alpha2 for m in expand_grid(RunConfig("vbpr", "demo"), {"alpha2": [0.1, 0.2]})]
-    [0.1, 0.2]
-    """
-    hyper = [f.name for f in dataclasses.fields(models.model_class(base.model).config_class)]
-    for name, values in grid.items():
-        _check_axis(name, values, hyper)
-    members: dict[str, RunConfig] = {}
-    for point in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, point, strict=True))
-        hyper_parameters = {**base.hyper_parameters, **{k: v for k, v in chosen.items() if k in hyper}}
-        own = {k: v for k, v in chosen.items() if k not in hyper}
-        with _no_advice():
-            member = _canonical(dataclasses.replace(base, hyper_parameters=hyper_parameters, **own))
-        members.setdefault(repr(member.to_dict()), member)
-    trainings = {member.training for member in members.values()}
-    for name in grid:
-        if all(name in UNUSED[training] for training in trainings):
-            raise UserError(
-                f"the grid's axis '{name}' has no effect in {' or '.join(sorted(trainings))} training; leave it out."
-            )
-    return list(members.values())
-
-
-def _check_axis(name: str, values: Sequence[Any], hyper: Sequence[str]) -> None:
-    if name not in AXES and name not in hyper:
-        raise UserError(f"the grid has no axis '{name}'; choose among {', '.join(sorted({*AXES, *hyper}))}.")
-    if not len(values):
-        raise UserError(f"the grid's axis '{name}' has no values; give at least one.")
-    repeated = [value for i, value in enumerate(values) if value in values[:i]]
-    if repeated:
-        raise UserError(f"the grid's axis '{name}' names {repeated[0]} twice; leave one of them out.")
-    if name in AXES:
-        kind = type(next(f.default for f in dataclasses.fields(RunConfig) if f.name == name))
-        accepted = (int, float) if kind is float else kind
-        for value in values:
-            if not isinstance(value, accepted) or isinstance(value, bool):
-                raise UserError(
-                    f"the grid's axis '{name}' has the value {value!r}; it must be of type {kind.__name__}."
-                )
-
-
-def _canonical(config: RunConfig) -> RunConfig:
-    """The same run with what has no effect in it at its default."""
-    if not UNUSED[config.training]:
-        return config
-    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
-    return dataclasses.replace(config, **{name: defaults[name] for name in UNUSED[config.training]})
-
-
-def group_members(members: Sequence[RunConfig]) -> list[list[int]]:
-    """Indices of the members that share one compiled program, group by group, in order of first appearance."""
-    groups: dict[str, list[int]] = {}
-    for index, member in enumerate(members):
-        groups.setdefault(_structure(member), []).append(index)
-    return list(groups.values())
-
-
-def _structure(config: RunConfig) -> str:
-    """What must be equal for two members to share a program."""
-    values = config.to_dict()
-    static = [f.name for f in dataclasses.fields(_hyper(config)) if not f.metadata.get("traced")]
-    hyper = {name: values["hyper_parameters"][name] for name in static}
-    shared = {name: value for name, value in values.items() if name not in _NO_STRUCTURE}
-    # SSAM-D's drop rate follows a schedule over the planned epochs.
-    planned = config.epochs if config.training == "ssam-d" else None
-    # Weight decay is an extra transformation, so whether there is any is structure; how much is a traced number.
-    return repr({**shared, "hyper_parameters": hyper, "decays": config.weight_decay > 0, "planned": planned})
-
-
-def _hyper(config: RunConfig) -> models.ModelConfig:
-    return models.make_config(config.model, dict(config.hyper_parameters))
-
-
 def _transformation(config: RunConfig, numbers: Mapping[str, Any], data: Interactions) -> optax.GradientTransformation:
     """The configuration's Optax chain with other, possibly traced numbers, which cannot pass its checks."""
     other = copy.copy(config)
     for name, value in numbers.items():
         object.__setattr__(other, name, value)
-    with _no_advice():
+    with no_advice():
         return other.transformation(data)
-
-
-@contextlib.contextmanager
-def _no_advice() -> Iterator[None]:
-    """A grid may well contain what a single run is warned of, such as alpha1 <= alpha2."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def published_grid(model: str) -> dict[str, tuple[Any, ...]]:
-    """The grid that the model's published configuration searches, by name of the hyper-parameter.
-
-    >>> published_grid("freedom")["dropout"]
-    (0.8, 0.9)
-    """
-    return dict(getattr(models.model_class(model), "grid", {}))
 
 
 class _Own(NamedTuple):
@@ -258,7 +138,7 @@ class _Group:
         return self._load(self._split(self.members[index]), self.members[index])
 
     def _load(self, parts: SplitModel, member: RunConfig) -> tuple[TrainState, _Own]:
-        numbers = {name: jnp.asarray(getattr(member, name), jnp.float32) for name in _TRACED if getattr(member, name)}
+        numbers = {name: jnp.asarray(getattr(member, name), jnp.float32) for name in TRACED if getattr(member, name)}
         tx = _transformation(member, numbers, self.data)
         # A copy, for the state is donated and must share no buffer with the constants.
         state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
@@ -443,7 +323,7 @@ def sweep(
 
     Args:
         data: the interactions all members train on; the `data` and `out` of their configurations are not looked at.
-        members: what to train, e.g. from `expand_grid`.
+        members: what to train, e.g. from `mgrad_jax.training.grid.expand_grid`.
         slots: the most members side by side in one program, fewer where the device's memory holds no more; the default
             is `default_slots()`.
         on_result: called with a member's index and result as soon as it stops.

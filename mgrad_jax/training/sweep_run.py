@@ -27,9 +27,10 @@ import yaml
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.grid import UNUSED, expand_grid
 from mgrad_jax.training.record import result_record, write_text
 from mgrad_jax.training.run import data_digest
-from mgrad_jax.training.sweep import UNUSED, MemberResult, SweepReport, check_sweep, expand_grid, sweep
+from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
 
 
 class SweepInterrupted(KeyboardInterrupt):

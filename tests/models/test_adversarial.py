@@ -430,7 +430,8 @@ def test_a_run_is_recorded_evaluated_and_resumed(tmp_path: Path, capfd: pytest.C
 def test_a_sweep_trains_the_same_as_single_runs() -> None:
     from mgrad_jax.training import fit
     from mgrad_jax.training.config import RunConfig
-    from mgrad_jax.training.sweep import expand_grid, sweep
+    from mgrad_jax.training.grid import expand_grid
+    from mgrad_jax.training.sweep import sweep
 
     base = RunConfig(
         "vbpr",

@@ -16,7 +16,8 @@ from mgrad_jax.data import demo_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import FitResult, fit
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.sweep import MemberResult, SweepReport, expand_grid, group_members, published_grid, sweep
+from mgrad_jax.training.grid import expand_grid, group_members, published_grid
+from mgrad_jax.training.sweep import MemberResult, SweepReport, sweep
 
 DATA = demo_interactions(n_users=60, n_items=40)
 VBPR = RunConfig(
