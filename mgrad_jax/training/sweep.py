@@ -75,11 +75,12 @@ class _Own(NamedTuple):
     key: jax.Array
 
 
-class _Clock(NamedTuple):
-    """Which epoch a member is in, from 0, and the factor on its learning rate there."""
+class _Standing(NamedTuple):
+    """How far a member is: its epoch, from 0, the factor on its learning rate there, its best selection metric so far."""
 
     epoch: Any
     rate_factor: Any
+    best: Any
 
 
 class _Outcome(NamedTuple):
@@ -113,7 +114,6 @@ class _Group:
         state, _ = self._loaded[0]
         self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._loaded[0])
         schedule = pass_schedule(state.opt_state, -(-len(data.train) // first.batch_size))
-        self.metric = first.metric
         self.plan = EpochPlan(first.batch_size, tuple(int(i) for i in schedule), first.evaluate == "stale")
         self.train_data = training_data(data)
         self.rankers = (make_ranker(data, "valid", first.ks), make_ranker(data, "test", first.ks))
@@ -150,24 +150,30 @@ class _Group:
         return jax.tree.unflatten(self.structure, [next(mine) if x is None else x for x in shared])
 
     def train(
-        self, state: TrainState, own: _Own, clock: _Clock, shared: list[Any], train: Any
+        self, state: TrainState, own: _Own, standing: _Standing, shared: list[Any], train: Any
     ) -> tuple[TrainState, nnx.State | None, _Outcome]:
         """One epoch of one member: the new state, the stale parameters if wanted, the outcome."""
         tx = _transformation(self.members[0], own.numbers, self.data)
-        key = jax.random.fold_in(own.key, clock.epoch)
+        key = jax.random.fold_in(own.key, standing.epoch)
         constants = self._constants(own, shared)
-        state, log = run_epoch(self.graphdef, tx, self.plan, state, constants, train, key, clock.rate_factor)
+        state, log = run_epoch(self.graphdef, tx, self.plan, state, constants, train, key, standing.rate_factor)
         outcome = _Outcome(jnp.sum(log.losses[self.plan.first_passes]), jnp.all(jnp.isfinite(log.losses)))
         return state._replace(stale_params=None), state.stale_params, outcome
 
     def evaluate(
-        self, params: nnx.State, epoch_state: nnx.State, own: _Own, best: Any, shared: list[Any], rankers: Any
+        self,
+        params: nnx.State,
+        epoch_state: nnx.State,
+        own: _Own,
+        standing: _Standing,
+        shared: list[Any],
+        rankers: Any,
     ) -> _Scores:
-        """Metrics of one member; `best` is its best selection metric so far, and test waits for a better one."""
+        """Metrics of one member; test waits for a better selection metric than its best so far."""
         users, items = nnx.merge(self.graphdef, params, epoch_state, self._constants(own, shared)).embed()
         valid = rank_metrics(rankers[0], users, items)
         test = jax.lax.cond(
-            valid[self.metric] > best,
+            valid[self.members[0].metric] > standing.best,
             lambda: rank_metrics(rankers[1], users, items),
             lambda: jax.tree.map(jnp.zeros_like, valid),
         )
@@ -195,18 +201,18 @@ class _Lanes:
         self.state, self.own = stacked
         self.programs = programs
 
-    def epoch(self, clock: _Clock, best: jax.Array) -> tuple[_Outcome, _Scores, float, float]:
+    def epoch(self, standing: _Standing) -> tuple[_Outcome, _Scores, float, float]:
         """Train and evaluate all lanes for one epoch: outcome and scores with a leading axis, and both times."""
         group = self.group
         if self.width == 1:
-            clock, best = _lane((clock, best), 0)
+            standing = _lane(standing, 0)
         started = time.perf_counter()
-        self.state, stale, outcome = self.programs.train(self.state, self.own, clock, group.shared, group.train_data)
+        self.state, stale, outcome = self.programs.train(self.state, self.own, standing, group.shared, group.train_data)
         outcome = jax.device_get(outcome)
         trained = time.perf_counter()
         params = self.state.params if stale is None else stale
         scores = jax.device_get(
-            self.programs.evaluate(params, self.state.epoch_state, self.own, best, group.shared, group.rankers)
+            self.programs.evaluate(params, self.state.epoch_state, self.own, standing, group.shared, group.rankers)
         )
         evaluated = time.perf_counter()
         if self.width == 1:
@@ -245,16 +251,16 @@ def _compile(group: _Group, width: int) -> _Programs:
     """Compile the group's programs for `width` members."""
     started = time.perf_counter()
 
-    def train(state: Any, own: Any, clock: Any, shared: Any, train_data: Any) -> Any:
+    def train(state: Any, own: Any, standing: Any, shared: Any, train_data: Any) -> Any:
         if width == 1:
-            return group.train(state, own, clock, shared, train_data)
-        return jax.vmap(lambda s, o, c: group.train(s, o, c, shared, train_data))(state, own, clock)
+            return group.train(state, own, standing, shared, train_data)
+        return jax.vmap(lambda s, o, at: group.train(s, o, at, shared, train_data))(state, own, standing)
 
-    def evaluate(params: Any, epoch_state: Any, own: Any, best: Any, shared: Any, rankers: Any) -> Any:
+    def evaluate(params: Any, epoch_state: Any, own: Any, standing: Any, shared: Any, rankers: Any) -> Any:
         if width == 1:
-            return group.evaluate(params, epoch_state, own, best, shared, rankers)
+            return group.evaluate(params, epoch_state, own, standing, shared, rankers)
         # One member after another: scores of all members at once would not fit, and gain nothing.
-        members = (params, epoch_state, own, best)
+        members = (params, epoch_state, own, standing)
         return jax.lax.map(lambda m: group.evaluate(m[0], m[1], m[2], m[3], shared, rankers), members)
 
     state, own = (
@@ -262,18 +268,19 @@ def _compile(group: _Group, width: int) -> _Programs:
         if width == 1
         else jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), group.shapes)
     )
-    clock, best = _clock([0] * width, [1.0] * width), jnp.zeros(width)
+    standing = _standing([0] * width, [1.0] * width, [0.0] * width)
     if width == 1:
-        clock, best = _lane((clock, best), 0)
-    trainer = jax.jit(train, donate_argnums=0).lower(state, own, clock, group.shared, group.train_data).compile()
+        standing = _lane(standing, 0)
+    trainer = jax.jit(train, donate_argnums=0).lower(state, own, standing, group.shared, group.train_data).compile()
     evaluator = (
-        jax.jit(evaluate).lower(state.params, state.epoch_state, own, best, group.shared, group.rankers).compile()
+        jax.jit(evaluate).lower(state.params, state.epoch_state, own, standing, group.shared, group.rankers).compile()
     )
     return _Programs(trainer, evaluator, time.perf_counter() - started)
 
 
-def _clock(epochs: Sequence[int], factors: Sequence[float]) -> _Clock:
-    return _Clock(np.asarray(epochs, np.int32), np.asarray(factors, np.float32))
+def _standing(epochs: Sequence[int], factors: Sequence[float], best: Sequence[float]) -> _Standing:
+    # The best value in JAX's own precision, that of the metrics it is compared with.
+    return _Standing(np.asarray(epochs, np.int32), np.asarray(factors, np.float32), jnp.asarray(best, float))
 
 
 def _compile_what_fits(group: _Group, wanted: int) -> tuple[int, _Programs]:
@@ -396,7 +403,7 @@ class _GroupRun:
 
     def epoch(self) -> list[tuple[int, MemberResult]]:
         """One epoch of every lane; returns the members that stopped, with their results."""
-        outcome, scores, *seconds = self.lanes.epoch(self._clock(), self._best())
+        outcome, scores, *seconds = self.lanes.epoch(self._standing())
         busy = sum(slot is not None for slot in self.slots)
         stopped = []
         for lane, slot in enumerate(self.slots):
@@ -410,18 +417,16 @@ class _GroupRun:
         self._shrink()
         return stopped
 
-    def _clock(self) -> _Clock:
-        epochs, factors = [0] * len(self.slots), [1.0] * len(self.slots)
+    def _standing(self) -> _Standing:
+        """How far every lane is; no metric is better than the best of an idle one."""
+        n_lanes = len(self.slots)
+        epochs, factors, best = [0] * n_lanes, [1.0] * n_lanes, [math.inf] * n_lanes
         for lane, slot in enumerate(self.slots):
             if slot is not None:
-                epochs[lane] = slot.progress.epoch
+                epochs[lane], best[lane] = slot.progress.epoch, slot.progress.best_value
                 g, s = self.group.members[slot.index].learning_rate_decay
                 factors[lane] = g ** (slot.progress.epoch / s)
-        return _clock(epochs, factors)
-
-    def _best(self) -> jax.Array:
-        """The best selection metric of every lane so far; no value beats that of an idle one."""
-        return jnp.asarray([math.inf if slot is None else slot.progress.best_value for slot in self.slots])
+        return _standing(epochs, factors, best)
 
     def _record(self, slot: _Slot, outcome: _Outcome, scores: _Scores) -> bool:
         """Count the epoch of one member; returns whether it was its last one."""
