@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mgrad_jax.data import Batch, Interactions, load_interactions
-from mgrad_jax.graph import SparseGraph, propagate, sparse_graph
+from mgrad_jax.graph import SparseGraph, bipartite_edges, keep_edges, propagate, sparse_graph
 from mgrad_jax.models import Recommender
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,6 +45,13 @@ def graph_of(dense: np.ndarray, dtype: Any, *, symmetric: bool = True) -> Sparse
 def dense_of(graph: SparseGraph) -> np.ndarray:
     """A graph as a dense matrix, by propagating the identity."""
     return np.asarray(propagate(graph, jnp.eye(graph.shape[1], dtype=graph.values.dtype)))
+
+
+def recorded_pruned_graph(numbers: dict[str, np.ndarray], model: Any) -> SparseGraph:
+    """The user-item graph of the edges that the recorded epoch kept, in float64."""
+    edges = bipartite_edges(*numbers["graph/edge_indices"], model.n_users, model.n_items, dtype=jnp.float64)
+    kept = np.isin(np.arange(edges.users.size), numbers["prune/kept_indices"])
+    return keep_edges(edges, jnp.asarray(kept), model.n_keep)
 
 
 def batch_of(numbers: dict[str, np.ndarray]) -> Batch:

@@ -11,10 +11,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import batch_of, dense_of, graph_of, loss_and_gradients, recorded, recorded_parameters, tiny
+from golden import (
+    batch_of,
+    dense_of,
+    graph_of,
+    loss_and_gradients,
+    recorded,
+    recorded_parameters,
+    recorded_pruned_graph,
+    tiny,
+)
 
 from mgrad_jax import interop, models
-from mgrad_jax.graph import bipartite_edges, keep_edges
 from mgrad_jax.models import EpochState, Frozen, Recommender
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -88,9 +96,7 @@ def test_freedom_on_the_recorded_pruned_graph() -> None:
     model = build("freedom", jnp.float64, dropout=float(numbers["prune/dropout"]))
     feed_recorded_graphs("freedom", model)
     assert model.n_keep == numbers["prune/keep_len"]
-    edges = bipartite_edges(*numbers["graph/edge_indices"], model.n_users, model.n_items, dtype=jnp.float64)
-    kept = np.isin(np.arange(edges.users.size), numbers["prune/kept_indices"])
-    pruned = keep_edges(edges, jnp.asarray(kept), model.n_keep)
+    pruned = recorded_pruned_graph(numbers, model)
     np.testing.assert_allclose(dense_of(pruned), numbers["prune/masked_adj"], atol=1e-12)
     model.pruned_graph = EpochState(pruned)
     compare("freedom", model, atol=1e-9, prefix="prune/")

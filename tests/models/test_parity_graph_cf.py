@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import batch_of, dense_of, dotted, graph_of, loss_and_gradients, recorded, tiny
+from golden import batch_of, dense_of, dotted, graph_of, loss_and_gradients, recorded, recorded_pruned_graph, tiny
 
 from mgrad_jax import models
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import bipartite_edges, drop_entries, keep_edges, propagate
+from mgrad_jax.graph import drop_entries, propagate
 from mgrad_jax.models import EpochState, Frozen, Recommender
 
 KEY = 0
@@ -111,10 +111,7 @@ def test_layergcn_on_the_recorded_pruned_graph() -> None:
     numbers = recorded("layergcn")
     model = build("layergcn", jnp.float64, dropout=float(numbers["prune/dropout"]))
     assert model.n_keep == numbers["prune/keep_len"]
-    users, items = numbers["graph/edge_indices"]
-    edges = bipartite_edges(users, items, model.n_users, model.n_items, dtype=jnp.float64)
-    kept = np.isin(np.arange(edges.users.size), numbers["prune/kept_indices"])
-    pruned = keep_edges(edges, jnp.asarray(kept), model.n_keep)
+    pruned = recorded_pruned_graph(numbers, model)
     np.testing.assert_allclose(dense_of(pruned), numbers["prune/masked_adj"], atol=1e-12)
     model.pruned_graph = EpochState(pruned)
     assert_recorded("layergcn", model, *loss_and_gradients(model, batch_of(numbers)), prefix="prune/", atol=1e-9)
