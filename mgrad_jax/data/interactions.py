@@ -236,7 +236,7 @@ def _read_columns(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     _check_range(file, found["label"], labels, labels > 2, "is none of 0 (train), 1 (validation) and 2 (test)")
     for column, ids in ((found["user"], users), (found["item"], items)):
         _check_range(file, column, ids, ids > MAX_ID, f"is above {MAX_ID:,}; re-index with `mgrad-jax prepare`")
-    return tuple(values.astype(np.int64) for values in (users, items, labels))  # type: ignore[return-value]
+    return users.astype(np.int64), items.astype(np.int64), labels.astype(np.int64)
 
 
 def _read_table(file: Path, columns: list[str]) -> pd.DataFrame:
