@@ -12,3 +12,15 @@ class UserError(ValueError):
     Traceback (most recent call last):
     mgrad_jax.errors.UserError: data/x.inter line 3: item id -1 is negative; ids count from 0.
     """
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as a message shows it: in quotes where it is text, its beginning only where it is long.
+
+    >>> shown("a" * 200)[-12:]
+    "aaaaaaaa...'"
+    """
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else value[: limit - 3] + "...")
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
