@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: one sentence that names the file or option, the place in it and the remedy.
@@ -24,3 +26,17 @@ def shown(value: object, limit: int = 80) -> str:
         return repr(value if len(value) <= limit else value[: limit - 3] + "...")
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """What to append to a list of choices: the one that is probably meant, or nothing.
+
+    >>> did_you_mean("freedum", ["bm3", "freedom"])
+    ' (did you mean freedom?)'
+    >>> did_you_mean("x", ["bm3", "freedom"])
+    ''
+    """
+    import difflib  # on a mistake only
+
+    near = difflib.get_close_matches(str(value)[:80].lower(), list(choices), 1)
+    return f" (did you mean {near[0]}?)" if near else ""

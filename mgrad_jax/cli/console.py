@@ -1,88 +1,118 @@
-"""What the commands share: tables, signals, the compilation cache."""
+"""What the commands show: tables that fit the terminal, and how far a training is."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-
-class Stopped(Exception):
-    """Ctrl-C or a termination signal, with the sentence to show."""
+_UNFOLDED = 10_000
 
 
 def console() -> Console:
-    """Stdout; where it is no terminal, wide enough that no table is folded."""
-    made = Console()
-    return made if made.is_terminal else Console(width=160)
+    """Stdout, paths shown as they are; where it is no terminal, wide enough that no table is folded."""
+    made = Console(markup=False, emoji=False, highlight=False)
+    return made if made.is_terminal else Console(markup=False, emoji=False, highlight=False, width=160)
 
 
-def progress_bar() -> Progress:
-    """A bar on stderr with a field `state`; nothing where that is no terminal."""
-    stderr = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+def plus_minus() -> str:
+    """The sign between a mean and its deviation, as far as the terminal's characters go."""
+    try:
+        "±".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError, AttributeError):
+        return "+/-"
+    return "±"
 
 
-def print_metrics(title: str, caption: str, valid: dict[str, float], test: dict[str, float]) -> None:
-    """A table of metrics, one row a cut-off, validation and test side by side."""
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """A table, and below it notes that are never folded; in a terminal too narrow for it, one line a value."""
+    terminal = console()
+    if fits(headings, rows, terminal):
+        terminal.print(_table(title, headings, rows))
+    else:
+        terminal.print(title)
+        for row in rows:
+            terminal.print()
+            for heading, cell in zip(headings, row, strict=True):
+                terminal.print(f"{' '.join(heading.split())} {cell}")
+    for note in notes:
+        terminal.print(note, soft_wrap=True)
+
+
+def fits(headings: Sequence[str], rows: Sequence[Sequence[str]], terminal: Console) -> bool:
+    """Whether a table shows all its cells unfolded."""
+    options = terminal.options.update(max_width=_UNFOLDED)
+    return terminal.measure(_table("", headings, rows), options=options).maximum <= terminal.width
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_metrics(title: str, notes: Sequence[str], valid: dict[str, float], test: dict[str, float]) -> None:
+    """A table of metrics: one row a cut-off, validation and test side by side, or narrower where that is needed."""
     from mgrad_jax.evaluation.metrics import METRICS
 
     names = [name for name in METRICS if any(key.startswith(f"{name}@") for key in test)]
     ks = sorted({int(key.partition("@")[2]) for key in test})
-    table = Table(title=title, caption=caption)
-    table.add_column("@k", justify="right")
-    for split in ("valid", "test"):
-        for name in names:
-            table.add_column(f"{split}\n{name}", justify="right")
-    for k in ks:
-        cells = [f"{split[f'{name}@{k}']:.4f}" for split in (valid, test) for name in names]
-        table.add_row(str(k), *cells)
-    console().print(table)
+    splits = {"valid": valid, "test": test}
+    value = {(s, name, k): f"{splits[s][f'{name}@{k}']:.4f}" for s in splits for name in names for k in ks}
+    layouts: list[tuple[list[str], list[list[str]]]] = [
+        (
+            ["@k", *(f"{split}\n{name}" for split in splits for name in names)],
+            [[str(k), *(value[split, name, k] for split in splits for name in names)] for k in ks],
+        ),
+        (
+            ["split", "@k", *names],
+            [[split, str(k), *(value[split, name, k] for name in names)] for split in splits for k in ks],
+        ),
+        (
+            ["split", "metric", "value"],
+            [[split, f"{name}@{k}", value[split, name, k]] for split in splits for name in names for k in ks],
+        ),
+    ]
+    terminal = console()
+    headings, rows = next((layout for layout in layouts if fits(*layout, terminal)), layouts[-1])
+    print_table(title, headings, rows, notes)
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Treat `kill` like Ctrl-C, so that what is being written is completed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread only
+def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what to call with a state, the steps done and the steps expected.
+
+    A bar on stderr; where that is no terminal, a line on stdout at every call. Nothing that happens to the output ends
+    a training.
+    """
+    stderr = Console(stderr=True, markup=False, emoji=False)
+    if not stderr.is_terminal:
+        yield _print_line
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    columns = (
+        SpinnerColumn("line"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(title, total=None, state="loading and compiling")
+
+        def show(state: str, done: int, expected: int) -> None:
+            bar.update(task, total=expected, completed=done, state=state)
+
+        yield show
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache directory, so that a second run starts at once."""
-    if os.environ.get("MGRAD_JAX_NO_CACHE", "") not in ("", "0"):
-        return
-    import jax
-
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
-        return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "mgrad_jax"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if os.access(directory, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        # The many small programs that build a model take longer to compile than the epoch.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _print_line(state: str, done: int, expected: int) -> None:
+    del done, expected
+    with contextlib.suppress(OSError, ValueError):
+        print(state, flush=True)

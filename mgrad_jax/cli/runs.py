@@ -44,8 +44,8 @@ def evaluate(
         for split in splits
     }
     means = {split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in values.items()}
-    caption = f"best epoch {loaded.epoch}   {time.perf_counter() - started:.1f} s   {run}"
-    print_metrics(f"{loaded.config.model} on {loaded.data.name}", caption, means["valid"], means["test"])
+    notes = [f"best epoch {loaded.epoch}   {time.perf_counter() - started:.1f} s", str(run)]
+    print_metrics(f"{loaded.config.model} on {loaded.data.name}", notes, means["valid"], means["test"])
     if per_user is not None:
         import pandas as pd
 

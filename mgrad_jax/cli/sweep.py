@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from mgrad_jax.cli.console import Stopped, console, progress_bar, terminable, use_compilation_cache
+from mgrad_jax.cli import stopping
+from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.console import plus_minus, print_table, progress
 from mgrad_jax.cli.options import TrainingOptions, scalar, takes_training_options
+from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,54 +69,53 @@ def read_grid(model: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _train(config: SweepConfig, resume: bool, slots: int | None) -> SweepOutcome:
-    """Train with a progress bar; a signal to stop leaves every finished member on disk."""
+    """Train and tell how far it is; a signal to stop leaves every finished member on disk."""
     from mgrad_jax.training.sweep_run import SweepInterrupted, train_sweep
 
+    stopping.say(lambda: how_to_go_on("stopped before the first epoch was finished", config.directory))
     try:
-        with terminable(), _progress(config) as progress:
-            return train_sweep(config, resume=resume, slots=slots, progress=progress)
+        with _progress(config) as report:
+            return train_sweep(config, resume=resume, slots=slots, progress=report)
     except SweepInterrupted as stop:
-        raise Stopped(
-            f"stopped with {stop.finished} of {stop.members} members finished; to go on, repeat the command with "
-            f"--out {stop.directory} --resume."
-        ) from None
+        done = f"stopped with {stop.finished} of {stop.members} members finished"
+        raise stopping.Stopped(how_to_go_on(done, stop.directory)) from None
 
 
 @contextlib.contextmanager
 def _progress(config: SweepConfig) -> Iterator[Any]:
-    """A bar over the members; yields what to call after every epoch."""
-    with progress_bar() as bar:
-        task = bar.add_task(f"{config.base.model} sweep", total=None, state="loading and compiling")
+    """Tell how many members are finished; yields what to call after every epoch."""
+    with progress(f"{config.base.model} sweep") as tell:
 
-        def show(report: SweepReport) -> None:
-            epochs = ", ".join(map(str, report.running[:4])) + (" ..." if len(report.running) > 4 else "")
-            state = f"{report.finished} of {report.members} members  group {report.group} of {report.groups}"
+        def report(sweep: SweepReport) -> None:
+            stopping.complete_what_is_begun()
+            epochs = ", ".join(map(str, sweep.running[:4])) + (" ..." if len(sweep.running) > 4 else "")
+            state = f"{sweep.finished} of {sweep.members} members  group {sweep.group} of {sweep.groups}"
             state += f"  epoch {epochs}" if epochs else ""
-            bar.update(task, total=report.members, completed=report.finished, state=state)
+            tell(state, sweep.finished, sweep.members)
+            stopping.raise_if_asked()
 
-        yield show
+        yield report
 
 
 def _print_outcome(outcome: SweepOutcome, config: SweepConfig) -> None:
     """The best settings, one row each: mean and standard deviation of the selection metric over the seeds."""
     base, metric = config.base, config.base.metric
-    more = len(outcome.summary) - _SHOWN
     training = "" if "training" in config.axes else f", {base.training}"
-    table = Table(
-        title=f"{base.model} on {base.data}{training}, seed {', '.join(map(str, config.seeds))}",
-        caption=f"selected by validation {metric}   {config.directory}"
-        + (f"   {more} more settings" if more > 0 else ""),
-    )
-    for axis in config.axes:
-        table.add_column(axis, justify="right")
-    table.add_column(f"valid\n{metric}", justify="right")
-    table.add_column(f"test\n{metric}", justify="right")
-    table.add_column("diverged", justify="right")
-    for _, row in outcome.summary.head(_SHOWN).iterrows():
-        cells = [_cell(row[axis]) for axis in config.axes]
-        cells += [_mean(row[f"{split}_{metric}_mean"], row[f"{split}_{metric}_std"]) for split in ("valid", "test")]
-        table.add_row(*cells, str(row["diverged"]) if row["diverged"] else "")
-    console().print(table)
+    headings = [*config.axes, f"valid\n{metric}", f"test\n{metric}", "diverged"]
+    rows = [
+        [
+            *(_cell(row[axis]) for axis in config.axes),
+            *(_mean(row[f"{split}_{metric}_mean"], row[f"{split}_{metric}_std"]) for split in ("valid", "test")),
+            str(row["diverged"]) if row["diverged"] else "",
+        ]
+        for _, row in outcome.summary.head(_SHOWN).iterrows()
+    ]
+    notes = [f"selected by validation {metric}", str(config.directory)]
+    more = len(outcome.summary) - _SHOWN
+    if more > 0:
+        notes.insert(0, f"{more} more settings in summary.csv")
+    title = f"{base.model} on {base.data}{training}, seed {', '.join(map(str, config.seeds))}"
+    print_table(title, headings, rows, notes)
 
 
 def _cell(value: Any) -> str:
@@ -126,4 +127,4 @@ def _cell(value: Any) -> str:
 def _mean(mean: float, std: float) -> str:
     if mean != mean:
         return "-"
-    return f"{mean:.4f}" if std != std else f"{mean:.4f} ± {std:.4f}"
+    return f"{mean:.4f}" if std != std else f"{mean:.4f} {plus_minus()} {std:.4f}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgrad_jax.cli.console import Stopped, print_metrics, progress_bar, terminable, use_compilation_cache
+from mgrad_jax.cli import stopping
+from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.console import print_metrics, progress
 from mgrad_jax.cli.options import TrainingOptions, takes_training_options
 
 if TYPE_CHECKING:
@@ -33,32 +36,41 @@ def train(
 
 
 def _train(config: RunConfig, resume: bool) -> dict[str, Any]:
-    """Train with a progress bar; a signal to stop leaves every finished epoch on disk."""
+    """Train and tell how far it is; a signal to stop leaves every finished epoch on disk."""
     from mgrad_jax.training.run import RunInterrupted, train_run
 
+    stopping.say(lambda: how_to_go_on("stopped before the first epoch was finished", config.directory))
     try:
-        with terminable(), _progress(config) as progress:
-            return train_run(config, resume=resume, progress=progress)
+        with _progress(config) as report:
+            return train_run(config, resume=resume, progress=report)
     except RunInterrupted as stop:
-        done = f"after epoch {stop.epoch}" if stop.epoch else "before the first epoch was finished"
-        raise Stopped(f"stopped {done}; to go on, repeat the command with --out {stop.directory} --resume.") from None
+        done = f"stopped after epoch {stop.epoch}" if stop.epoch else "stopped before the first epoch was finished"
+        raise stopping.Stopped(how_to_go_on(done, stop.directory)) from None
+
+
+def how_to_go_on(done: str, directory: Path) -> str:
+    """The sentence of a training that was stopped: `done`, and how to go on with what its directory holds."""
+    if not (directory / "config.yaml").exists():
+        return f"{done}; repeat the command to begin again."
+    return f"{done}; to go on, repeat the command with --out {shlex.quote(str(directory))} --resume."
 
 
 @contextlib.contextmanager
 def _progress(config: RunConfig) -> Iterator[Any]:
-    """A bar over the epochs still to come if nothing improves any more; yields what to call after every epoch."""
-    with progress_bar() as bar:
-        task = bar.add_task(f"{config.model} ({config.training})", total=None, state="loading and compiling")
+    """Tell how far the run is, of the epochs still to come if nothing improves any more; yields what to call."""
+    with progress(f"{config.model} ({config.training})") as tell:
 
-        def show(report: EpochReport) -> None:
-            total = min(config.epochs, report.best_epoch + config.patience + 1)
+        def report(epoch: EpochReport) -> None:
+            stopping.complete_what_is_begun()
+            total = min(config.epochs, epoch.best_epoch + config.patience + 1)
             state = (
-                f"epoch {report.epoch}  loss {report.loss:.4g}  valid {config.metric} {report.valid[config.metric]:.4f}"
-                f"  best {report.best_epoch}"
+                f"epoch {epoch.epoch}  loss {epoch.loss:.4g}  valid {config.metric} {epoch.valid[config.metric]:.4f}"
+                f"  best {epoch.best_epoch}"
             )
-            bar.update(task, total=max(total, report.epoch), completed=report.epoch, state=state)
+            tell(state, epoch.epoch, max(total, epoch.epoch))
+            stopping.raise_if_asked()
 
-        yield show
+        yield report
 
 
 def _print_result(result: dict[str, Any], directory: Path) -> None:
@@ -66,5 +78,5 @@ def _print_result(result: dict[str, Any], directory: Path) -> None:
     data = result["data"]
     title = f"{result['model']} on {data['name']}, {result['training']}, seed {result['seed']}"
     times = "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    caption = f"best epoch {result['best_epoch']} of {result['epochs_run']}   {times}   {directory}"
-    print_metrics(title, caption, result["valid"], result["test"])
+    notes = [f"best epoch {result['best_epoch']} of {result['epochs_run']}   {times}", str(directory)]
+    print_metrics(title, notes, result["valid"], result["test"])

@@ -1,0 +1,75 @@
+"""What every command checks of the words it is given, before anything is made of them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from mgrad_jax.errors import UserError, shown
+
+
+class Command(TyperCommand):
+    """A command that refuses an option given twice, an empty value, and a number that is not in plain digits."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Check, then parse as typer does; that alone would take the last of two values in silence."""
+        seen: dict[str, str] = {}
+        numbers = _number_options(self.callback)
+        for option, parameter, values in _given(self.params, args):
+            if parameter is not None and not parameter.multiple:
+                before = seen.get(parameter.name)
+                if before == option:
+                    raise UserError(f"{option} is given twice; leave one of them out.")
+                if before is not None:
+                    raise UserError(f"{before} and {option} exclude each other; leave one of them out.")
+                seen[parameter.name] = option
+            for value in values:
+                if not value.strip():
+                    raise UserError(f"{option} is empty; give it a value or leave it out.")
+                if parameter is not None and parameter.name in numbers:
+                    check_plain(option, value)
+        return super().parse_args(ctx, args)
+
+
+def check_plain(what: str, text: str) -> None:
+    """Refuse what Python reads as a number and other programs do not: 1_000, or digits of other scripts."""
+    if "_" in text or not text.isascii():
+        raise UserError(f"{what} {shown(text)} is not a number in plain digits; write for example 1000 or 1e-3.")
+
+
+def _given(parameters: Sequence[Any], words: Sequence[str]) -> Iterator[tuple[str, Any, Sequence[str]]]:
+    """The options with their parameter and values, and the arguments, as typer's parser will tell them apart."""
+    known = {spelling: p for p in parameters for spelling in (*p.opts, *p.secondary_opts) if spelling.startswith("-")}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word == "--":
+            return
+        option, separator, value = word.partition("=")
+        parameter = known.get(option)
+        if parameter is None:
+            yield word or "an argument", None, [word]
+            continue
+        following = 0 if parameter.is_flag else parameter.nargs - bool(separator)
+        yield option, parameter, [*([value] if separator else []), *words[position : position + following]]
+        position += following
+
+
+def _number_options(callback: Any) -> set[str]:
+    """The names of a command's options that are numbers."""
+    hints = typing.get_type_hints(inspect.unwrap(callback))
+    return {name for name, hint in hints.items() if _kinds(hint) <= {int, float, type(None)}}
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types a hint is made of: {float} of tuple[float, float], {int, None} of int | None."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union, tuple):
+        return set().union(*(_kinds(part) for part in typing.get_args(hint)))
+    return {hint}

@@ -1,0 +1,137 @@
+"""Ctrl-C, `kill` and a terminal that closes: one sentence and exit code 130, at any moment.
+
+A command begins with nothing to lose: until it says otherwise (`complete_what_is_begun`) a signal ends the process at
+once. An exception would not do there: imports and callbacks swallow it or turn it into another one, and while XLA
+compiles no Python code runs in the main thread that could raise it. A thread of its own therefore waits for signals.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+
+EXIT_CODE = 130
+# Windows has no SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopped(Exception):
+    """A command was stopped at a point it knows of; the text is the sentence to show."""
+
+
+def _nothing_written() -> str:
+    return "stopped; repeat the command to begin again."
+
+
+@dataclass
+class _Standing:
+    """Where the command is: what to say when it is stopped, and whether anything would be left half done."""
+
+    sentence: Callable[[], str] = _nothing_written
+    at_once: bool = True
+    asked: bool = False
+    leaving: threading.Lock = field(default_factory=threading.Lock)
+
+
+_standing = _Standing()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Answer the signals to stop until the block ends; then they mean what they meant before.
+
+    A signal that is ignored, as under `nohup`, stays ignored.
+    """
+    global _standing
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread only
+        return
+    _standing = _Standing()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in ours:
+        signal.signal(number, _on_signal)
+    try:
+        with _second_watch() if ours else contextlib.nullcontext():
+            yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+        atexit.unregister(_ignore)
+        atexit.register(_ignore)
+
+
+def say(sentence: Callable[[], str]) -> None:
+    """Have `sentence` tell how to go on, from now on."""
+    _standing.sentence = sentence
+
+
+def complete_what_is_begun() -> None:
+    """From now on a signal raises `KeyboardInterrupt`, so that whoever writes can finish or clean up."""
+    _standing.at_once = False
+
+
+def raise_if_asked() -> None:
+    """Raise the `KeyboardInterrupt` of a signal again that was lost in a callback."""
+    if _standing.asked:
+        raise KeyboardInterrupt
+
+
+def sentence() -> str:
+    """What to say of a command that was stopped."""
+    return _standing.sentence()
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    _standing.asked = True
+    if _standing.at_once:
+        _exit_now()
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _second_watch() -> Iterator[None]:
+    """A thread that sees a signal also while the main thread runs no Python code."""
+    if os.name != "posix":
+        yield  # elsewhere only sockets can be woken
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        with os.fdopen(reader, "rb", buffering=0) as stream:
+            while number := stream.read(1):
+                # Whoever has put a handler in our place holds the signal back for a moment, and has a reason.
+                if number[0] in SIGNALS and signal.getsignal(number[0]) is _on_signal and _standing.at_once:
+                    _exit_now()
+
+    threading.Thread(target=watch, daemon=True, name="signals").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
+def _exit_now() -> None:
+    if _standing.leaving.acquire(blocking=False):
+        with contextlib.suppress(OSError):  # the terminal is gone
+            # A progress bar hides the cursor and fills the line.
+            cleared = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
+            # To the descriptor: the main thread may be in the middle of using `sys.stderr`.
+            os.write(2, f"{cleared}{_standing.sentence()}\n".encode(errors="backslashreplace"))
+        os._exit(EXIT_CODE)
+
+
+def _ignore() -> None:
+    """Nothing is left to stop once the interpreter ends."""
+    for number in SIGNALS:
+        with contextlib.suppress(ValueError, OSError):
+            signal.signal(number, signal.SIG_IGN)
