@@ -8,6 +8,7 @@ decay is coupled there: `weight_decay * parameter` joins the gradient before the
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, did_you_mean, shown
 
 
 class AccumulatorState(NamedTuple):
@@ -113,11 +114,14 @@ def make_optimizer(
     """
     known = {**_OPTAX, **_COUPLED}
     if name not in known:
-        raise UserError(f"unknown optimizer '{name}'; choose one of {', '.join(optimizer_names())}.")
+        near = did_you_mean(name, optimizer_names())
+        raise UserError(f"unknown optimizer {shown(name)}; choose one of {', '.join(optimizer_names())}{near}.")
     accepted = [p for p in inspect.signature(known[name]).parameters if p != "learning_rate"]
     for argument in arguments:
         if argument not in accepted:
-            raise UserError(f"{name} has no argument '{argument}'; choose among {', '.join(accepted)}.")
+            near = did_you_mean(argument, accepted)
+            raise UserError(f"{name} has no argument {shown(argument)}; choose among {', '.join(accepted)}{near}.")
+        _check_value(name, argument, arguments[argument], inspect.signature(known[name]).parameters[argument].default)
     decays = isinstance(weight_decay, jax.Array) or weight_decay > 0
     if name in _COUPLED:
         optimizer = known[name](learning_rate, **arguments)
@@ -127,3 +131,12 @@ def make_optimizer(
             raise UserError(f"{name} has no weight decay; leave it out or choose adamw.")
         arguments["weight_decay"] = weight_decay
     return known[name](learning_rate, **arguments)
+
+
+def _check_value(name: str, argument: str, value: Any, default: Any) -> None:
+    """Refuse what the optimizer would compute with, but nobody can mean."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"the argument {argument} of {name} is {value}; it must be finite.")
+    if isinstance(default, (bool, int, float)) and isinstance(value, bool) != isinstance(default, bool):
+        kind = "true or false" if isinstance(default, bool) else "a number"
+        raise UserError(f"the argument {argument} of {name} is {shown(value)}; it must be {kind}.")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mgrad_jax.data import Interactions
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, did_you_mean, shown
 from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, Scalar, hold_features
 
 _CLASSES = {
@@ -40,7 +40,9 @@ def names() -> list[str]:
 def model_class(name: str) -> type[Recommender]:
     """The class of a model; an unknown name is a `UserError` that lists the known ones."""
     if name not in _CLASSES:
-        raise UserError(f"unknown model '{name}'; choose one of {', '.join(names())}.")
+        raise UserError(
+            f"unknown model {shown(name)}; choose one of {', '.join(names())}{did_you_mean(name, names())}."
+        )
     module = importlib.import_module(f"mgrad_jax.models.{name}")
     return getattr(module, _CLASSES[name])
 
@@ -51,7 +53,9 @@ def make_config(name: str, hyper_parameters: dict[str, Any]) -> ModelConfig:
     known = [field.name for field in dataclasses.fields(config_class)]
     for key in hyper_parameters:
         if key not in known:
-            raise UserError(f"{name} has no hyper-parameter '{key}'; choose among {', '.join(known)}.")
+            raise UserError(
+                f"{name} has no hyper-parameter {shown(key)}; choose among {', '.join(known)}{did_you_mean(key, known)}."
+            )
     return config_class(**hyper_parameters)
 
 

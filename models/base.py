@@ -14,7 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, shown
+
+# 32 bits, as of the arrays; seeds are without a sign.
+_LARGEST: Mapping[type, int | float] = {int: 2**32 - 1, float: float(np.finfo(np.float32).max)}
+_MOST_LAYERS = 100  # each is written out in the program
 
 
 class Frozen(nnx.Variable):
@@ -41,6 +45,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
+            _check_range(field.name, getattr(self, field.name))
         if self.embedding_dim < 1:
             raise UserError(f"embedding_dim is {self.embedding_dim}; it must be at least 1.")
 
@@ -55,7 +60,18 @@ def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
     else:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
     if not fits:
-        raise UserError(f"{field.name}={value!r} does not fit; {field.name} must be of type {kind.__name__}.")
+        raise UserError(f"{field.name}={shown(value)} does not fit; {field.name} must be of type {kind.__name__}.")
+
+
+def _check_range(name: str, value: Any) -> None:
+    """Reject a number that compiled programs cannot hold, and more layers than a program can be made of."""
+    if isinstance(value, (str, bool)):
+        return
+    most = _MOST_LAYERS if "layer" in name else _LARGEST[type(value)]
+    if abs(value) > most:
+        raise UserError(
+            f"{name} is {shown(value)}; it must be at most {most if isinstance(most, int) else format(most, '.2g')}."
+        )
 
 
 class Recommender(nnx.Module):

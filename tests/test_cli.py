@@ -187,7 +187,7 @@ def test_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
 
-    from mgrad_jax.cli.console import use_compilation_cache
+    from mgrad_jax.cli.cache import use_compilation_cache
 
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("MGRAD_JAX_NO_CACHE")

@@ -8,7 +8,6 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import typer
 from typer.core import TyperCommand
 
 from mgrad_jax.errors import UserError, shown
@@ -17,7 +16,7 @@ from mgrad_jax.errors import UserError, shown
 class Command(TyperCommand):
     """A command that refuses an option given twice, an empty value, and a number that is not in plain digits."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check, then parse as typer does; that alone would take the last of two values in silence."""
         seen: dict[str, str] = {}
         numbers = _number_options(self.callback)

@@ -99,5 +99,7 @@ def _usage(error: Any) -> str:
     if sentence.startswith("No such command"):
         commands = context.command.list_commands(context)
         given = sentence.partition("'")[2].partition("'")[0]
-        return f"there is no command {shown(given)}; choose one of {', '.join(commands)}{did_you_mean(given, commands)}."
+        return (
+            f"there is no command {shown(given)}; choose one of {', '.join(commands)}{did_you_mean(given, commands)}."
+        )
     return f"{context.command_path}: {sentence[0].lower()}{sentence[1:]}; see {context.command_path} --help."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from mgrad_jax.training.config import RunConfig
@@ -96,8 +96,10 @@ class TrainingOptions:
         from mgrad_jax.training.config import FLAT_MINIMA
 
         if self.flat_minima not in (None, "mirror", *FLAT_MINIMA):
+            choices = ("mirror", *FLAT_MINIMA)
             raise UserError(
-                f"unknown flat-minima method '{self.flat_minima}'; choose one of {', '.join(('mirror', *FLAT_MINIMA))}."
+                f"unknown flat-minima method {shown(self.flat_minima)}; choose one of {', '.join(choices)}"
+                f"{did_you_mean(self.flat_minima, choices)}."
             )
         said = {
             "--mirror": "mirror" if self.mirror else None,
@@ -137,26 +139,30 @@ def takes_training_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def pairs(option: str, arguments: Sequence[str]) -> dict[str, Any]:
     """`key=value` arguments as a dictionary, the values read as numbers, booleans or text."""
-    values = {}
+    values: dict[str, Any] = {}
     for argument in arguments:
-        key, separator, text = argument.partition("=")
-        if not separator or not key:
+        key, separator, text = (part.strip() for part in argument.partition("="))
+        if not separator or not key or not text:
             raise UserError(
                 f"{option} {argument} is not of the form key=value; write for example {option} dropout=0.8."
             )
-        values[key.strip()] = scalar(text.strip())
+        if key in values:
+            raise UserError(f"{option} {key} is given twice; leave one of them out.")
+        values[key] = scalar(text)
     return values
 
 
-def scalar(text: str) -> Any:
-    """A YAML scalar; also 1e-3, which YAML itself reads as text."""
-    import yaml
+# As YAML 1.1 has them.
+_TRUTH_VALUES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return value if isinstance(value, (bool, str)) else text
+
+def scalar(text: str) -> Any:
+    """A number in plain digits, a truth value, or text, with or without quotes."""
+    if "_" not in text and text.isascii():
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    if text in (text.lower(), text.capitalize(), text.upper()) and text.lower() in _TRUTH_VALUES:
+        return _TRUTH_VALUES[text.lower()]
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if is_quoted else text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, did_you_mean, shown
 from mgrad_jax.evaluation.metrics import METRICS
 from mgrad_jax.mirror import mirror_gradient, replay
 from mgrad_jax.models.adversarial import adversarial
@@ -31,6 +33,9 @@ _SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraAr
 }
 FLAT_MINIMA = tuple(_SHARPNESS_AWARE)
 TRAININGS = ("mirror", "plain", "replay", *FLAT_MINIMA)
+# The numbers that the compiled programs hold: 32 bits, smaller ones are taken for zero.
+_INT32 = 2**31 - 1
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # What the run itself knows and no argument may say.
 _GIVEN = ("optimizer", "steps_per_epoch")
 
@@ -110,14 +115,19 @@ class RunConfig:
             if isinstance(error, UserError):
                 raise
             reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(f"{what} does not take {dict(arguments)} ({reason}); correct its arguments.") from None
+            raise UserError(
+                f"{what} does not take {shown(dict(arguments))} ({reason}); correct its arguments."
+            ) from None
 
     def _check_adversarial(self) -> None:
         if self.adversarial is None:
             return
         for name in self.adversarial:
             if name not in ("epsilon", "weight"):
-                raise UserError(f"adversarial training has no argument '{name}'; choose among epsilon, weight.")
+                near = did_you_mean(name, ("epsilon", "weight"))
+                raise UserError(
+                    f"adversarial training has no argument {shown(name)}; choose among epsilon, weight{near}."
+                )
         for name in ("epsilon", "weight"):
             if name not in self.adversarial:
                 raise UserError(f"adversarial training lacks its {name}; give epsilon and weight.")
@@ -128,9 +138,12 @@ class RunConfig:
         known = [] if constructor is None else [n for n in inspect.signature(constructor).parameters if n not in _GIVEN]
         for name in self.flat_minima_args:
             if constructor is None:
-                raise UserError(f"{self.training} training takes no flat-minima argument '{name}'; leave it out.")
+                raise UserError(f"{self.training} training takes no flat-minima argument {shown(name)}; leave it out.")
             if name not in known:
-                raise UserError(f"{self.training} has no argument '{name}'; choose among {', '.join(known)}.")
+                raise UserError(
+                    f"{self.training} has no argument {shown(name)}; choose among {', '.join(known)}"
+                    f"{did_you_mean(name, known)}."
+                )
 
     def _check_choices(self) -> None:
         for what, value, choices in (
@@ -140,22 +153,37 @@ class RunConfig:
             ("metric", self.metric, self.metric_names),
         ):
             if value not in choices:
-                raise UserError(f"unknown {what} '{value}'; choose one of {', '.join(choices)}.")
+                raise UserError(
+                    f"unknown {what} {shown(value)}; choose one of {', '.join(choices)}{did_you_mean(value, choices)}."
+                )
 
     def _check_numbers(self) -> None:
         _positive("learning_rate", self.learning_rate)
-        for number in self.learning_rate_decay:
-            _positive("learning_rate_decay", number)
         if self.max_norm is not None:
             _positive("max_norm", self.max_norm)
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UserError(f"weight_decay is {self.weight_decay}; it must be finite and not negative.")
+        if not is_number(self.weight_decay) or not 0 <= self.weight_decay <= _LARGEST:
+            raise UserError(
+                f"weight_decay is {shown(self.weight_decay)}; it must be a number from 0 to {_LARGEST:.2g}."
+            )
         for name, least in (("seed", 0), ("epochs", 1), ("patience", 0), ("batch_size", 1)):
-            _at_least(name, getattr(self, name), least)
+            _at_least(name, getattr(self, name), least, 2**32 - 1 if name == "seed" else _INT32)
+        if not self.ks:
+            raise UserError("ks is empty; name at least one cut-off of the metrics.")
         for k in self.ks:
             _at_least("ks", k, 1)
-        if self.seed >= 2**32:
-            raise UserError(f"seed is {self.seed}; it must be below 2**32.")
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        """The learning rate must be a number in every epoch that is asked for."""
+        base, scale = self.learning_rate_decay
+        _positive("learning_rate_decay", base)
+        _positive("learning_rate_decay", scale)
+        exponent = (self.epochs - 1) / scale
+        if math.log(self.learning_rate) + exponent * math.log(base) > math.log(_LARGEST):
+            raise UserError(
+                f"learning_rate_decay {base:g} {scale:g} takes the learning rate above {_LARGEST:.2g} by epoch "
+                f"{self.epochs}; bring the first number closer to 1, raise the second, or ask for fewer epochs."
+            )
 
     @property
     def directory(self) -> Path:
@@ -229,14 +257,23 @@ class RunConfig:
         return values
 
 
-def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise UserError(f"{name} is {value}; it must be a positive number.")
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and not one of the truth values that Python counts among them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _positive(name: str, value: Any) -> None:
+    if not is_number(value) or not _SMALLEST <= value <= _LARGEST:
+        if is_number(value) and value > 0:
+            raise UserError(f"{name} is {shown(value)}; it must be a number from {_SMALLEST:.2g} to {_LARGEST:.2g}.")
+        raise UserError(f"{name} is {shown(value)}; it must be a positive number.")
+
+
+def _at_least(name: str, value: Any, least: int, most: int = _INT32) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} is {value}; it must be a whole number of at least {least}.")
+        raise UserError(f"{name} is {shown(value)}; it must be a whole number of at least {least}.")
+    if value > most:
+        raise UserError(f"{name} is {shown(value)}; it must be at most {most}.")
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mgrad_jax import models
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, did_you_mean, shown
 from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
 
 # Numbers of a run that may be traced; the model's traced hyper-parameters and the seed join them.
 TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
 # What a member can vary besides the model's hyper-parameters.
 AXES = (*TRACED, "seed", "training", "interval", "optimizer", "batch_size")
+MOST_MEMBERS = 10_000
 # What no compiled program depends on.
 _NO_STRUCTURE = (*TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay")
 # What has no effect in a training, by its name.
@@ -45,6 +47,7 @@ def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunC
     [0.1, 0.2]
     """
     hyper = [f.name for f in dataclasses.fields(models.model_class(base.model).config_class)]
+    check_size(grid)
     for name, values in grid.items():
         _check_axis(name, values, hyper)
     members: dict[str, RunConfig] = {}
@@ -64,21 +67,33 @@ def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunC
     return list(members.values())
 
 
+def check_size(grid: Mapping[str, Sequence[Any]], n_seeds: int = 1) -> None:
+    """Refuse a grid that nobody can train, before it is expanded."""
+    n_members = n_seeds * math.prod(len(values) for values in grid.values())
+    if n_members > MOST_MEMBERS:
+        raise UserError(
+            f"the sweep has {shown(n_members)} members; it can have {MOST_MEMBERS}, so give fewer seeds or values."
+        )
+
+
 def _check_axis(name: str, values: Sequence[Any], hyper: Sequence[str]) -> None:
     if name not in AXES and name not in hyper:
-        raise UserError(f"the grid has no axis '{name}'; choose among {', '.join(sorted({*AXES, *hyper}))}.")
+        known = sorted({*AXES, *hyper})
+        raise UserError(
+            f"the grid has no axis {shown(name)}; choose among {', '.join(known)}{did_you_mean(name, known)}."
+        )
     if not len(values):
         raise UserError(f"the grid's axis '{name}' has no values; give at least one.")
     repeated = [value for i, value in enumerate(values) if value in values[:i]]
     if repeated:
-        raise UserError(f"the grid's axis '{name}' names {repeated[0]} twice; leave one of them out.")
+        raise UserError(f"the grid's axis '{name}' names {shown(repeated[0])} twice; leave one of them out.")
     if name in AXES:
         kind = type(next(f.default for f in dataclasses.fields(RunConfig) if f.name == name))
         accepted = (int, float) if kind is float else kind
         for value in values:
             if not isinstance(value, accepted) or isinstance(value, bool):
                 raise UserError(
-                    f"the grid's axis '{name}' has the value {value!r}; it must be of type {kind.__name__}."
+                    f"the grid's axis '{name}' has the value {shown(value)}; it must be of type {kind.__name__}."
                 )
 
 

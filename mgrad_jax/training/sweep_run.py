@@ -25,9 +25,9 @@ import pandas as pd
 import yaml
 
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, shown
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.grid import UNUSED, expand_grid
+from mgrad_jax.training.grid import UNUSED, check_size, expand_grid
 from mgrad_jax.training.record import result_record, write_text
 from mgrad_jax.training.run import data_digest
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
@@ -63,10 +63,11 @@ class SweepConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        if self.n_seeds < 1:
-            raise UserError(f"seeds is {self.n_seeds}; it must be at least 1.")
+        if isinstance(self.n_seeds, bool) or not isinstance(self.n_seeds, int) or self.n_seeds < 1:
+            raise UserError(f"seeds is {shown(self.n_seeds)}; it must be at least 1.")
         if "seed" in self.grid and self.n_seeds > 1:
             raise UserError("the grid names the seeds and so does --seeds; leave one of them out.")
+        check_size(self.grid, self.n_seeds)
         self.members()
 
     @property
