@@ -38,5 +38,5 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """
     import difflib  # on a mistake only
 
-    near = difflib.get_close_matches(str(value)[:80].lower(), list(choices), 1)
+    near = difflib.get_close_matches(str(value)[:80].lower(), list(choices), 1, cutoff=0.7)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from command_lines import assert_one_sentence, overriding
 
 from mgrad_jax.cli import main
 
@@ -312,14 +313,6 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
 }
 
 
-def assert_one_sentence(code: int, captured: Any, part: str) -> None:
-    assert code == 2
-    assert part in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.err.endswith(".\n")
-    assert "Traceback" not in captured.err + captured.out
-
-
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spoil, part = BAD_DATA[case]
@@ -333,7 +326,7 @@ def test_bad_data(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options, part = BAD_OPTIONS[case]
-    code = main(["train", *MODEL, "--data", "demo", "--out", str(tmp_path / "run"), *options])
+    code = main(overriding(["train", *MODEL, "--data", "demo", "--out", str(tmp_path / "run")], options))
     assert_one_sentence(code, capfd.readouterr(), part)
     assert not (tmp_path / "run").exists()
 

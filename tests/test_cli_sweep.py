@@ -10,12 +10,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from command_lines import assert_one_sentence, overriding
 
 from mgrad_jax import models
 from mgrad_jax.cli import main
@@ -33,14 +33,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sweeps") / "sweep"
     assert main(["sweep", *BASE, *GRID, "--out", str(out)]) == 0
     return out
-
-
-def assert_one_sentence(code: int, captured: Any, part: str) -> None:
-    assert code == 2
-    assert part in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.err.endswith(".\n")
-    assert "Traceback" not in captured.err + captured.out
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -102,7 +94,7 @@ def test_member_equals_the_run_of_train(finished: Path, tmp_path: Path) -> None:
 def test_table_and_settings_without_effect(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     grid = ["--grid", "training=plain,mirror", "--grid", "alpha2=0.1,0.2", "--epochs", "1", "--grid", "seed=3"]
-    assert main(["sweep", *BASE, *grid, "--out", str(out)]) == 0
+    assert main(overriding(["sweep", *BASE], [*grid, "--out", str(out)])) == 0
     captured = capfd.readouterr()
     assert captured.err == ""
     assert "vbpr on demo" in captured.out
@@ -116,7 +108,7 @@ def test_table_and_settings_without_effect(tmp_path: Path, capfd: pytest.Capture
 
 def test_a_setting_that_diverges_is_not_the_best(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
-    command = ["sweep", *BASE, "--epochs", "1", "--out"]
+    command = [*overriding(["sweep", *BASE], ["--epochs", "1"]), "--out"]
     assert main([*command, str(out), "--grid", "learning_rate=1e30,1e-3"]) == 0
     assert json.loads((out / "best.json").read_text())["setting"] == {"learning_rate": 1e-3}
     assert [row["diverged"] for row in read(out / "summary.csv")] == ["0", "1"]
@@ -163,7 +155,7 @@ RESUMES: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("case", RESUMES)
 def test_bad_resume(case: str, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options, part = RESUMES[case]
-    code = main(["sweep", *BASE, *GRID, "--out", str(finished), *options])
+    code = main(overriding(["sweep", *BASE, *GRID, "--out", str(finished)], options))
     assert_one_sentence(code, capfd.readouterr(), part)
 
 
@@ -185,7 +177,7 @@ def test_stopping_keeps_the_finished_members(
 ) -> None:
     out = tmp_path / "sweep"
     grid = ["--grid", "alpha1=0.5,1.0", "--grid", "alpha2=0.1,0.2", "--patience", "100000"]
-    command = ["sweep", *BASE, *grid, "--epochs", "40", "--out", str(out)]
+    command = overriding(["sweep", *BASE], [*grid, "--epochs", "40", "--out", str(out)])
     process = start_command(command)
     first = out / "members" / "0000" / "result.json"
     while not first.exists():
@@ -231,7 +223,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options, part = BAD[case]
-    code = main(["sweep", *BASE, "--out", str(tmp_path / "sweep"), *options])
+    code = main(overriding(["sweep", *BASE, "--out", str(tmp_path / "sweep")], options))
     assert_one_sentence(code, capfd.readouterr(), part)
     assert not (tmp_path / "sweep").exists()
 

@@ -21,7 +21,7 @@ def use_compilation_cache() -> None:
         return
     import jax
 
-    if jax.config.read("jax_compilation_cache_dir") is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -47,7 +47,7 @@ def mended(warning: str) -> bool:
         return False
     import jax
 
-    directory = jax.config.read("jax_compilation_cache_dir")
+    directory = getattr(jax.config, "jax_compilation_cache_dir", None)
     if directory is None or directory in _warned:
         return True
     try:

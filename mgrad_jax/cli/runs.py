@@ -1,4 +1,4 @@
-"""`mgrad-jax evaluate` and `mgrad-jax recommend`: what to do with a finished run."""
+"""`mgrad-jax evaluate` and `mgrad-jax recommend`: what to do with a finished run, or with the best of a sweep."""
 
 from __future__ import annotations
 
@@ -9,15 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mgrad_jax.cli import stopping
+from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.console import print_metrics
-from mgrad_jax.errors import UserError
+from mgrad_jax.cli.train import train_and_tell
+from mgrad_jax.errors import UserError, shown
+from mgrad_jax.files import written_whole
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-_Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
+    from mgrad_jax.training.run import LoadedRun
+
+_Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Directory of a run, of a sweep (its best setting) or of a sweep's member."),
+]
 _RunData = Annotated[str | None, typer.Option(help="Where the run's data lie now, if they were moved.")]
+_InternalIds = Annotated[
+    bool,
+    typer.Option(
+        "--internal-ids", help="Ids as in the .inter file, also where `prepare` left the maps to the raw ones."
+    ),
+]
 
 
 def evaluate(
@@ -26,17 +41,18 @@ def evaluate(
     per_user: Annotated[
         Path | None, typer.Option(help="Also write each user's test metrics to this .csv or .parquet file.")
     ] = None,
+    internal_ids: _InternalIds = False,
 ) -> None:
     """Evaluate a run's best parameters on validation and test."""
+    if per_user is not None:
+        _check_output("--per-user", per_user)
+    use_compilation_cache()
     import jax
 
     from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
-    from mgrad_jax.training.run import load_run
 
-    if per_user is not None:
-        _check_table_name(per_user)
+    loaded, notes = _open(run, data)
     started = time.perf_counter()
-    loaded = load_run(run, data)
     vectors = jax.jit(lambda model: model.embed())(loaded.model)
     splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
     values = {
@@ -44,88 +60,167 @@ def evaluate(
         for split in splits
     }
     means = {split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in values.items()}
-    notes = [f"best epoch {loaded.epoch}   {time.perf_counter() - started:.1f} s", str(run)]
-    print_metrics(f"{loaded.config.model} on {loaded.data.name}", notes, means["valid"], means["test"])
     if per_user is not None:
         import pandas as pd
 
         users, metrics = values["test"]
-        _write_table(pd.DataFrame({"user": users, **metrics}), per_user)
+        names = None if internal_ids else _raw_ids(loaded, "user")
+        _write_table(pd.DataFrame({"user": users if names is None else names[users], **metrics}), per_user)
+    notes = [f"best epoch {loaded.epoch}   {time.perf_counter() - started:.1f} s", *notes, str(run)]
+    print_metrics(f"{loaded.config.model} on {loaded.data.name}", notes, means["valid"], means["test"])
 
 
 def recommend(
     run: _Run,
-    output: Annotated[Path, typer.Option(help="File to write, .csv or .parquet: user, rank, item, score.")],
-    top_k: Annotated[int, typer.Option(help="Items a user.")] = 20,
-    users: Annotated[Path | None, typer.Option(help="File with one user id a line; all users by default.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="File to write, .csv or .parquet: user, rank, item, score; an earlier one is replaced.")
+    ],
+    top_k: Annotated[int, typer.Option(help="The most items per user.")] = 20,
+    users: Annotated[
+        Path | None, typer.Option(help="File with one user id a line, raw ones where there are; all users by default.")
+    ] = None,
     data: _RunData = None,
+    internal_ids: _InternalIds = False,
 ) -> None:
-    """Write the best new items of users, their training items left out."""
+    """Write the best new items of users, their training items left out; in raw ids where `prepare` left its maps."""
+    _check_output("--output", output)
+    if users is not None and output.exists() and users.exists() and output.samefile(users):
+        raise UserError(f"--output {output} is the file of --users; choose another one.")
+    if top_k < 1:
+        raise UserError(f"--top-k is {shown(top_k)}; it must be at least 1.")
+    use_compilation_cache()
     import jax
     import numpy as np
     import pandas as pd
 
     from mgrad_jax.evaluation.ranking import top_items
-    from mgrad_jax.training.run import load_run
 
-    _check_table_name(output)
-    if top_k < 1:
-        raise UserError(f"--top-k is {top_k}; it must be at least 1.")
-    loaded = load_run(run, data)
-    chosen = np.arange(loaded.data.n_users) if users is None else _read_users(users, loaded.data.n_users)
+    loaded, notes = _open(run, data)
+    n_users = loaded.data.n_users
+    names = {kind: None if internal_ids else _raw_ids(loaded, kind) for kind in ("user", "item")}
+    chosen = np.arange(n_users) if users is None else read_users(users, n_users, names["user"])
     vectors = jax.jit(lambda model: model.embed())(loaded.model)
     items, scores = top_items(vectors[0], vectors[1], loaded.data.train, chosen, top_k)
-    table = pd.DataFrame(
-        {
-            "user": np.repeat(chosen, items.shape[1]),
-            "rank": np.tile(np.arange(1, items.shape[1] + 1), len(chosen)),
-            "item": items.ravel(),
-            "score": scores.ravel(),
-        }
-    )
+    columns = {"user": np.repeat(chosen, items.shape[1]), "item": items.ravel()}
+    for kind, raw in names.items():
+        columns[kind] = columns[kind] if raw is None else raw[columns[kind]]
+    ranks = np.tile(np.arange(1, items.shape[1] + 1), len(chosen))
+    table = pd.DataFrame({"user": columns["user"], "rank": ranks, "item": columns["item"], "score": scores.ravel()})
     # A user with fewer new items than asked for gets a shorter list.
-    _write_table(table[np.isfinite(table["score"])], output)
-    print(f"{output}: {len(chosen)} users, {min(top_k, loaded.data.n_items)} items each.")
+    is_item = np.isfinite(scores)
+    _write_table(table[is_item.ravel()], output)
+    for note in notes:
+        print(note)
+    print(f"{output}: {_count(is_item.sum(axis=1), top_k)}{'' if names['user'] is None else ', in raw ids'}.")
 
 
-def _read_users(path: Path, n_users: int) -> np.ndarray:
-    """User ids from a file, one a line, each once, in the file's order."""
+def _count(lengths: np.ndarray, top_k: int) -> str:
+    """What was written, in words: "3 users, 20 items each"."""
+    users = f"{len(lengths)} user{'' if len(lengths) == 1 else 's'}"
+    if lengths.min() == lengths.max():
+        short = f", fewer than the {top_k} asked for" if lengths.max() < top_k else ""
+        return f"{users}, {lengths.max()} items each{short}"
+    return f"{users}, {lengths.sum()} items, {lengths.min()} to {lengths.max()} each"
+
+
+def _open(directory: Path, data: str | None) -> tuple[LoadedRun, list[str]]:
+    """A run with its best parameters, and what to say about it; a sweep's member is trained again the first time."""
+    from mgrad_jax.training.member import differs, find_member
+    from mgrad_jax.training.run import load_run
+
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise UserError(f"{directory} {what}; give the directory of a run.")
+    member = find_member(directory, data)
+    if member is None:
+        loaded = load_run(directory, data)
+        return loaded, [] if (directory / "result.json").exists() else ["its training is not finished"]
+    notes = [member.description]
+    place = member.config.directory
+    if not (place / "result.json").exists():
+        print(f"{member.description}: trained once more, kept in {place}", flush=True)
+        go_on = "stopped; repeat the command to go on"
+        result = train_and_tell(member.config, resume=(place / "config.yaml").exists(), go_on=lambda: f"{go_on}.")
+        if differs(place.parent, result):
+            notes.append("trained again, its metrics differ from those of the sweep")
+    return load_run(place, data), notes
+
+
+def _raw_ids(loaded: LoadedRun, kind: str) -> np.ndarray | None:
+    """The users' own names of users or items by id, where the dataset has them."""
+    from mgrad_jax.data.id_maps import read_id_map
+
+    if loaded.config.data == "demo":
+        return None
+    n = loaded.data.n_users if kind == "user" else loaded.data.n_items
+    return read_id_map(loaded.config.data, kind, n)
+
+
+_HEADERS = ("user", "userid", "user_id")
+
+
+def read_users(path: Path, n_users: int, names: np.ndarray | None) -> np.ndarray:
+    """User ids from a file, one a line, each once, in the file's order.
+
+    Args:
+        path: a text file in UTF-8; empty lines and a header are passed over.
+        n_users: ids count from 0 to below it.
+        names: (n_users,) the raw ids that the file holds instead, or None.
+
+    Raises:
+        UserError: the file cannot be read, a line is no user, or there is none.
+    """
     import numpy as np
 
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a text file."
         ) from None
+    known = None if names is None else {name: number for number, name in enumerate(names)}
     ids: dict[int, None] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line or (number == 1 and line.lower() in ("user", "userid", "user_id")):
-            continue
-        if not (line.isascii() and line.isdigit() and int(line) < n_users):
-            raise UserError(
-                f"{path} line {number}: {line!r} is not a user id from 0 to {n_users - 1}; correct the line."
-            )
-        ids[int(line)] = None
+    # Not by `splitlines`, which would also part an id at a form feed.
+    for number, line in enumerate(text.split("\n"), start=1):
+        entry = line.strip()
+        user = _user_id(entry, n_users) if known is None else known.get(line, known.get(entry))
+        if user is not None:
+            ids[user] = None
+        elif entry and not (number == 1 and entry.lower() in _HEADERS):
+            wanted = f"a user id from 0 to {n_users - 1}"
+            if known is not None:
+                wanted = "a raw id of the dataset's user_map.tsv"
+                wanted += " (with --internal-ids it would be one)" if _user_id(entry, n_users) is not None else ""
+            raise UserError(f"{path} line {number}: {shown(entry)} is not {wanted}; correct the line.")
     if not ids:
         raise UserError(f"{path} names no user; write one user id a line.")
     return np.fromiter(ids, np.int64)
 
 
-def _check_table_name(path: Path) -> None:
+def _user_id(text: str, n_users: int) -> int | None:
+    """An id in plain digits, None where it is no user's."""
+    digits = text.lstrip("0") or text[:1]
+    is_short = digits.isascii() and digits.isdigit() and len(digits) <= len(str(n_users))
+    return int(digits) if is_short and int(digits) < n_users else None
+
+
+def _check_output(option: str, path: Path) -> None:
+    """Refuse what cannot be written before anything is computed."""
     if path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{path} ends neither in .csv nor in .parquet; choose one of them.")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a directory; give a file in it.")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written ({place} is no directory one can write in); choose another place.")
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a .csv or .parquet file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".csv":
-            table.to_csv(temporary, index=False)
-        else:
-            table.to_parquet(temporary, index=False)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another file.") from None
+    stopping.complete_what_is_begun()
+    if path.suffix == ".csv":
+        with written_whole(path) as stream:
+            table.to_csv(stream, index=False)
+    else:
+        with written_whole(path, "wb") as stream:
+            table.to_parquet(stream, index=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,21 +31,27 @@ def train(
     """Train a model to its best validation epoch."""
     use_compilation_cache()
     config = options.config(out)
-    result = _train(config, resume)
+    result = train_and_tell(config, resume=resume)
     _print_result(result, config.directory)
 
 
-def _train(config: RunConfig, resume: bool) -> dict[str, Any]:
-    """Train and tell how far it is; a signal to stop leaves every finished epoch on disk."""
+def train_and_tell(config: RunConfig, *, resume: bool, go_on: Callable[[], str] | None = None) -> dict[str, Any]:
+    """Train and tell how far it is; a signal to stop leaves every finished epoch on disk.
+
+    Args:
+        config, resume: see `mgrad_jax.training.run.train_run`.
+        go_on: the sentence to show when it is stopped; by default how to resume with the same command.
+    """
     from mgrad_jax.training.run import RunInterrupted, train_run
 
-    stopping.say(lambda: how_to_go_on("stopped before the first epoch was finished", config.directory))
+    early = "stopped before the first epoch was finished"
+    stopping.say(go_on or (lambda: how_to_go_on(early, config.directory)))
     try:
         with _progress(config) as report:
             return train_run(config, resume=resume, progress=report)
     except RunInterrupted as stop:
-        done = f"stopped after epoch {stop.epoch}" if stop.epoch else "stopped before the first epoch was finished"
-        raise stopping.Stopped(how_to_go_on(done, stop.directory)) from None
+        done = f"stopped after epoch {stop.epoch}" if stop.epoch else early
+        raise stopping.Stopped(go_on() if go_on else how_to_go_on(done, stop.directory)) from None
 
 
 def how_to_go_on(done: str, directory: Path) -> str:
