@@ -128,11 +128,11 @@ def _open(directory: Path, data: str | None) -> tuple[LoadedRun, list[str]]:
     from mgrad_jax.training.member import differs, find_member
     from mgrad_jax.training.run import load_run
 
-    if not directory.is_dir():
-        what = "is a file" if directory.exists() else "does not exist"
-        raise UserError(f"{directory} {what}; give the directory of a run.")
     member = find_member(directory, data)
     if member is None:
+        if not directory.is_dir():
+            what = "is a file" if directory.exists() else "does not exist"
+            raise UserError(f"{directory} {what}; give the directory of a run.")
         loaded = load_run(directory, data)
         return loaded, [] if (directory / "result.json").exists() else ["its training is not finished"]
     notes = [member.description]

@@ -39,12 +39,21 @@ def sweep(
     ] = None,
     out: Annotated[str | None, typer.Option(help="The sweep's directory; sweeps/<model>-<data> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
+    ] = False,
 ) -> None:
     """Train a grid of settings as one program and find the best on validation."""
-    use_compilation_cache()
+    if not dry_run:
+        use_compilation_cache()
     from mgrad_jax.training.sweep_run import SweepConfig
 
     config = SweepConfig(options.config(None), read_grid(options.model, grid or ()), seeds, out)
+    if dry_run:
+        from mgrad_jax.cli.dry_run import show_sweep
+
+        show_sweep(config, resume, slots)
+        return
     _print_outcome(_train(config, resume, slots), config)
 
 
@@ -55,6 +64,8 @@ def read_grid(model: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
     axes: dict[str, list[Any]] = {}
     for argument in arguments:
         if argument == "published":
+            if arguments.count(argument) > 1:
+                raise UserError("--grid published is given twice; leave one of them out.")
             continue
         name, separator, values = (part.strip() for part in argument.partition("="))
         if not separator or not name or not all(value.strip() for value in values.split(",")):

@@ -27,8 +27,16 @@ def train(
         str | None, typer.Option(help="The run's directory; runs/<model>-<data>-<training>-s<seed> by default.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
+    ] = False,
 ) -> None:
     """Train a model to its best validation epoch."""
+    if dry_run:
+        from mgrad_jax.cli.dry_run import show_run
+
+        show_run(options.config(out), resume)
+        return
     use_compilation_cache()
     config = options.config(out)
     result = train_and_tell(config, resume=resume)
