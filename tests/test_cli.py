@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -390,3 +392,137 @@ def test_damaged_checkpoint(run: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     command = ["train", *MODEL, "--data", "demo", "--epochs", "5", "--out", str(copy), "--resume"]
     assert_one_sentence(main(command), capfd.readouterr(), "is damaged; delete it")
     assert_one_sentence(main(["evaluate", str(copy)]), capfd.readouterr(), "is damaged; delete it")
+
+
+# --- evaluate and recommend -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dataset of three users and four items with maps from raw ids, and a run on it."""
+    from mgrad_jax.data.id_maps import id_map_file, write_id_map
+
+    place = tmp_path_factory.mktemp("prepared")
+    data, out = write(place / "data"), place / "run"
+    write_id_map(id_map_file(data, "user"), ["ann", "bob", "cleo"])
+    write_id_map(id_map_file(data, "item"), [f"B{i}" for i in range(4)])
+    assert main(["train", *MODEL, "--data", str(data), "--epochs", "1", "--out", str(out)]) == 0
+    return data, out
+
+
+def test_recommend_counts_what_it_wrote(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output, users = tmp_path / "lists.csv", tmp_path / "users.txt"
+    command = ["recommend", str(run), "--output", str(output)]
+    assert main([*command, "--top-k", "2"]) == 0
+    assert capfd.readouterr().out == f"{output}: 600 users, 2 items each.\n"
+    users.write_text("5\n")
+    assert main([*command, "--top-k", "1000", "--users", str(users)]) == 0
+    assert capfd.readouterr().out == f"{output}: 1 user, 388 items each, fewer than the 1000 asked for.\n"
+
+
+def test_recommend_says_how_long_the_lists_are(
+    prepared: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "lists.csv"
+    assert main(["recommend", str(prepared[1]), "--output", str(output)]) == 0
+    rows = len(pd.read_csv(output))
+    assert capfd.readouterr().out == f"{output}: 3 users, {rows} items, 2 to 3 each, in raw ids.\n"
+
+
+def test_raw_ids_in_and_out(prepared: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output, users, per_user = tmp_path / "lists.csv", tmp_path / "users.txt", tmp_path / "users.csv"
+    users.write_text("cleo\nann\n")
+    command = ["recommend", str(prepared[1]), "--output", str(output), "--top-k", "2", "--users", str(users)]
+    assert main(command) == 0
+    table = pd.read_csv(output)
+    assert table["user"].tolist() == ["cleo", "cleo", "ann", "ann"]
+    users.write_text("2\n0\n")
+    assert main([*command, "--internal-ids"]) == 0
+    internal = pd.read_csv(output)
+    assert internal["user"].tolist() == [2, 2, 0, 0]
+    assert table["item"].tolist() == [f"B{item}" for item in internal["item"]]
+    assert main(["evaluate", str(prepared[1]), "--per-user", str(per_user)]) == 0
+    assert pd.read_csv(per_user)["user"].tolist() == ["bob", "cleo"]
+    capfd.readouterr()
+    assert_one_sentence(main(command), capfd.readouterr(), "'2' is not a raw id of the dataset's user_map.tsv (with")
+
+
+def test_where_a_table_cannot_go(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "directory.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    users = tmp_path / "users.csv"
+    users.write_text("1\n")
+    for output, part in (
+        ("directory.csv", "is a directory; give a file in it"),
+        ("file/lists.csv", "cannot be written"),
+        ("lists", "ends neither in .csv nor in .parquet"),
+        ("users.csv", "is the file of --users"),
+    ):
+        command = ["recommend", str(run), "--users", str(users), "--output", str(tmp_path / output)]
+        assert_one_sentence(main(command), capfd.readouterr(), part)
+    code = main(["evaluate", str(run), "--per-user", str(tmp_path / "directory.csv")])
+    assert_one_sentence(code, capfd.readouterr(), "--per-user")
+    assert users.read_text() == "1\n"
+
+
+def test_what_is_no_run(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for place, part in (("nowhere", "does not exist"), ("file", "is a file"), ("file/x", "does not exist")):
+        assert_one_sentence(main(["evaluate", str(tmp_path / place)]), capfd.readouterr(), part)
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    (unfinished / "result.json").unlink()
+    assert main(["evaluate", str(unfinished)]) == 0
+    assert "its training is not finished" in capfd.readouterr().out
+
+
+# --- what is said of a training ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["vbpr", "freedom"])
+def test_dry_run_trains_and_writes_nothing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write(tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["train", "--model", model, "--data", str(data), "--dry-run", "--set", "embedding_dim=2"]
+    if model == "freedom":
+        command += ["--set", "knn_k=2"]
+    assert main(command) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    for part in ("nothing was trained", "3 users, 4 items", "5 train, 2 valid, 2 test", "batches per epoch", "(free)"):
+        assert part in captured.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_refuses_what_training_refuses(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["train", *MODEL, "--dry-run", "--data", "demo", "--out"]
+    assert_one_sentence(main([*command, str(run)]), capfd.readouterr(), "already holds a run; add --resume")
+    code = main([*command, str(tmp_path / "none"), "--resume"])
+    assert_one_sentence(code, capfd.readouterr(), "holds no run")
+    (tmp_path / "file").write_text("")
+    assert_one_sentence(main([*command, str(tmp_path / "file" / "x")]), capfd.readouterr(), "cannot be written")
+    data = write(tmp_path / "data")
+    for modality in ("image", "text"):
+        (data / f"{modality}_feat.npy").unlink()
+    code = main(["train", *MODEL, "--dry-run", "--data", str(data)])
+    assert_one_sentence(code, capfd.readouterr(), "features")
+    assert main([*command, str(run), "--resume"]) == 0
+    assert "would be gone on with" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_damaged_compilation_cache_heals(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "MGRAD_JAX_NO_CACHE": "0"}
+    for number in range(3):
+        arguments = ["train", *MODEL, "--data", "demo", "--epochs", "1", "--out", str(tmp_path / str(number))]
+        command = [sys.executable, "-m", "mgrad_jax", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+        assert done.stderr == ""
+        entries = list((tmp_path / "cache" / "mgrad_jax").glob("*-cache"))
+        assert entries
+        assert all(entry.stat().st_size > 50 for entry in entries)
+        if number == 0:
+            for entry in entries:
+                entry.write_bytes(entry.read_bytes()[:50])

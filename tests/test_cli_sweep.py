@@ -21,6 +21,7 @@ from mgrad_jax import models
 from mgrad_jax.cli import main
 from mgrad_jax.cli.sweep import read_grid
 from mgrad_jax.errors import UserError
+from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import published_grid
 
 BASE = ["--model", "vbpr", "--data", "demo", "--set", "embedding_dim=8", "--epochs", "2"]
@@ -257,3 +258,66 @@ def test_sweep_takes_the_options_of_train(capfd: pytest.CaptureFixture[str]) -> 
         options.append({option for option in listed if option.startswith("--")})
     assert options[0] - options[1] == set()
     assert options[1] - options[0] == {"--grid", "--seeds", "--slots"}
+
+
+# --- its best member --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_member_is_evaluated_and_recommends(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "sweep")
+    best = json.loads((out / "best.json").read_text())["members"][0]
+    recorded = json.loads((out / "members" / best / "result.json").read_text())
+    assert main(["evaluate", str(out)]) == 0
+    first = capfd.readouterr().out
+    assert f"member {best} (alpha1 " in first
+    assert "first seed of the best setting" in first
+    assert "trained once more" in first
+    assert "differ" not in first
+    again = json.loads((out / "members" / best / "run" / "result.json").read_text())
+    for split in ("valid", "test"):
+        assert again[split] == pytest.approx(recorded[split], abs=1e-6)
+    assert main(["recommend", str(out), "--top-k", "1", "--output", str(tmp_path / "lists.csv")]) == 0
+    second = capfd.readouterr().out
+    assert f"member {best} " in second
+    assert "trained once more" not in second
+    assert "600 users, 1 items each" in second
+    assert main(["evaluate", str(out / "members" / best)]) == 0
+
+
+def test_which_members_there_are(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = shutil.copytree(finished, tmp_path / "sweep")
+    for name in ("0008", "x", "٣"):
+        code = main(["evaluate", str(out / "members" / name)])
+        assert_one_sentence(code, capfd.readouterr(), "its members are 0000 to 0007")
+    (out / "best.json").write_text("{")
+    assert_one_sentence(main(["evaluate", str(out)]), capfd.readouterr(), "best.json is damaged")
+    (out / "best.json").unlink()
+    assert_one_sentence(main(["evaluate", str(out)]), capfd.readouterr(), "without a best setting yet; finish it with")
+    (out / "config.yaml").write_text("grid: {alpha1: [0.5]}\nseeds: [1]\n")
+    code = main(["evaluate", str(out / "members" / "0000")])
+    assert_one_sentence(code, capfd.readouterr(), "is not a sweep's configuration")
+
+
+def test_members_are_those_of_the_sweep(finished: Path) -> None:
+    from mgrad_jax.training.member import find_member
+    from mgrad_jax.training.sweep_run import SweepConfig
+
+    base = RunConfig("vbpr", "demo", hyper_parameters={"embedding_dim": 8}, epochs=2)
+    members = SweepConfig(base, {"alpha1": [0.5, 1.0], "alpha2": [0.1, 0.2]}, 2).members()
+    for index, expected in enumerate(members):
+        member = find_member(finished / "members" / f"{index:04d}")
+        assert member is not None
+        assert {**member.config.to_dict(), "out": None} == {**expected.to_dict(), "out": None}
+    assert find_member(finished / "members") is None
+
+
+def test_dry_run(tmp_path: Path, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", *BASE, "--grid", "interval=2,3", "--seeds", "2", "--dry-run", "--out"]
+    assert main([*command, str(tmp_path / "sweep")]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    assert "4, in 2 programs" in captured.out
+    assert not list(tmp_path.iterdir())
+    assert_one_sentence(main([*command, str(finished)]), capfd.readouterr(), "already holds a sweep; add --resume")

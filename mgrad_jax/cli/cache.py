@@ -21,7 +21,7 @@ def use_compilation_cache() -> None:
         return
     import jax
 
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+    if _directory() is not None:
         return
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -45,9 +45,7 @@ def mended(warning: str) -> bool:
     found = re.match(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'", warning)
     if found is None:
         return False
-    import jax
-
-    directory = getattr(jax.config, "jax_compilation_cache_dir", None)
+    directory = _directory()
     if directory is None or directory in _warned:
         return True
     try:
@@ -60,3 +58,10 @@ def mended(warning: str) -> bool:
         remedy = f"rm -r {shlex.quote(directory)}"
         fail(f"warning: the compilation cache is damaged and cannot be mended; remove it with `{remedy}`.", 0)
     return True
+
+
+def _directory() -> str | None:
+    """Where JAX keeps its compiled programs, the user's own choice included."""
+    import jax
+
+    return getattr(jax.config, "jax_compilation_cache_dir", None)

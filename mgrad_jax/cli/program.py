@@ -55,16 +55,20 @@ def start(
 def run(arguments: Sequence[str] | None) -> int:
     """Run the command line, see `mgrad_jax.cli.main`."""
     _open_standard_streams()
+    streams = sys.stdout, sys.stderr
     try:
         with _shown_warnings():
             code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BaseException as error:
-        explained = explain(error)
+        # typer makes its own end of a broken pipe, with streams that swallow every error.
+        sys.stdout, sys.stderr = streams
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        explained = None if cause is None else explain(cause)
         if explained is None:
             raise
-        if isinstance(error, BrokenPipeError):
+        if isinstance(cause, BrokenPipeError):
             _drop_output()
         return fail(*explained)
     if code == stopping.EXIT_CODE:  # typer's answer to Ctrl-C

@@ -13,7 +13,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from types import FrameType
 
 EXIT_CODE = 130
@@ -29,14 +28,14 @@ def _nothing_written() -> str:
     return "stopped; repeat the command to begin again."
 
 
-@dataclass
 class _Standing:
     """Where the command is: what to say when it is stopped, and whether anything would be left half done."""
 
-    sentence: Callable[[], str] = _nothing_written
-    at_once: bool = True
-    asked: bool = False
-    leaving: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        self.sentence: Callable[[], str] = _nothing_written
+        self.at_once = True
+        self.asked = False
+        self.leaving = threading.Lock()
 
 
 _standing = _Standing()
@@ -90,9 +89,9 @@ def sentence() -> str:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     _standing.asked = True
-    if _standing.at_once:
-        _exit_now()
-    raise KeyboardInterrupt
+    if not _standing.at_once:
+        raise KeyboardInterrupt
+    _exit_now()
 
 
 @contextlib.contextmanager
@@ -104,12 +103,13 @@ def _second_watch() -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    standing = _standing  # of this watch; a byte may be read after the next one has begun
 
     def watch() -> None:
         with os.fdopen(reader, "rb", buffering=0) as stream:
             while number := stream.read(1):
                 # Whoever has put a handler in our place holds the signal back for a moment, and has a reason.
-                if number[0] in SIGNALS and signal.getsignal(number[0]) is _on_signal and _standing.at_once:
+                if number[0] in SIGNALS and signal.getsignal(number[0]) is _on_signal and standing.at_once:
                     _exit_now()
 
     threading.Thread(target=watch, daemon=True, name="signals").start()
@@ -121,6 +121,7 @@ def _second_watch() -> Iterator[None]:
 
 
 def _exit_now() -> None:
+    """End the process; whoever comes second returns, and is ended a moment later."""
     if _standing.leaving.acquire(blocking=False):
         with contextlib.suppress(OSError):  # the terminal is gone
             # A progress bar hides the cursor and fills the line.

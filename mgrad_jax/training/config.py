@@ -91,8 +91,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         models.make_config(self.model, dict(self.hyper_parameters))
-        self._check_choices()
         self._check_numbers()
+        self._check_choices()
         if self.training in ("mirror", "replay"):
             _positive("alpha1", self.alpha1)
             _positive("alpha2", self.alpha2)

@@ -1,0 +1,92 @@
+"""Ctrl-C, `kill` and a closed terminal: one line and exit code 130, at any moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mgrad_jax.cli import stopping
+from mgrad_jax.cli.train import how_to_go_on
+
+# What takes minutes without running Python code, as a compilation does.
+BUSY = """
+import hashlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mgrad_jax.cli import stopping
+with stopping.watched():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_ends_what_runs_no_python_code(number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error == "stopped; repeat the command to begin again.\n"
+
+
+@pytest.mark.parametrize("moment", [0.3, 0.8])
+def test_a_training_that_starts_is_stopped_with_one_line(
+    moment: float, tmp_path: Path, start_command: Callable[[list[str]], subprocess.Popen[str]]
+) -> None:
+    process = start_command(["train", "--model", "vbpr", "--data", "demo", "--epochs", "9999", "--out", str(tmp_path)])
+    time.sleep(moment)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.count("\n") == 1, error
+    assert "repeat the command" in error
+
+
+def test_once_something_is_written_a_signal_is_an_exception() -> None:
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    for number in stopping.SIGNALS:
+        with stopping.watched():
+            stopping.complete_what_is_begun()
+            stopping.raise_if_asked()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+            # Whoever lost the exception is told again.
+            with pytest.raises(KeyboardInterrupt):
+                stopping.raise_if_asked()
+    assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.watched():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_whoever_holds_signals_back_is_not_bypassed() -> None:
+    arrived = []
+    with stopping.watched():
+        ours = signal.signal(signal.SIGTERM, lambda *received: arrived.append(received))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)  # the second watch has seen it by now, and this test is still there
+        signal.signal(signal.SIGTERM, ours)
+    assert len(arrived) == 1
+
+
+def test_how_to_go_on(tmp_path: Path) -> None:
+    assert how_to_go_on("stopped", tmp_path) == "stopped; repeat the command to begin again."
+    directory = tmp_path / "my run"
+    directory.mkdir()
+    (directory / "config.yaml").write_text("")
+    assert f"--out '{directory}' --resume" in how_to_go_on("stopped", directory)
