@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mgrad_jax.data.interactions import Interactions, distinct_pairs
+from mgrad_jax.errors import UserError
 
 
 @partial(
@@ -36,10 +37,20 @@ class UserHistory:
 
 
 def user_history(data: Interactions) -> UserHistory:
-    """The histories of a dataset's training split; repeated pairs count once."""
+    """The histories of a dataset's training split; repeated pairs count once.
+
+    Raises:
+        UserError: a user has every item that occurs in training, so that no negative can be drawn.
+    """
     pairs = distinct_pairs(data.train, data.n_items)
     candidates = np.flatnonzero(np.bincount(pairs[:, 1]))
     degrees = np.bincount(pairs[:, 0], minlength=data.n_users)
+    full = np.flatnonzero(degrees >= len(candidates))
+    if len(full):
+        raise UserError(
+            f"{data.source}: user {full[0]} has every training item, so that no negative can be drawn (such users: "
+            f"{len(full)}); remove the user or some of its rows."
+        )
     return UserHistory(
         row_starts=jnp.asarray(np.concatenate([[0], np.cumsum(degrees)]), jnp.int32),
         ranks=jnp.asarray(np.searchsorted(candidates, pairs[:, 1]), jnp.int32),

@@ -60,7 +60,7 @@ def test_interactions_cannot_be_changed(tmp_path: Path) -> None:
 
 def test_the_callers_arrays_stay_writable() -> None:
     pairs, table = np.array([[0, 1]], np.int32), np.ones((2, 3), np.float32)
-    Interactions("set", 1, 2, pairs, pairs, pairs, {"image": table})
+    Interactions("set", 1, 2, pairs, pairs[:0], pairs[:0], {"image": table})
     assert pairs.flags.writeable
     assert table.flags.writeable
 
@@ -110,11 +110,11 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
 
 
 def test_problems_names_what_is_wrong_in_every_file(tmp_path: Path) -> None:
-    make(tmp_path, [*ROWS, (0, 9, 2)])
+    make(tmp_path, [*ROWS, (0, -6, 2)])
     np.save(tmp_path / "image_feat.npy", with_nan((10, 3)))
     (tmp_path / "text_feat.npy").write_text("hello")
     found = problems(tmp_path)
-    assert [any(word in sentence for sentence in found) for word in ("item id 6", "row 4", "damaged")] == [True] * 3
+    assert [any(word in sentence for sentence in found) for word in ("itemID -6", "row 4", "damaged")] == [True] * 3
     assert len(found) == 3
 
 
@@ -161,12 +161,15 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative id": (replace_row(2, (0, -1, 0)), r"line 4: itemID -1 is negative"),
     "huge id": (replace_row(2, (0, 10**12, 0)), r"line 4: itemID 1000000000000 is above .*mgrad-jax prepare"),
     "id past 64 bits": (replace_row(2, (0, 10**30, 0)), r"line 4: itemID 1\d+ is above .*mgrad-jax prepare"),
-    "missing value": (replace_row(24, (4, 2)), r"line 26: x_label is '', not a whole number"),
+    "missing value": (replace_row(24, (4, 2, "")), r"line 26: x_label is '', not a whole number"),
+    "missing field": (
+        replace_row(24, (4, 2)),
+        r"line 26 has 2 fields and the header 3 .*: complete or remove the line",
+    ),
     "empty file": (lambda f: (f / "set.inter").write_bytes(b""), r"line 1: there is no userID column"),
     "text id": (replace_row(1, ("bob", 1, 0)), r"line 3: userID is 'bob', not a whole number"),
     "fraction": (replace_row(1, (0, 1.5, 0)), r"line 3: itemID is '1.5', not a whole number"),
-    "gap in users": (lambda f: make(f, [*ROWS, (9, 0, 0)]), r"user id 5 never occurs .*mgrad-jax prepare"),
-    "gap in items": (lambda f: make(f, [*ROWS, (0, 9, 2)]), r"item id 6 never occurs .*mgrad-jax prepare"),
+    "raw ids": (replace_row(24, (7_000_000, 2, 0)), r"user ids go up to 7,000,000 and there are 25 rows; .*prepare"),
     "label 3": (replace_row(0, (0, 0, 3)), r"line 2: x_label 3 is none of 0"),
     "no rows": (lambda folder: make(folder, []), r"has a header and no rows"),
     "empty train": (

@@ -75,7 +75,8 @@ def test_most_shared_come_first_and_equals_by_id() -> None:
 
 @pytest.mark.parametrize("train", [[], [(2, 3)], [(0, 0), (1, 1), (2, 2)]])
 def test_users_who_share_nothing_have_no_neighbours(train: list[tuple[int, int]]) -> None:
-    graph = build_user_graph(interactions(train, 4, 4), 3)
+    # Below `build_user_graph`, for there is no dataset without training rows.
+    graph = user_graph._nearest_users(np.array(train, np.int64).reshape(-1, 2), 4, 4, 3)
     assert graph.neighbours.shape == graph.shared.shape == (4, 3)
     assert not graph.shared.any()
 
