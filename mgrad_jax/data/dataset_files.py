@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mgrad_jax.errors import UserError
-from mgrad_jax.files import LOCK_NAME, locked, sync_directory, unwritable, write_whole
+from mgrad_jax.files import LOCK_NAME, locked, sync_directory, unwritable
 
 _INCOMING = ".incoming"
 _MARK = ".replacing"
@@ -72,12 +72,14 @@ def replace_files(directory: Path, contents: Mapping[str, Callable[[Path], objec
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
     try:
-        for name, write in contents.items():
+        plan = json.dumps({"new": list(contents), "old": list(old)})
+        for name, write in {**contents, _MARK: lambda path: path.write_text(plan, encoding="utf-8")}.items():
             write(incoming / name)
             with (incoming / name).open("rb") as stream:
                 os.fsync(stream.fileno())
         sync_directory(incoming)
-        write_whole(directory / _MARK, json.dumps({"new": list(contents), "old": list(old)}))
+        os.replace(incoming / _MARK, directory / _MARK)
+        sync_directory(directory)
     except BaseException:
         shutil.rmtree(incoming, ignore_errors=True)
         raise

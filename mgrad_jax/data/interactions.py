@@ -178,8 +178,17 @@ def sorted_distinct(values: np.ndarray) -> np.ndarray:
     return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
 
 
-def users_without_negatives(train: np.ndarray, n_items: int) -> np.ndarray:
-    """The users who have every item that occurs in training, so that no negative can be drawn for them."""
-    pairs = distinct_pairs(train, n_items)
+def check_negatives(source: str, pairs: np.ndarray) -> None:
+    """Refuse users who have every item that occurs in training: no negative can be drawn for them.
+
+    Args:
+        source: file or dataset, for the message.
+        pairs: the distinct training pairs, see `distinct_pairs`.
+    """
     candidates = np.count_nonzero(np.bincount(pairs[:, 1]))
-    return np.flatnonzero(np.bincount(pairs[:, 0]) >= candidates)
+    full = np.flatnonzero(np.bincount(pairs[:, 0]) >= candidates)
+    if len(full):
+        raise UserError(
+            f"{source}: user {full[0]} has every training item, so that no negative can be drawn (such users: "
+            f"{len(full)}); remove the user or some of its rows."
+        )

@@ -14,8 +14,8 @@ from mgrad_jax.data.interactions import (
     MAX_ID,
     Interactions,
     PairsInTwoSplits,
+    check_negatives,
     distinct_pairs,
-    users_without_negatives,
 )
 from mgrad_jax.data.synthetic import demo_interactions
 from mgrad_jax.data.tables import Form, few, first_row, line_of, named, other_separator, read_columns
@@ -62,7 +62,7 @@ def load_interactions(path: str | Path, name: str | None = None) -> Interactions
         data = Interactions(file.stem, n_users, n_items, train, valid, test, features, str(path))
     except PairsInTwoSplits as clash:
         raise _clash(file, clash, users, items, labels) from None
-    check_negatives(file, data)
+    check_negatives(str(file), distinct_pairs(train, n_items))
     check_whole(file.parent)  # nobody began to replace it meanwhile
     return data
 
@@ -183,7 +183,6 @@ def _read_rows(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _find_columns(file: Path, line: int, header: list[str]) -> dict[str, int]:
     """Where the user, item and label columns stand."""
-    check_names(file, header)
     found: dict[str, list[int]] = {role: [] for role in COLUMNS}
     for position, name in enumerate(header):
         if role := role_of(name):
@@ -195,6 +194,7 @@ def _find_columns(file: Path, line: int, header: list[str]) -> dict[str, int]:
     missing = [role for role, positions in found.items() if not positions]
     if missing:
         raise _unreadable_header(file, line, header, missing)
+    check_names(file, header)
     return {role: positions[0] for role, positions in found.items()}
 
 
@@ -301,13 +301,3 @@ def _clash(file: Path, clash: PairsInTwoSplits, users: np.ndarray, items: np.nda
         f"(such pairs: {len(clash.pairs)}); keep one of the rows, or let `mgrad-jax prepare FILE NEW "
         "--drop-duplicates` keep the one in training."
     )
-
-
-def check_negatives(file: Path, data: Interactions) -> None:
-    """Refuse users who have every training item: no negative can be drawn for them."""
-    full = users_without_negatives(data.train, data.n_items)
-    if len(full):
-        raise UserError(
-            f"{file}: user {full[0]} has every training item, so that no negative can be drawn (such users: "
-            f"{len(full)}); remove the user or some of its rows."
-        )

@@ -15,8 +15,8 @@ import pandas as pd
 from mgrad_jax.data.dataset_files import replace_files, writing
 from mgrad_jax.data.features import MODALITIES, fill_zero_rows, read_features, zero_rows
 from mgrad_jax.data.id_maps import read_id_map, write_id_map
-from mgrad_jax.data.interactions import Interactions
-from mgrad_jax.data.mmrec import check_negatives, interaction_file, split_rows
+from mgrad_jax.data.interactions import Interactions, check_negatives, distinct_pairs
+from mgrad_jax.data.mmrec import interaction_file, split_rows
 from mgrad_jax.data.ratings import Ratings, Source, read_ratings, refuse_rows
 from mgrad_jax.data.tables import few, opened
 from mgrad_jax.errors import UserError, shown
@@ -336,7 +336,8 @@ def _check_dataset(
 ) -> None:
     """What is written can be loaded."""
     train, valid, test = split_rows(source, np.stack([users, items], axis=1), labels, counts[0])
-    check_negatives(source, Interactions(source.stem, *counts, train, valid, test, tables, str(source)))
+    data = Interactions(source.stem, *counts, train, valid, test, tables, str(source))
+    check_negatives(str(source), distinct_pairs(data.train, data.n_items))
 
 
 # Features and names

@@ -283,7 +283,9 @@ def _find(source: Source, names: Sequence[str]) -> dict[str, int]:
 
 def _read_json_lines(source: Source) -> Ratings:
     """One object a line. Only the columns that matter are kept: reviews bring long texts along."""
-    file, rows, lines = source.file, [], []
+    file = source.file
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
     names: dict[str, None] = {}
     faults: list[str] = []
     with opened(file, source.encoding) as stream:
@@ -294,6 +296,8 @@ def _read_json_lines(source: Source) -> Ratings:
                 row = _json_object(line, first=not rows and not faults)
             except _NotAnObject as error:
                 faults.append(f"{file} line {number} {error}")
+                if str(error) in (_ARRAY, _ONE_A_LINE) and len(faults) == 1 and not rows:
+                    break  # every line follows from the first
                 continue
             names.update(dict.fromkeys(row))
             rows.append({name: value for name, value in row.items() if _wanted(name, source)})

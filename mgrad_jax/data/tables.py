@@ -65,7 +65,7 @@ def opened(file: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
     """
     try:
         with _binary(file) as stream:
-            _check_start(file, stream.peek(512)[:512], encoding)  # type: ignore[attr-defined]
+            _check_start(file, stream.peek(512)[:512], encoding)
             yield io.TextIOWrapper(stream, encoding=_without_mark(encoding))
     except UnicodeError as error:
         reason = f"byte {error.start} of a part" if isinstance(error, UnicodeDecodeError) else str(error)

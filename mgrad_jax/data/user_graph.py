@@ -277,7 +277,7 @@ class _Dtype:
     def checked(self) -> np.dtype[Any]:
         if not re.fullmatch(r"[iuf][1248]", self.code):
             raise pickle.UnpicklingError(f"it holds numbers of type {shown(self.code)}")
-        return np.dtype(self.code).newbyteorder(self.order)
+        return np.dtype((">" if self.order == ">" else "<") + self.code)
 
 
 def _scalar(dtype: _Dtype, content: bytes) -> Any:
