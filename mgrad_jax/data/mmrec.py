@@ -208,10 +208,12 @@ def _unreadable_header(file: Path, line: int, header: list[str], missing: list[s
     if text.lstrip()[:1] in ("{", "["):
         return UserError(f"{place}, the file is JSON; `mgrad-jax prepare` reads JSON lines when they are named .jsonl.")
     if separator is not None:
-        above = "" if not numbers else " under a line of names such as userID, itemID, x_label"
+        above, names = "", ""
+        if numbers:
+            above, names = " under a line of names such as userID, itemID, x_label", " --columns userID,itemID,x_label"
         return UserError(
             f"{place}, the fields are separated by {named(separator)}; separate them by tabs{above}, or let "
-            f"`mgrad-jax prepare FILE NEW --separator {shown(separator)}` write the dataset."
+            f"`mgrad-jax prepare FILE NEW --separator {shown(separator)}{names}` write the dataset."
         )
     if numbers:
         return UserError(

@@ -143,7 +143,7 @@ def _read_table(source: Source, form: Form) -> Ratings:
         )
     header = _has_header(source, line, first)
     if source.columns is not None:
-        names, how = _named_columns(source, first), "as --columns says"
+        names, how = _named_columns(source, first, header), "as --columns says"
     elif header:
         check_names(file, first)
         names, how = [name.strip() for name in first], ""
@@ -193,7 +193,8 @@ def _has_header(source: Source, line: int, first: list[str]) -> bool:
     )
 
 
-def _named_columns(source: Source, first: list[str]) -> list[str]:
+def _named_columns(source: Source, first: list[str], header: bool) -> list[str]:
+    """The names given by hand, which no name in a header may contradict."""
     assert source.columns is not None
     names = [name.strip() for name in source.columns]
     if len(names) != len(first):
@@ -203,6 +204,13 @@ def _named_columns(source: Source, first: list[str]) -> list[str]:
     kept = [name for name in names if name and name != "-"]
     if len(set(kept)) < len(kept):
         raise UserError(f"--columns names a column twice ({few(names)}); name each once.")
+    for name, there in zip(names, first if header else [], strict=False):
+        roles = role_of(name, KNOWN), role_of(there, KNOWN)
+        if None not in roles and roles[0] != roles[1]:
+            raise UserError(
+                f"{source.file}: --columns calls a column {shown(name, 30)} that the header calls {shown(there, 30)}; "
+                "leave --columns out, or rename the column in the file."
+            )
     return names
 
 
@@ -237,7 +245,8 @@ def _out_of_place(columns: list[list[str]]) -> int | None:
     """The first of the columns for users and items that holds ratings or times, where a later one holds ids."""
     kinds = [_kind(column) for column in columns]
     for position in (0, 1):
-        if kinds[position] == "time" or (kinds[position] == "rating" and len(kinds) > 2 and kinds[2] == "id"):
+        late = kinds[position] == "time" and "time" not in kinds[2:]
+        if late or (kinds[position] == "rating" and len(kinds) > 2 and kinds[2] == "id"):
             return position
     return None
 
@@ -246,7 +255,7 @@ def _kind(column: list[str]) -> str:
     numbers = pd.to_numeric(pd.Series(column), errors="coerce")
     if numbers.isna().any():
         return "id"
-    if (numbers >= 5e8).all() and (numbers < 2e13).all():
+    if numbers.between(5e8, 2e13).all() and not any(field.startswith("0") for field in column):
         return "time"
     few_values = numbers.nunique() <= 10 < len(column) and numbers.between(0, 10).all()
     return "rating" if few_values else "id"

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import gzip
 import io
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,10 +69,10 @@ def opened(file: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
             _check_start(file, stream.peek(512)[:512], encoding)
             yield io.TextIOWrapper(stream, encoding=_without_mark(encoding))
     except UnicodeError as error:
-        reason = f"byte {error.start} of a part" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = shown(error.reason if isinstance(error, UnicodeDecodeError) else str(error))[1:-1]
         raise UserError(
-            f"{file} cannot be read as {encoding} text ({reason} does not fit); save it as UTF-8, "
-            "or give its own encoding to `mgrad-jax prepare` with --encoding, e.g. latin-1."
+            f"{file} cannot be read as {encoding} text ({reason}); save it as UTF-8, or give its own encoding to "
+            "`mgrad-jax prepare` with --encoding, e.g. latin-1."
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file} cannot be read as gzip ({error}); it is damaged or cut off: get it again.") from None
@@ -180,10 +181,10 @@ def read_columns(
                 return _by_record(file, form, n_fields, columns, skipped, dtype)
             for _ in range(skipped if number == 0 else 0):
                 data = data[data.index(b"\n") + 1 :]
-            try:
-                parts += [_parsed(data, form, n_fields, columns, dtype)] if data else []
-            except (ValueError, OverflowError):
+            part = _parsed(data, form, n_fields, columns, dtype) if data else None
+            if data and part is None:
                 return None
+            parts += [] if part is None else [part]
     if not parts:
         return [np.empty(0, object if dtype is str else dtype) for _ in columns]
     return [np.concatenate([part[column].to_numpy() for part in parts]) for column in columns]
@@ -204,30 +205,56 @@ def _blocks(stream: TextIO) -> Iterator[str]:
 
 def _plain(data: bytes, form: Form, n_fields: int) -> bool:
     """Whether every line has its fields, and none is blank, quoted or odd: then a fast parser may read it."""
-    separator = form.separator.encode()
-    if len(separator) > 1 or b"\0" in data or _STAND_IN.encode() in data or (form.quoted and b'"' in data):
+    if len(form.separator.encode()) > 1 or b"\0" in data or _STAND_IN.encode() in data or n_fields < 2:
+        return False
+    if form.quoted and b'"' in data:
         return False
     codes = np.frombuffer(data, np.uint8)
-    marks = codes[np.flatnonzero((codes == ord("\n")) | (codes == separator[0]))]
-    ends = np.flatnonzero(marks == ord("\n"))
-    return bool((np.diff(ends, prepend=-1) == n_fields).all()) and n_fields > 1
+    ends = np.flatnonzero(codes[_marks(codes, form)] == ord("\n"))
+    return bool((np.diff(ends, prepend=-1) == n_fields).all())
 
 
-def _parsed(data: bytes, form: Form, n_fields: int, columns: Sequence[int], dtype: type) -> pd.DataFrame:
-    return pd.read_csv(
-        io.BytesIO(data),
-        sep=form.separator,
-        header=None,
-        names=range(n_fields),
-        index_col=False,
-        usecols=list(columns),
-        skip_blank_lines=False,
-        dtype=object if dtype is str else dtype,
-        na_filter=False,
-        quoting=csv.QUOTE_NONE,
-        encoding="utf-8",
-        low_memory=False,
-    )
+def _marks(codes: np.ndarray, form: Form) -> np.ndarray:
+    """Where the fields end."""
+    return np.flatnonzero((codes == ord("\n")) | (codes == ord(form.separator)))
+
+
+def _parsed(data: bytes, form: Form, n_fields: int, columns: Sequence[int], dtype: type) -> pd.DataFrame | None:
+    """The columns of a plain block; None where int64 was asked for and some field is more than digits."""
+    options: dict[str, Any] = {"dtype": object if dtype is str else dtype, "usecols": list(columns)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of numbers that do not fit
+            table = pd.read_csv(
+                io.BytesIO(data),
+                sep=form.separator,
+                header=None,
+                names=range(n_fields),
+                index_col=False,
+                skip_blank_lines=False,
+                na_filter=False,
+                quoting=csv.QUOTE_NONE,
+                encoding="utf-8",
+                low_memory=False,
+                **options,
+            )
+    except (ValueError, OverflowError, RuntimeWarning):
+        if dtype is str:
+            raise
+        return None
+    return table if dtype is str or _digits_only(data, form, n_fields, table) else None
+
+
+def _digits_only(data: bytes, form: Form, n_fields: int, table: pd.DataFrame) -> bool:
+    """Whether the numbers are as long as their fields: pandas would round 3.0000000000000001, too."""
+    ends = _marks(np.frombuffer(data, np.uint8), form)
+    lengths = np.diff(ends, prepend=-1).reshape(-1, n_fields) - 1
+    powers = 10 ** np.arange(1, 19)
+    for column in table:
+        numbers = table[column].to_numpy()
+        if (numbers < 0).any() or (np.searchsorted(powers, numbers, side="right") + 1 != lengths[:, column]).any():
+            return False
+    return True
 
 
 def _by_record(

@@ -27,7 +27,7 @@ from mgrad_jax.files import written_whole
 # (four times faster than 64 MB).
 _BLOCK = 1 << 18
 # The largest table of neighbours, in bytes: beyond it k is a slip.
-_MOST = 1 << 34
+_MOST = 1 << 32
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["neighbours", "shared"], meta_fields=[])
