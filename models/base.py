@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.data.features import rows_shown, zero_rows
 from mgrad_jax.errors import UserError, shown
 
 # 32 bits, as of the arrays; seeds are without a sign.
@@ -82,6 +83,9 @@ class Recommender(nnx.Module):
         paper: citation of the model.
         config_class: its hyper-parameters.
         needs: features ("image", "text") it reads; without any of them it cannot be built.
+        needs_all: whether it cannot be built without one of them either.
+        compares_items: whether it looks for each item's `knn_k` nearest by the direction of their features, which a row
+            of zeros does not have.
         uses_negatives: whether `loss` reads `batch.negatives`.
         published_names: our parameter path -> name in the published state_dict; a path that ends in
             `.kernel` is stored transposed there.
@@ -93,6 +97,8 @@ class Recommender(nnx.Module):
     paper: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
     needs: ClassVar[tuple[str, ...]] = ()
+    needs_all: ClassVar[bool] = False
+    compares_items: ClassVar[bool] = False
     uses_negatives: ClassVar[bool] = True
     published_names: ClassVar[Mapping[str, str]]
     ignored_names: ClassVar[tuple[str, ...]] = ()
@@ -100,6 +106,8 @@ class Recommender(nnx.Module):
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         del rngs  # the subclasses draw their parameters from it
+        if (sentence := self.obstacle(data, config)) is not None:
+            raise UserError(sentence)
         self.n_users = data.n_users
         self.n_items = data.n_items
         self.config = config
@@ -108,21 +116,44 @@ class Recommender(nnx.Module):
             if field.metadata.get("traced"):
                 setattr(self, field.name, Scalar(jnp.asarray(getattr(config, field.name), dtype)))
 
-    def feature(self, data: Interactions, modality: str) -> Float[Array, "items dim"]:
-        """The raw features of one modality in the model's dtype; a missing one is a `UserError`."""
-        if modality not in data.features:
-            raise UserError(
-                f"{data.source}: {self.name} needs {modality} features and there are none; "
-                f"add {modality}_feat.npy (one row an item) or choose a model that needs no features."
+    @classmethod
+    def needs_in_words(cls) -> str:
+        """The features it needs, as tables and messages name them: "image or text", where one of them suffices."""
+        return (" and " if cls.needs_all else " or ").join(cls.needs) or "no features"
+
+    @classmethod
+    def obstacle(cls, data: Interactions, config: ModelConfig) -> str | None:
+        """Why the model cannot be built on some data, one sentence with a remedy; None where nothing is in the way."""
+        missing = [modality for modality in cls.needs if modality not in data.features]
+        if missing and (cls.needs_all or len(missing) == len(cls.needs)):
+            none = "none" if len(missing) == len(cls.needs) else f"no {missing[0]} features"
+            files = (" and " if cls.needs_all else " or ").join(f"{modality}_feat.npy" for modality in missing)
+            return (
+                f"{data.source}: {cls.name} needs {cls.needs_in_words()} features and there are {none}; "
+                f"add {files} (one row an item) or choose a model that needs no features."
             )
+        if not cls.compares_items:
+            return None
+        if not 1 <= (k := getattr(config, "knn_k", 1)) <= data.n_items:
+            return f"knn_k is {k}; it must be between 1 and the number of items, {data.n_items}."
+        for modality in cls.needs:
+            rows = zero_rows(data.features[modality]) if modality in data.features else ()
+            if len(rows):
+                are = "is" if len(rows) == 1 else "are"
+                return (
+                    f"{data.source}: {cls.name} compares items by their {modality} features, and "
+                    f"{rows_shown(np.asarray(rows))} of {modality}_feat.npy {are} all zero; fill them, e.g. with "
+                    "`mgrad-jax prepare DATASET NEW --fill-features` (the mean of the others)."
+                )
+        return None
+
+    def feature(self, data: Interactions, modality: str) -> Float[Array, "items dim"]:
+        """The raw features of one modality in the model's dtype."""
         return jnp.asarray(data.features[modality], self.dtype)
 
     def features_given(self, data: Interactions) -> list[str]:
-        """The modalities the data have among those the model can use; none at all is a `UserError`."""
-        given = [modality for modality in self.needs if modality in data.features]
-        if not given:
-            self.feature(data, self.needs[0])
-        return given
+        """The modalities the data have among those the model can use."""
+        return [modality for modality in self.needs if modality in data.features]
 
     def resample(self, key: Array) -> dict[str, Any]:
         """New values of the `EpochState` attributes for one epoch, by attribute name. Pure, with static shapes."""

@@ -55,6 +55,7 @@ class DRAGON(UserGraphRecommender):
         "ECAI 2023"
     )
     config_class: ClassVar[type[ModelConfig]] = DRAGONConfig
+    compares_items: ClassVar[bool] = True
     ignored_names: ClassVar[tuple[str, ...]] = (
         "MLP_v.weight",
         "MLP_t.weight",

@@ -77,6 +77,7 @@ class FREEDOM(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = FREEDOMConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    compares_items: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"dropout": (0.8, 0.9), "reg_weight": (0.0, 1e-5, 1e-4, 1e-3)}
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "user_embedding.weight",

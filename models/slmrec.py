@@ -87,6 +87,7 @@ class SLMRec(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = SLMRecConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    needs_all: ClassVar[bool] = True
     uses_negatives: ClassVar[bool] = False
     published_weight_decay: ClassVar[float] = 1e-4
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mgrad_jax.cli.console import console
 from mgrad_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mgrad_jax.data import Interactions
+    from mgrad_jax.data.preprocess import Prepared
 
 _Features = Annotated[
     tuple[Path, Path] | None,
@@ -25,7 +30,10 @@ def prepare(
     context: typer.Context,
     source: Annotated[
         Path,
-        typer.Argument(help="Raw ratings: CSV, TSV or JSON lines, plain or .gz; without DESTINATION, a dataset."),
+        typer.Argument(
+            help="Raw ratings: CSV, TSV or JSON lines, plain or .gz; or a dataset, whose split is kept, and which alone "
+            "is enough without DESTINATION."
+        ),
     ],
     destination: Annotated[
         Path | None, typer.Argument(help="Directory to write; leave it out to make only a dataset's user graph.")
@@ -35,14 +43,34 @@ def prepare(
     item: Annotated[str | None, typer.Option(help="Column of the items.")] = None,
     rating: Annotated[str | None, typer.Option(help="Column of the ratings.")] = None,
     min_rating: Annotated[float | None, typer.Option(help="Leave lower ratings out.")] = None,
-    k_core: Annotated[int, typer.Option(help="Fewest interactions of every user and item.")] = 5,
+    k_core: Annotated[
+        int | None, typer.Option(help="Fewest interactions of every user and item: 5, or 1 where a split is kept.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle before the split.")] = 999,
     header: Annotated[
         bool | None, typer.Option("--header/--no-header", help="Whether a table has a header line; told by its looks.")
     ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help="Of a table's columns: ',', ';', '|', '::' or 'tab'; by the file's name by default."),
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of the text, e.g. utf-16 or latin-1.")] = "utf-8",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="What a table's columns hold, in order: item,user,rating,timestamp; '-' for others."),
+    ] = None,
+    new_split: Annotated[bool, typer.Option("--new-split", help="Draw a split although SOURCE has one.")] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Of a pair in two splits, keep the row in training.")
+    ] = False,
     image_features: _Features = None,
     text_features: _Features = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")] = False,
+    fill_features: Annotated[
+        bool, typer.Option("--fill-features", help="Give items without a feature the mean of the others.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the dataset in DESTINATION as a whole.")
+    ] = False,
     user_graph: Annotated[
         bool,
         typer.Option("--user-graph", help="Build the user graph of dualgnn and dragon and store it in the dataset."),
@@ -72,12 +100,31 @@ def prepare(
         k_core=k_core,
         seed=seed,
         header=header,
+        separator={"tab": "\t", "\\t": "\t"}.get(separator, separator) if separator is not None else None,
+        encoding=encoding,
+        columns=None if columns is None else columns.split(","),
+        new_split=new_split,
+        drop_duplicates=drop_duplicates,
         features={modality: files for modality, files in given.items() if files is not None},
+        fill_features=fill_features,
         overwrite=overwrite,
     )
-    _print_values(str(destination), vars(prepared))
+    _print_values(str(destination), _told(prepared))
     if user_graph:
         _store_user_graph(prepared.file, user_k)
+
+
+def _told(prepared: Prepared) -> dict[str, Any]:
+    """What was read, what was left out and why, and what was written."""
+    values: dict[str, Any] = {f"{role} taken from": column for role, column in prepared.columns.items()}
+    values["rows read"] = f"{prepared.rows_read:,}"
+    for reason, rows in prepared.left_out.items():
+        values[f"left out: rows {reason}"] = f"{rows:,}"
+    values["interactions"] = f"{prepared.interactions:,}"
+    values |= {"users": f"{prepared.users:,}", "items": f"{prepared.items:,}", "split": prepared.split}
+    for modality, items in prepared.without_features.items():
+        values[f"items without {modality} features"] = f"{items:,}"
+    return {**values, "file": prepared.file}
 
 
 def _check_preparation(
@@ -118,6 +165,7 @@ def _options_given(context: typer.Context) -> dict[str, str]:
 def _store_user_graph(source: Path, k: int, published: Path | None = None) -> None:
     """Store the user graph of a dataset, a directory or its .inter file, where the models look for it."""
     from mgrad_jax.data import load_interactions
+    from mgrad_jax.data.dataset_files import writing
     from mgrad_jax.data.user_graph import build_user_graph, cache_directory, read_published_user_graph
 
     data = load_interactions(source)
@@ -126,10 +174,11 @@ def _store_user_graph(source: Path, k: int, published: Path | None = None) -> No
         raise UserError(f"{source} is not on disk, so that nothing can be stored with it; give a dataset's directory.")
     if not os.access(cache, os.W_OK):
         raise UserError(f"{cache} cannot be written; copy the dataset to a place where its user graph can be stored.")
-    if published is None:
-        graph = build_user_graph(data, k, cache=cache)
-    else:
-        graph = read_published_user_graph(published, data, k, cache=cache)
+    with writing(cache):
+        if published is None:
+            graph = build_user_graph(data, k, cache=cache)
+        else:
+            graph = read_published_user_graph(published, data, k, cache=cache)
     counts = (graph.shared > 0).sum(axis=1)
     values = {
         "user graph": f"stored in {cache}",
@@ -141,24 +190,39 @@ def _store_user_graph(source: Path, k: int, published: Path | None = None) -> No
 
 
 def _print_values(title: str, values: Mapping[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for key, value in values.items():
-        table.add_row(key, str(value))
+        table.add_row(escape(key), escape(str(value)))
     console().print(table)
 
 
 def info(data: Annotated[str, typer.Argument(metavar="DATA", help="Directory in MMRec format, or 'demo'.")]) -> None:
-    """Show a dataset's statistics and what is noteworthy in it."""
-    from mgrad_jax.data import load_interactions, problems
+    """Show a dataset's statistics, what is noteworthy in it, and which models cannot train on it."""
+    from mgrad_jax.data import load_interactions
+    from mgrad_jax.data.mmrec import remarks
 
     interactions = load_interactions(data)
-    table = Table(title=interactions.name, show_header=False)
+    table = Table(title=escape(interactions.name), show_header=False)
     for name, value in interactions.statistics().items():
         table.add_row(name, _shown(value))
     terminal = console()
     terminal.print(table)
-    for note in problems(data):
+    for note in [*remarks(interactions), *_refusals(interactions)]:
         terminal.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _refusals(data: Interactions) -> list[str]:
+    """Why models cannot train on a dataset with their default settings, one sentence per model that cannot."""
+    from mgrad_jax import models
+
+    found = []
+    for name in models.names():
+        cls = models.model_class(name)
+        sentence = cls.obstacle(data, cls.config_class())
+        if sentence is not None:
+            sentence = sentence.removeprefix(f"{data.source}: ")
+            found.append(sentence if sentence.startswith(name) else f"{name} cannot train: {sentence}")
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -176,7 +240,7 @@ def list_models() -> None:
     table = Table("model", "needs", "hyper-parameter", "default", "meaning")
     for name in models.names():
         cls = models.model_class(name)
-        heading = (name, ", ".join(cls.needs) or "no features")
+        heading = (name, cls.needs_in_words())
         for field in dataclasses.fields(cls.config_class):
             table.add_row(*heading, field.name, str(field.default), field.metadata.get("help", ""))
             heading = ("", "")

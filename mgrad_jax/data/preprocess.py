@@ -1,38 +1,53 @@
-"""From raw ratings to a dataset in MMRec format: k-core filter, per-user split, new ids."""
+"""From raw ratings, or another dataset, to a dataset in MMRec format: k-core filter, per-user split, new ids."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mgrad_jax.data.interactions import MODALITIES, read_features
-from mgrad_jax.errors import UserError
+from mgrad_jax.data.dataset_files import replace_files, writing
+from mgrad_jax.data.features import MODALITIES, fill_zero_rows, read_features, zero_rows
+from mgrad_jax.data.id_maps import read_id_map, write_id_map
+from mgrad_jax.data.interactions import Interactions, check_negatives, distinct_pairs
+from mgrad_jax.data.mmrec import interaction_file, split_rows
+from mgrad_jax.data.ratings import Ratings, Source, read_ratings, refuse_rows
+from mgrad_jax.data.tables import few, opened
+from mgrad_jax.errors import UserError, shown
 
-# Names under which the columns go in common rating files, Amazon's reviews among them.
-_KNOWN = {
-    "user": ("user", "userid", "user_id", "reviewerid", "user_id:token", "uid"),
-    "item": ("item", "itemid", "item_id", "asin", "parent_asin", "item_id:token", "movieid", "iid"),
-    "rating": ("rating", "overall", "score", "stars", "rating:float"),
-}
+_MAPS = ("user_map.tsv", "item_map.tsv")
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote: counts, and the `.inter` file."""
+    """What `prepare` read and wrote.
+
+    Attributes:
+        users, items, interactions: counts of the dataset.
+        file: its `.inter` file.
+        rows_read: rows of the source; those in `left_out` and the interactions add up to them.
+        left_out: reason -> number of rows.
+        columns: "user", "item", ... -> the column that was taken for it, in words.
+        split: "kept" where the source had labels, else "drawn".
+        without_features: modality -> number of items whose row is zero.
+    """
 
     users: int
     items: int
     interactions: int
     file: Path
+    rows_read: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str = "drawn"
+    without_features: Mapping[str, int] = field(default_factory=dict)
 
 
 def prepare(
@@ -44,10 +59,16 @@ def prepare(
     item: str | None = None,
     rating: str | None = None,
     min_rating: float | None = None,
-    k_core: int = 5,
+    k_core: int | None = None,
     seed: int = 999,
     header: bool | None = None,
+    separator: str | None = None,
+    encoding: str = "utf-8",
+    columns: Sequence[str] | None = None,
+    new_split: bool = False,
+    drop_duplicates: bool = False,
     features: Mapping[str, tuple[str | Path, str | Path]] | None = None,
+    fill_features: bool = False,
     overwrite: bool = False,
 ) -> Prepared:
     """Filter, split and re-index raw ratings, and write them in MMRec format.
@@ -56,167 +77,219 @@ def prepare(
     user's interactions are shuffled and split by the published rule: n < 10 gives n - 2, 1, 1; otherwise t = floor(0.2 n)
     are held out, floor(t / 2) of them for validation. New ids count from 0 in the order of the raw identifiers.
 
+    A source with an x_label column is a dataset already: its split is kept, nothing is filtered unless asked for, ids
+    that are whole numbers keep their order, and features and raw names beside it come along.
+
     Args:
-        source: CSV, TSV (`.csv`, `.tsv`, `.txt`, `.inter`) or JSON lines (`.json`, `.jsonl`), plain or `.gz`.
+        source: CSV, TSV (`.csv`, `.tsv`, `.txt`, `.inter`) or JSON lines (`.json`, `.jsonl`), plain or `.gz`; or the
+            directory of a dataset.
         destination: directory to write `<name>.inter`, `user_map.tsv` and `item_map.tsv` (raw id, new id) to.
         name: of the dataset; the directory's name by default.
         user, item, rating: columns; found by common names by default. A table without a header has them in this order.
         min_rating: leave lower ratings out.
-        k_core: fewest interactions of every user and item; at least 3 are needed for a split.
-        seed: of the shuffle.
+        k_core: fewest interactions of every user and item; 5 by default, at least 3 where a split is drawn, and 1 by
+            default where it is kept.
+        seed: of the shuffle, not negative.
         header: whether a table has a header line; by default it has one where its first line holds a known (or the
             given) column name, and none where that line holds a number.
+        separator: of a table's columns; by default a comma in `.csv` and a tab elsewhere.
+        encoding: of the text.
+        columns: what a table's columns hold, in order, e.g. ("item", "user", "rating", "timestamp"); "-" for others.
+        new_split: draw a split although the source has one.
+        drop_duplicates: of a pair that stands in two splits keep the row in training (or validation) instead of refusing.
         features: "image" and "text": (array, ids) where `array` is an .npy file of shape (rows, dim) and `ids` a text
             file with the raw item id of each row, one a line. The rows of the items that are left are written, in the
             new order, as `<modality>_feat.npy`.
-        overwrite: replace the files of an earlier run.
+        fill_features: give items without a feature, no row or a row of zeros, the mean of the others.
+        overwrite: replace the dataset that is there, as a whole; a process killed on the way leaves the old one, the new
+            one, or a directory that is refused until the command is run again.
 
     Raises:
         UserError: a missing or malformed file, an unknown column, nothing left, or a destination in use.
     """
-    if k_core < 3:
-        raise UserError(f"k_core is {k_core}; it must be at least 3, so that every user has a row in each split.")
     source, destination = Path(source), Path(destination)
-    file = destination / f"{name or destination.resolve().name}.inter"
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} already exists; choose another destination or overwrite it with --overwrite.")
+    _check_numbers(k_core, seed, min_rating)
+    file = destination / f"{_checked_name(name, destination)}.inter"
     features = dict(features or {})
-    _check_feature_files(destination, features)
-    columns = {role: given for role, given in (("user", user), ("item", item), ("rating", rating)) if given}
-    ratings = _select(source, _read(source, header, set(columns.values())), columns, min_rating)
-    ratings = _k_core(ratings.drop_duplicates(["user", "item"]), k_core)
-    if ratings.empty:
+    _check_modalities(features)
+    if source.is_dir():
+        source = interaction_file(source, None)
+    inputs = [source, *(Path(path) for pair in features.values() for path in pair)]
+    _check_destination(file, features, inputs, overwrite)
+
+    given = {
+        role: column for role, column in (("user", user), ("item", item), ("rating", rating)) if column is not None
+    }
+    ratings = read_ratings(Source(source, separator, encoding, header, columns, given))
+    kept = "label" in ratings.values and not new_split
+    rows, left_out = _select(source, ratings, min_rating, kept, drop_duplicates)
+    k_core = k_core if k_core is not None else 1 if kept else 5
+    if not kept and k_core < 3:
+        raise UserError(f"k_core is {k_core}; it must be at least 3, so that every user has a row in each split.")
+    remaining = _k_core(rows, k_core)
+    if remaining.empty:
         raise UserError(f"{source}: no user and item has {k_core} interactions; lower --k-core or --min-rating.")
-    users, user_names = pd.factorize(ratings["user"], sort=True)
-    items, item_names = pd.factorize(ratings["item"], sort=True)
-    labels = _split(users, np.random.default_rng(seed))
+    _count(left_out, f"of users or items with fewer than {k_core} interactions", len(rows) - len(remaining))
+
+    users, user_names = _factorize(remaining["user"], kept)
+    items, item_names = _factorize(remaining["item"], kept)
+    labels = remaining["label"].to_numpy() if kept else _split(users, np.random.default_rng(seed))
+    tables = {m: _align(Path(array), Path(ids), item_names, fill_features) for m, (array, ids) in features.items()}
+    if kept:
+        tables = {**_carried(source, item_names), **tables}
+    if fill_features:
+        tables = {modality: fill_zero_rows(table) for modality, table in tables.items()}
+    _check_dataset(source, users, items, labels, (len(user_names), len(item_names)), tables)
+    if kept:
+        user_names, item_names = (_raw_names(source, k, n) for k, n in (("user", user_names), ("item", item_names)))
     table = pd.DataFrame({"userID": users, "itemID": items, "x_label": labels})
     table = table.sort_values(["userID", "x_label", "itemID"], kind="stable")
-    contents: dict[Path, pd.DataFrame | np.ndarray] = {
-        destination / f"{modality}_feat.npy": _align(Path(array), Path(ids), item_names)
-        for modality, (array, ids) in features.items()
+    contents: dict[str, Callable[[Path], object]] = {
+        f"{modality}_feat.npy": partial(_write_array, array) for modality, array in tables.items()
     }
-    contents[destination / "user_map.tsv"] = _id_map(pd.Index(user_names))
-    contents[destination / "item_map.tsv"] = _id_map(pd.Index(item_names))
-    contents[file] = table
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        _write_all(contents)
-    except OSError as error:
-        raise UserError(f"{destination} cannot be written ({error.strerror}); choose another destination.") from None
-    return Prepared(len(user_names), len(item_names), len(table), file)
-
-
-def _read(source: Path, header: bool | None, given: set[str]) -> pd.DataFrame:
-    """The known and the given columns, as text."""
-    suffixes = [s for s in source.suffixes if s != ".gz"]
-    kind = suffixes[-1].lower() if suffixes else ""
-    if not source.is_file():
-        raise UserError(f"{source} does not exist or is no file; give a CSV, TSV or JSON-lines file of ratings.")
-    try:
-        if kind in (".json", ".jsonl"):
-            return _read_json_lines(source, given)
-        if kind in (".csv", ".tsv", ".txt", ".inter"):
-            return _read_table(source, "," if kind == ".csv" else "\t", header, given)
-    except (
-        OSError,
-        UnicodeDecodeError,
-        EOFError,
-        zlib.error,
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-    ) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{source} cannot be read ({reason}); check that it is a whole text file.") from None
-    raise UserError(f"{source} ends in '{kind}'; choose .csv, .tsv, .txt, .inter, .json or .jsonl, plain or .gz.")
-
-
-def _wanted(column: str, given: set[str]) -> bool:
-    return column in given or any(column.strip().lower() in names for names in _KNOWN.values())
-
-
-def _read_json_lines(source: Path, given: set[str]) -> pd.DataFrame:
-    """Only the columns that matter are kept: reviews bring long texts along. A missing value is an empty text."""
-    rows: list[dict[str, str]] = []
-    names: dict[str, None] = {}
-    opened: Callable[..., Any] = gzip.open if source.suffix == ".gz" else open
-    with opened(source, "rt", encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{source} line {number} is not JSON ({error.msg}); correct or remove it.") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{source} line {number} is no JSON object; write one object a line.")
-            names.update(dict.fromkeys(row))
-            rows.append({k: str(v) for k, v in row.items() if isinstance(v, str | int | float) and _wanted(k, given)})
-    if not rows:
-        raise UserError(f"{source} has no rows; give it ratings.")
-    kept = [name for name in names if _wanted(name, given)]
-    table = pd.DataFrame({name: [row.get(name, "") for row in rows] for name in kept}, dtype=object)
-    table.attrs["columns"] = list(names)
-    return table
-
-
-def _read_table(source: Path, separator: str, header: bool | None, given: set[str]) -> pd.DataFrame:
-    """A table with a header, or without one: user, item, rating, timestamp, ..."""
-
-    def read(**options: Any) -> pd.DataFrame:
-        return pd.read_csv(source, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", **options)
-
-    first = [str(name) for name in read(header=None, nrows=1).iloc[0]]
-    if header is None:
-        header = _looks_like_header(source, first, given)
-    if not header:
-        names = ["user", "item", "rating", "timestamp", *(f"column {n}" for n in range(5, len(first) + 1))]
-        return read(header=None, names=names[: len(first)])
-    table = read(usecols=lambda name: _wanted(name, given))
-    table.attrs["columns"] = first
-    if len(table.columns) and not len(table):
-        raise UserError(f"{source} has a header and no rows; give it ratings.")
-    return table
-
-
-def _looks_like_header(source: Path, first: list[str], given: set[str]) -> bool:
-    if any(_wanted(name, given) for name in first):
-        return True
-    if pd.to_numeric(pd.Series(first), errors="coerce").notna().any():
-        return False
-    raise UserError(
-        f"{source} line 1 ({', '.join(first)}) has neither a known column name nor a number; "
-        "name its columns with --user and --item, or put the line user,item above it where it is data."
+    for map_name, names in zip(_MAPS, (user_names, item_names), strict=True):
+        contents[map_name] = partial(_write_map, names)
+    contents[file.name] = partial(table.to_csv, sep="\t", index=False)
+    with writing(destination):
+        _check_destination(file, tables, inputs, overwrite)
+        replace_files(destination, contents, [path.name for path in _dataset_files(destination)])
+    return Prepared(
+        users=len(user_names),
+        items=len(item_names),
+        interactions=len(table),
+        file=file,
+        rows_read=len(ratings),
+        left_out=left_out,
+        columns=ratings.columns,
+        split="kept" if kept else "drawn",
+        without_features={m: len(zero_rows(array)) for m, array in tables.items()},
     )
 
 
-def _select(source: Path, table: pd.DataFrame, given: Mapping[str, str], least: float | None) -> pd.DataFrame:
-    """The user and item columns of the rows whose rating is high enough."""
-    columns = {role: _column(source, table, role, given.get(role)) for role in ("user", "item")}
-    chosen = pd.DataFrame({role: table[column].astype(str) for role, column in columns.items()})
-    empty = np.flatnonzero((chosen["user"].str.strip() == "") | (chosen["item"].str.strip() == ""))
-    if len(empty):
-        raise UserError(f"{source}: data row {empty[0] + 1} has an empty user or item; fill or remove it.")
-    if least is None and "rating" not in given:
-        return chosen
-    column = _column(source, table, "rating", given.get("rating"))
-    if least is None:
-        return chosen
-    values = pd.to_numeric(table[column], errors="coerce")
-    bad = np.flatnonzero(values.isna())
-    if len(bad):
-        raise UserError(f"{source}: data row {bad[0] + 1} has {column} {table[column].iloc[bad[0]]!r}, not a number.")
-    return chosen[values >= least]
+# What is asked for
 
 
-def _column(source: Path, table: pd.DataFrame, role: str, given: str | None) -> str:
-    for column in table.columns:
-        if column == given or (given is None and column.strip().lower() in _KNOWN[role]):
-            return column
-    wanted = f"'{given}'" if given else f"that is known to hold the {role}"
-    raise UserError(
-        f"{source} has no column {wanted}; it has {', '.join(table.attrs.get('columns', table.columns))}: name one with --{role}."
+def _check_numbers(k_core: int | None, seed: int, min_rating: float | None) -> None:
+    if k_core is not None and not 1 <= k_core <= _MOST:
+        raise UserError(
+            f"k_core is {shown(k_core)}; it must be at least 3 where a split is drawn, and no more than {_MOST}."
+        )
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {shown(seed)}; it must be a whole number from 0 to 2**63 - 1.")
+    if min_rating is not None and not math.isfinite(min_rating):
+        raise UserError(f"min_rating is {min_rating}; it must be a finite number.")
+
+
+def _checked_name(name: str | None, destination: Path) -> str:
+    """The dataset's name, which stays inside of the destination."""
+    chosen = destination.resolve().name if name is None else name
+    if not chosen.strip() or chosen.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", chosen) or len(chosen) > 100:
+        raise UserError(
+            f"--name {shown(chosen)} cannot name a dataset; give up to 100 characters without /, \\ and control "
+            "characters, not beginning with a dot."
+        )
+    try:
+        chosen.encode()
+    except UnicodeEncodeError:
+        raise UserError("--name holds bytes that are no text; give another name.") from None
+    return chosen
+
+
+def _check_modalities(features: Mapping[str, object]) -> None:
+    for modality in features:
+        if modality not in MODALITIES:
+            raise UserError(f"there are no {shown(modality)} features; choose among {', '.join(MODALITIES)}.")
+
+
+def _dataset_files(destination: Path) -> list[Path]:
+    """The files of a dataset in a directory: interactions, maps, features, and the user graphs made of them."""
+    if not destination.is_dir():
+        return []
+    fixed = [destination / name for name in (*_MAPS, *(f"{modality}_feat.npy" for modality in MODALITIES))]
+    found = [*sorted(destination.glob("*.inter")), *fixed, *sorted(destination.glob("user_graph-*.npz"))]
+    return [path for path in found if path.exists()]
+
+
+def _check_destination(file: Path, features: Mapping[str, object], inputs: Sequence[Path], overwrite: bool) -> None:
+    """Nothing that is read is replaced, nothing is replaced unasked, and no feature follows the ids of another dataset."""
+    destination = file.parent
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination} is no directory; choose another destination.")
+    present = _dataset_files(destination)
+    inters = [path for path in present if path.suffix == ".inter"]
+    for path in inputs:
+        if path.exists() and any(path.samefile(target) for target in present):
+            raise UserError(f"{path} is read and would be replaced; choose another destination.")
+    if inters and not overwrite:
+        raise UserError(f"{inters[0]} already exists; choose another destination or overwrite it with --overwrite.")
+    if len(inters) > 1:
+        raise UserError(
+            f"{destination} holds several .inter files ({few([path.name for path in inters])}); choose another destination."
+        )
+    for modality in MODALITIES:
+        left_over = destination / f"{modality}_feat.npy"
+        if left_over in present and modality not in features:
+            raise UserError(f"{left_over} follows other item ids; move it away, or give {modality} features as well.")
+        if left_over in present and not overwrite:
+            raise UserError(f"{left_over} already exists; choose another destination or overwrite it with --overwrite.")
+
+
+# The rows
+
+
+def _select(
+    source: Path, ratings: Ratings, least: float | None, kept: bool, drop_duplicates: bool
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Users, items and labels of the rows that count, and how many do not, by reason."""
+    left_out: dict[str, int] = {}
+    rows = pd.DataFrame({"user": ratings.values["user"], "item": ratings.values["item"]})
+    if kept:
+        rows["label"] = _labels(source, ratings)
+    if least is not None:
+        if "rating" not in ratings.values:
+            raise UserError(f"{source} has no column that is known to hold the rating: name one with --rating.")
+        values = pd.to_numeric(pd.Series(ratings.values["rating"]), errors="coerce").to_numpy(np.float64)
+        bad = np.flatnonzero(~np.isfinite(values))
+        value = shown(str(ratings.values["rating"][bad[0]])) if len(bad) else ""
+        refuse_rows(source, ratings, bad, f"has the rating {value}, not a number", "correct it")
+        rows = rows[values >= least]
+        _count(left_out, f"with a rating below {least:g}", len(ratings) - len(rows))
+    distinct = rows.drop_duplicates()
+    _count(left_out, "that repeat an earlier row", len(rows) - len(distinct))
+    if not kept:
+        return distinct, left_out
+    # Training before validation before test, in the order of the file otherwise.
+    single = distinct.sort_values("label", kind="stable").drop_duplicates(["user", "item"]).sort_index()
+    clash = distinct[distinct.duplicated(["user", "item"], keep=False)]
+    if len(clash) and not drop_duplicates:
+        user, item = clash.iloc[0][["user", "item"]]
+        raise UserError(
+            f"{source}: user {shown(user)} and item {shown(item)} stand in two splits (such pairs: "
+            f"{len(clash.drop_duplicates(['user', 'item']))}); keep one of the rows, or the one in training with "
+            "--drop-duplicates."
+        )
+    _count(left_out, "of pairs that stand in an earlier split", len(distinct) - len(single))
+    return single, left_out
+
+
+def _count(left_out: dict[str, int], reason: str, rows: int) -> None:
+    if rows:
+        left_out[reason] = rows
+
+
+def _labels(source: Path, ratings: Ratings) -> np.ndarray:
+    values = ratings.values["label"]
+    numbers = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(np.float64)
+    bad = np.flatnonzero(~np.isin(numbers, (0, 1, 2)))
+    value = shown(str(values[bad[0]])) if len(bad) else ""
+    refuse_rows(
+        source,
+        ratings,
+        bad,
+        f"has the x_label {value}, none of 0 (train), 1 (validation) and 2 (test)",
+        "correct it, or draw a split with --new-split",
     )
+    return numbers.astype(np.int64)
 
 
 def _k_core(ratings: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -228,6 +301,17 @@ def _k_core(ratings: pd.DataFrame, k: int) -> pd.DataFrame:
         if enough.all():
             return ratings
         ratings = ratings[enough]
+
+
+def _factorize(values: pd.Series, numbers: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids from 0 and the names they stand for, in order; as numbers where asked for and all are plain ones."""
+    codes, names = pd.factorize(values.to_numpy(), sort=True)
+    if numbers and all(re.fullmatch(r"[0-9]{1,18}", name) for name in names):
+        order = np.argsort([int(name) for name in names], kind="stable")
+        places = np.empty(len(order), np.int64)
+        places[order] = np.arange(len(order))
+        return places[codes], np.asarray(names, dtype=object)[order]
+    return codes, np.asarray(names, dtype=object)
 
 
 def _split(users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -242,58 +326,81 @@ def _split(users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.where(rank < n_train, 0, np.where(rank < n_train + n_valid[users], 1, 2))
 
 
-def _id_map(names: pd.Index[str]) -> pd.DataFrame:
-    return pd.DataFrame({"raw": names, "id": np.arange(len(names))})
+def _check_dataset(
+    source: Path,
+    users: np.ndarray,
+    items: np.ndarray,
+    labels: np.ndarray,
+    counts: tuple[int, int],
+    tables: Mapping[str, np.ndarray],
+) -> None:
+    """What is written can be loaded."""
+    train, valid, test = split_rows(source, np.stack([users, items], axis=1), labels, counts[0])
+    data = Interactions(source.stem, *counts, train, valid, test, tables, str(source))
+    check_negatives(str(source), distinct_pairs(data.train, data.n_items))
 
 
-def _check_feature_files(destination: Path, features: Mapping[str, Any]) -> None:
-    """Feature rows follow the item ids of one dataset: none may be left over from another."""
-    for modality in features:
-        if modality not in MODALITIES:
-            raise UserError(f"there are no '{modality}' features; choose among {', '.join(MODALITIES)}.")
-    for modality in MODALITIES:
-        left_over = destination / f"{modality}_feat.npy"
-        if left_over.exists() and modality not in features:
-            raise UserError(f"{left_over} follows other item ids; move it away, or give {modality} features as well.")
+# Features and names
 
 
-def _align(array: Path, ids: Path, item_names: Any) -> np.ndarray:
+def _align(array: Path, ids: Path, item_names: np.ndarray, fill: bool) -> np.ndarray:
     """The rows of `array`, whose raw item ids stand in `ids`, in the order of `item_names`: (n_items, dim) float32."""
     table = read_features(array, None)
     if table is None:
         raise UserError(f"{array} does not exist; give an .npy file of features.")
-    try:
-        names = pd.Index(ids.read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{ids} cannot be read ({error}); give a text file with one raw item id a line.") from None
+    with opened(ids) as stream:
+        names = pd.Index([line.rstrip("\n") for line in stream])
     if len(names) != len(table):
         raise UserError(f"{ids} has {len(names)} lines and {array} {len(table)} rows; give one id a row.")
     repeated = np.flatnonzero(names.duplicated())
     if len(repeated):
         line = repeated[0] + 1
-        raise UserError(f"{ids} line {line}: item {names[line - 1]!r} stands there twice; keep one of its rows.")
+        raise UserError(
+            f"{ids} line {line}: item {shown(names[line - 1])} stands there twice (such lines: {len(repeated)}); "
+            "keep one of its rows."
+        )
     rows = names.get_indexer(pd.Index(item_names))
     missing = np.flatnonzero(rows < 0)
-    if len(missing):
+    if len(missing) and not fill:
         raise UserError(
-            f"{ids}: item {item_names[missing[0]]!r} has ratings but no row (such items: {len(missing)}); "
-            "add a row, e.g. the mean of the others."
+            f"{ids}: item {shown(item_names[missing[0]])} has ratings but no row (such items: {len(missing)}); "
+            "add a row, or the mean of the others with --fill-features."
         )
-    return table[rows]
+    aligned = table[rows]
+    aligned[missing] = 0  # no feature; filled by the caller
+    return aligned
 
 
-def _write_all(contents: Mapping[Path, pd.DataFrame | np.ndarray]) -> None:
-    """Write every file aside, then put all in place: a failure on the way leaves what was there."""
-    aside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
-    try:
-        for path, content in contents.items():
-            if isinstance(content, pd.DataFrame):
-                content.to_csv(aside[path], sep="\t", index=False)
-            else:
-                with aside[path].open("wb") as stream:
-                    np.save(stream, content)
-        for path, temporary in aside.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in aside.values():
-            temporary.unlink(missing_ok=True)
+def _carried(source: Path, item_names: np.ndarray) -> dict[str, np.ndarray]:
+    """The features beside a dataset, whose rows follow its ids, for the items that are left."""
+    tables = {}
+    for modality in MODALITIES:
+        file = source.parent / f"{modality}_feat.npy"
+        table = read_features(file, None)
+        if table is None:
+            continue
+        lost = [name for name in item_names if not name.isascii() or not name.isdigit() or int(name) >= len(table)]
+        if lost:
+            raise UserError(
+                f"{file} has no row for item {shown(lost[0])} (such items: {len(lost)}); "
+                f"give --{modality}-features with the items' names, or move the file away."
+            )
+        tables[modality] = table[[int(name) for name in item_names]]
+    return tables
+
+
+def _raw_names(source: Path, kind: str, names: np.ndarray) -> np.ndarray:
+    """The raw names of a dataset's ids where its map stands beside it, else the ids themselves."""
+    raw = read_id_map(source, kind)
+    if raw is None or not all(name.isascii() and name.isdigit() and int(name) < len(raw) for name in names):
+        return names
+    return raw[[int(name) for name in names]]
+
+
+def _write_array(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, array)
+
+
+def _write_map(names: np.ndarray, path: Path) -> None:
+    write_id_map(path, names)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from mgrad_jax.data.interactions import Interactions, distinct_pairs
+from mgrad_jax.data.interactions import Interactions, check_negatives, distinct_pairs
 
 
 @partial(
@@ -36,8 +36,13 @@ class UserHistory:
 
 
 def user_history(data: Interactions) -> UserHistory:
-    """The histories of a dataset's training split; repeated pairs count once."""
+    """The histories of a dataset's training split; repeated pairs count once.
+
+    Raises:
+        UserError: a user has every item that occurs in training, so that no negative can be drawn.
+    """
     pairs = distinct_pairs(data.train, data.n_items)
+    check_negatives(data.source, pairs)
     candidates = np.flatnonzero(np.bincount(pairs[:, 1]))
     degrees = np.bincount(pairs[:, 0], minlength=data.n_users)
     return UserHistory(
@@ -55,7 +60,7 @@ def sample_negatives(key: Array, users: Int[Array, " n"], history: UserHistory) 
     the number of free items; the r-th free item stands at position r plus the number of the user's own items before
     it, which a binary search over rank - (own items before it) finds. No free item is favoured by more than
     the order of n_candidates / 2**32 (1e-5 at 60,000 items), the modulo bias of `jax.random.randint`. A user who has every training item has no
-    negative; `load_interactions` refuses such data.
+    negative; `user_history` refuses such data.
 
     Args:
         key: a PRNG key.

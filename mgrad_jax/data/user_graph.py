@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import pickle
-import zipfile
-import zlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mgrad_jax.data.features import read_header
+from mgrad_jax.data.filetypes import beginning, foreign
 from mgrad_jax.data.interactions import Interactions, distinct_pairs
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, shown
+from mgrad_jax.files import written_whole
 
 # Pairs of users with an item in common that are counted at a time: 2 MB an array, which stays in a processor's cache
 # (four times faster than 64 MB).
 _BLOCK = 1 << 18
+# The largest table of neighbours, in bytes: beyond it k is a slip.
+_MOST = 1 << 32
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["neighbours", "shared"], meta_fields=[])
@@ -72,8 +75,7 @@ def build_user_graph(
     Raises:
         UserError: k below 1, or a cache that cannot be written.
     """
-    if k < 1:
-        raise UserError(f"k is {k}; a user graph needs at least 1 neighbour a user.")
+    _check_k(k, data.n_users)
     pairs = distinct_pairs(data.train, data.n_items)
     file = None if cache is None else _file(Path(cache), pairs, data.n_users, k)
     graph = None if file is None else _read(file, data.n_users, k)
@@ -107,16 +109,13 @@ def read_published_user_graph(
     Raises:
         UserError: a file that cannot be read or is not of these interactions, or a cache that cannot be written.
     """
+    _check_k(k, data.n_users)
     lists = _unpickled(Path(file))
     exact = build_user_graph(data, k)
     neighbours, shared = np.zeros((2, data.n_users, k), np.int32)
-    try:
-        for user, (ids, counts) in lists.items():
-            neighbours[user, : len(ids[:k])], shared[user, : len(ids[:k])] = ids[:k], counts[:k]
-    except (TypeError, ValueError, IndexError, OverflowError):
-        raise UserError(
-            f"{file} holds no user -> [neighbours, counts]; give a published user_graph_dict.npy."
-        ) from None
+    for user, entry in lists.items():
+        ids, counts = _entry(Path(file), user, entry, data.n_users, k)
+        neighbours[user, : len(ids)], shared[user, : len(ids)] = ids, counts
     wrong = np.flatnonzero((shared != exact.shared).any(axis=1) | ~_members(neighbours, shared, data.n_users))
     if len(wrong):
         raise UserError(
@@ -239,36 +238,112 @@ def _members(neighbours: np.ndarray, shared: np.ndarray, n_users: int) -> np.nda
 
 
 class _NumbersOnly(pickle.Unpickler):
-    """Reads pickled lists, dicts, numbers and arrays, and nothing that could run code."""
+    """Reads pickled lists, dicts, numbers and arrays, and nothing that could run code.
+
+    NumPy's own functions are never called: a pickle could make them ask for any amount of memory. What stands in for
+    them holds no more than the file does.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in (
-            "ndarray",
-            "dtype",
-            "_reconstruct",
-            "scalar",
-        ):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in _STAND_INS:
+            return _STAND_INS[name]
+        raise pickle.UnpicklingError(f"it asks for {shown(f'{module}.{name}', 40)}")
+
+
+class _Array:
+    """An array as a pickle describes it: `values` is a flat list of numbers, or of whatever else it held."""
+
+    def __init__(self, *_: Any) -> None:
+        self.shape: Any = ()
+        self.values: list[Any] = []
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, dtype, _, content = state
+        if isinstance(content, list):
+            self.values = content
+        else:
+            self.values = np.frombuffer(content, dtype.checked()).tolist()
+
+
+class _Dtype:
+    """The type of an array or number: whole or floating, of at most 8 bytes."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+    def checked(self) -> np.dtype[Any]:
+        if not re.fullmatch(r"[iuf][1248]", self.code):
+            raise pickle.UnpicklingError(f"it holds numbers of type {shown(self.code)}")
+        return np.dtype((">" if self.order == ">" else "<") + self.code)
+
+
+def _scalar(dtype: _Dtype, content: bytes) -> Any:
+    return np.frombuffer(content, dtype.checked(), 1)[0].item()
+
+
+def _not_called(*_: Any) -> Any:
+    raise pickle.UnpicklingError("it makes an array of its own")
+
+
+_STAND_INS = {"_reconstruct": _Array, "ndarray": _not_called, "dtype": _Dtype, "scalar": _scalar}
 
 
 def _unpickled(file: Path) -> dict[Any, Any]:
     """The dict in an .npy file."""
     try:
+        start = beginning(file)
         with file.open("rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            if version != (1, 0):
-                raise ValueError(f"format version {version}")
-            np.lib.format.read_array_header_1_0(stream)
+            if not start.startswith(b"\x93NUMPY"):
+                found = foreign(start)
+                raise pickle.UnpicklingError(f"it is {found[0]}" if found else "it is no .npy file")
+            read_header(file, stream)
             content = _NumbersOnly(stream).load()
-        lists = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+    except OSError as error:
         raise UserError(
-            f"{file} cannot be read as a user graph ({error}); give a published user_graph_dict.npy."
+            f"{file} cannot be read as a user graph ({error.strerror or error}); give a published user_graph_dict.npy."
         ) from None
-    if not isinstance(lists, dict):
-        raise UserError(f"{file} holds no user -> [neighbours, counts]; give a published user_graph_dict.npy.")
-    return lists
+    except Exception as error:  # whatever becomes of a damaged pickle
+        reason = str(error) if isinstance(error, pickle.UnpicklingError) else "it is damaged"
+        raise UserError(
+            f"{file} cannot be read as a user graph ({shown(reason)[1:-1]}); give a published user_graph_dict.npy."
+        ) from None
+    if isinstance(content, _Array) and content.shape == () and len(content.values) == 1:
+        content = content.values[0]
+    if not isinstance(content, dict):
+        raise _no_graph(file)
+    return content
+
+
+def _entry(file: Path, user: Any, entry: Any, n_users: int, k: int) -> tuple[list[int], list[int]]:
+    """A user's first k neighbours and numbers of shared items."""
+    if type(user) is not int or not 0 <= user < n_users:
+        raise _no_graph(file, f"it names user {shown(user, 30)} of {n_users}")
+    if not isinstance(entry, list | tuple) or len(entry) != 2:
+        raise _no_graph(file)
+    ids, counts = (part.values if isinstance(part, _Array) else part for part in entry)
+    if not isinstance(ids, list) or not isinstance(counts, list) or len(ids) != len(counts):
+        raise _no_graph(file)
+    numbers = [*ids[:k], *counts[:k]]
+    if not all(type(number) in (int, float) and abs(number) < 2**31 and number == int(number) for number in numbers):
+        raise _no_graph(file, f"a neighbour of user {user} is no whole number")
+    return [int(number) for number in ids[:k]], [int(number) for number in counts[:k]]
+
+
+def _no_graph(file: Path, reason: str = "") -> UserError:
+    why = f" ({reason})" if reason else ""
+    return UserError(f"{file} holds no user -> [neighbours, counts]{why}; give a published user_graph_dict.npy.")
+
+
+def _check_k(k: int, n_users: int) -> None:
+    if k < 1:
+        raise UserError(f"k is {k}; a user graph needs at least 1 neighbour a user.")
+    if 8 * k * n_users > _MOST:
+        raise UserError(
+            f"k is {shown(k)}; for {n_users} users give at most {_MOST // (8 * n_users)} neighbours per user."
+        )
 
 
 def _file(cache: Path, pairs: np.ndarray, n_users: int, k: int) -> Path:
@@ -283,7 +358,7 @@ def _read(file: Path, n_users: int, k: int) -> UserGraph | None:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             graph = UserGraph(stored["neighbours"], stored["shared"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # whatever NumPy makes of a damaged archive
         return None
     tables = graph.neighbours, graph.shared
     sound = all(table.shape == (n_users, k) and table.dtype == np.int32 and (table >= 0).all() for table in tables)
@@ -291,17 +366,12 @@ def _read(file: Path, n_users: int, k: int) -> UserGraph | None:
 
 
 def _write(file: Path, graph: UserGraph) -> None:
-    """Written aside, then put in place."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    """In one step: a reader never meets half a file."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as stream:
+        with written_whole(file, "wb") as stream:
             np.savez(stream, neighbours=graph.neighbours, shared=graph.shared)
-        os.replace(aside, file)
-    except OSError as error:
+    except UserError as error:
+        reason = getattr(error.__context__, "strerror", None) or error
         raise UserError(
-            f"{file.parent} cannot hold the user graph ({error.strerror}); choose another cache directory."
+            f"{file.parent} cannot hold the user graph ({reason}); choose another cache directory."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -75,7 +76,8 @@ def test_most_shared_come_first_and_equals_by_id() -> None:
 
 @pytest.mark.parametrize("train", [[], [(2, 3)], [(0, 0), (1, 1), (2, 2)]])
 def test_users_who_share_nothing_have_no_neighbours(train: list[tuple[int, int]]) -> None:
-    graph = build_user_graph(interactions(train, 4, 4), 3)
+    # Below `build_user_graph`, for there is no dataset without training rows.
+    graph = user_graph._nearest_users(np.array(train, np.int64).reshape(-1, 2), 4, 4, 3)
     assert graph.neighbours.shape == graph.shared.shape == (4, 3)
     assert not graph.shared.any()
 
@@ -293,6 +295,68 @@ def test_a_published_file_that_is_none_is_a_user_error(
     with pytest.raises(UserError, match=r"user_graph_dict\.npy .*; give a published user_graph_dict\.npy"):
         read_published_user_graph(file, random_interactions(0))
     assert not (tmp_path / "intruded").exists()
+
+
+class Huge:
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return np.ndarray, ((10**12,), "f8")
+
+
+class HugeState:
+    def __reduce__(self) -> tuple[object, ...]:
+        state = (1, (10**12,), np.dtype("f8"), False, b"")
+        return np.ndarray, (0,), state
+
+
+def numbers_of_numpy(lists: dict[int, list[list[float]]]) -> dict[int, list[np.ndarray]]:
+    return {user: [np.array(ids, np.int64), np.array(counts, np.float32)] for user, (ids, counts) in lists.items()}
+
+
+def test_lists_may_be_arrays(tmp_path: Path) -> None:
+    data, file = random_interactions(0), tmp_path / "user_graph_dict.npy"
+    lists = published(data, file, order=1)
+    np.save(file, np.array(numbers_of_numpy(lists), dtype=object), allow_pickle=True)
+    assert_same(read_published_user_graph(file, data, 4), build_user_graph(data, 4))
+
+
+@pytest.mark.parametrize(
+    "content", [{0: Huge()}, {0: HugeState()}, {0: [np.ones(3, "c8"), [1]]}], ids=["call", "state", "type"]
+)
+def test_a_pickle_takes_no_more_memory_than_its_file(content: object, tmp_path: Path) -> None:
+    file = tmp_path / "user_graph_dict.npy"
+    np.save(file, np.array(content, dtype=object), allow_pickle=True)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="cannot be read as a user graph"):
+            read_published_user_graph(file, random_interactions(0))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("user", "entry", "reason"),
+    [
+        (-1, [[1], [1]], "names user -1 of 60"),
+        (10**30, [[1], [1]], "names user 10+"),
+        ("0", [[1], [1]], "names user '0'"),
+        (0, [[1.7], [1]], "no whole number"),
+        (0, [[10**30], [1]], "no whole number"),
+        (0, [[1, 2], [1]], "holds no user"),
+        (0, [1, 1], "holds no user"),
+    ],
+)
+def test_an_entry_that_is_none_is_refused(tmp_path: Path, user: object, entry: object, reason: str) -> None:
+    file = tmp_path / "user_graph_dict.npy"
+    lists = published(random_interactions(0), file)
+    np.save(file, np.array({**lists, user: entry}, dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=rf"{reason}.*; give a published user_graph_dict\.npy"):
+        read_published_user_graph(file, random_interactions(0))
+
+
+def test_k_beyond_any_memory_is_refused() -> None:
+    with pytest.raises(UserError, match=r"k is 10000000000; for 60 users give at most"):
+        build_user_graph(random_interactions(0), 10**10)
 
 
 def test_graphs_can_be_pickled() -> None:

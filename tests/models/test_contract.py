@@ -159,8 +159,25 @@ def test_an_unknown_hyper_parameter_lists_the_known_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if models.model_class(n).needs])
 def test_missing_features_are_named(name: str) -> None:
-    with pytest.raises(UserError, match=r"needs image features and there are none; add image_feat.npy"):
+    with pytest.raises(UserError, match=r"needs image (or|and) text features and there are none; add image_feat.npy"):
         create(name, dataclasses.replace(DATA, features={}))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if models.model_class(n).compares_items])
+def test_items_without_a_direction_are_named_with_modality_and_rows(name: str) -> None:
+    text = DATA.features["text"].copy()
+    text[[3, 8]] = 0
+    data = dataclasses.replace(DATA, features={**DATA.features, "text": text})
+    with pytest.raises(UserError, match=r"2 rows \(3, 8\) of text_feat\.npy are all zero; .*--fill-features"):
+        create(name, data)
+    assert models.model_class("vbpr").obstacle(data, models.make_config("vbpr", {})) is None
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if models.model_class(n).needs])
+def test_one_feature_suffices_where_the_words_say_or(name: str) -> None:
+    cls, config = models.model_class(name), models.make_config(name, {})
+    data = dataclasses.replace(DATA, features={"text": DATA.features["text"]})
+    assert (cls.obstacle(data, config) is None) == (" or " in cls.needs_in_words())
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not models.model_class(n).needs])

@@ -230,5 +230,5 @@ def test_bad_sweep() -> None:
     empty = dataclasses.replace(DATA, valid=DATA.valid[:0])
     with pytest.raises(UserError, match="valid split is empty"):
         sweep(empty, [VBPR])
-    with pytest.raises(UserError, match="needs image features"):
+    with pytest.raises(UserError, match="needs image or text features"):
         sweep(dataclasses.replace(DATA, features={}), [VBPR])
