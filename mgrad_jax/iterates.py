@@ -115,4 +115,4 @@ def _replaced(params: Any, own: Any, function: Callable[[Any, Any], Any]) -> Any
         return jax.tree.map(lambda x, p: p if masked(x) else function(p, x), own, params, is_leaf=masked)
     # By leaves, for a framework may have wrapped them in variables of one class here and of another there.
     leaves, structure = jax.tree.flatten(params)
-    return structure.unflatten([function(p, x) for p, x in zip(leaves, jax.tree.leaves(own), strict=True)])
+    return jax.tree.unflatten(structure, [function(p, x) for p, x in zip(leaves, jax.tree.leaves(own), strict=True)])

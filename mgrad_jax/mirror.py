@@ -64,7 +64,7 @@ _FORM_OUTSIDE = (
     "sees one group of the parameters, but `grad_fn` needs all of them: put it outside, mirrored(optax.partition(...)), "
     "or use mirror_gradient in the group's chain, with mirror_step."
 )
-_PASS_GRAD_FN = (
+PASS_GRAD_FN = (
     "pass `grad_fn=`, a function of (params, index). What hands no such argument on, as optax.lookahead does not, goes "
     "inside the form; in place of flax's TrainState.apply_gradients use mirror_step(loss_fn, tx)."
 )
@@ -452,7 +452,8 @@ def schedule_over_passes(
         _check_positive_int("steps_per_epoch", steps_per_epoch)
 
     def over_passes(count: jax.typing.ArrayLike) -> Any:
-        completed, within = 0, jnp.asarray(count)
+        within = jnp.asarray(count)
+        completed = jnp.zeros_like(within)
         if steps_per_epoch is not None:
             passes = steps_per_epoch + -(-steps_per_epoch // interval)
             completed, within = within // passes * steps_per_epoch, within % passes
@@ -847,7 +848,7 @@ def _opaque(
         if params is None:
             raise ValueError("A mirrored optimizer moves the parameters between its two passes: pass `params`.")
         if grad_fn is None:
-            raise ValueError(f"A mirrored optimizer evaluates the gradient again: {_PASS_GRAD_FN}")
+            raise ValueError(f"A mirrored optimizer evaluates the gradient again: {PASS_GRAD_FN}")
 
         def second_pass(first: Any, inner_state: Any) -> tuple[Any, Any]:
             moved = optax.apply_updates(params, first)
@@ -878,7 +879,8 @@ def gradient_again(grad_fn: GradFn, params: Any, index: int) -> Any:
         if _is_masked(params):
             raise ValueError(_FORM_OUTSIDE) from error
         raise
-    if _is_masked(params) and jax.tree.structure(grads) != jax.tree.structure(params):
+    structure: Any = jax.tree.structure(params)
+    if _is_masked(params) and jax.tree.structure(grads) != structure:
         raise ValueError(_FORM_OUTSIDE)
     return grads
 
@@ -902,7 +904,10 @@ def _next_batch(state: MirrorState) -> MirrorState:
 
 def _close_batch(state: MirrorState) -> MirrorState:
     """Move on to the next batch if the second pass is still outstanding."""
-    return jax.tree.map(lambda done, kept: jnp.where(state.second, done, kept), _next_batch(state), state)
+    fields, structure = jax.tree.flatten(state)  # a framework may have wrapped them in variables
+    kept = MirrorState(*fields)
+    closed = jax.tree.map(lambda done, open: jnp.where(kept.second, done, open), _next_batch(kept), kept)
+    return jax.tree.unflatten(structure, closed)
 
 
 def _scale(factor: jax.Array, updates: Any) -> Any:
@@ -1028,7 +1033,8 @@ def _check_agreement(opt_state: Any, optimizer: Any = None, params: Any = None) 
         made = _declared(optimizer, params) if optimizer is not None and len(states) > 1 else []
         _refuse_several("schedules, as (interval, steps_per_epoch)", set(made))
         return None
-    rows = {row for state in fields for row in zip(*(np.ravel(value).tolist() for value in state), strict=True)}
+    columns = ([np.ravel(np.asarray(value)).tolist() for value in state] for state in fields)
+    rows = {row for state in columns for row in zip(*state, strict=True)}
     _refuse_several("schedules, as (interval, steps_per_epoch)", {row[2:] for row in rows})
     _refuse_several("positions, as (phase, second)", {row[:2] for row in rows})
     if not rows:
