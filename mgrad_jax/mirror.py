@@ -33,6 +33,7 @@ import numbers
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -104,6 +105,33 @@ class MirroredState(NamedTuple):
     """
 
     inner_state: Any
+
+
+class Wrapping(optax.GradientTransformationExtraArgs):
+    """What an opaque form returns: an optimizer around another, which can be had around a changed one as well.
+
+    For who adds to an optimizer what has to act before the form does, such as a decay of its learning rate.
+
+    Attributes:
+        inner: the optimizer inside.
+        around: builds the same form around another optimizer.
+    """
+
+    inner: optax.GradientTransformation
+    around: Callable[[optax.GradientTransformation], Wrapping]
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: optax.GradientTransformation,
+        around: Callable[[optax.GradientTransformation], Wrapping],
+        init_fn: Callable[..., Any],
+        update_fn: Callable[..., Any],
+    ) -> Wrapping:
+        """The form with these two functions, built by ``around(optimizer)``."""
+        form = cls(init_fn, update_fn)
+        form.inner, form.around = optimizer, around
+        return form
 
 
 def mirror_gradient(
@@ -822,9 +850,7 @@ def _two_passes(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _opaque(
-    scaling: optax.GradientTransformationExtraArgs, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+def _opaque(scaling: optax.GradientTransformationExtraArgs, optimizer: optax.GradientTransformation) -> Wrapping:
     """Run both passes of the visible form inside one update."""
     visible = optax.chain(scaling, optimizer)
 
@@ -868,7 +894,7 @@ def _opaque(
         total, inner_state = _when(pending, second_pass, first, inner_state)
         return total, MirroredState(inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Wrapping.of(optimizer, partial(_opaque, scaling), init_fn, update_fn)
 
 
 def gradient_again(grad_fn: GradFn, params: Any, index: int) -> Any:

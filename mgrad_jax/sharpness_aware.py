@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from mgrad_jax.mirror import PASS_GRAD_FN, GradFn, gradient_again, update_with
+from mgrad_jax.mirror import PASS_GRAD_FN, GradFn, Wrapping, gradient_again, update_with
 from mgrad_jax.selection import largest
 
 Renew: TypeAlias = Callable[["SSAMState", jax.Array, Any, Any, dict[str, Any]], Any]
@@ -56,9 +56,7 @@ class SSAMState(NamedTuple):
     inner_state: Any
 
 
-def sam(
-    optimizer: optax.GradientTransformation, rho: jax.typing.ArrayLike = 0.05
-) -> optax.GradientTransformationExtraArgs:
+def sam(optimizer: optax.GradientTransformation, rho: jax.typing.ArrayLike = 0.05) -> Wrapping:
     r"""Wrap an optimizer in sharpness-aware minimization, through `optax.contrib.sam`.
 
     With :math:`g` the gradient of the batch and :math:`\Phi` one update of the optimizer,
@@ -116,7 +114,7 @@ def sam(
         with jax.numpy_dtype_promotion("standard"):
             return whole.update(updates, state, params, grad_fn=partial(gradient_again, grad_fn))
 
-    return optax.GradientTransformationExtraArgs(form({}).init, update_fn)
+    return Wrapping.of(optimizer, lambda other: sam(other, rho), form({}).init, update_fn)
 
 
 def ssam_f(
@@ -319,7 +317,7 @@ def _sparse(
     seed: int,
     first_mask: Callable[[jax.Array, Any], Any],
     renew: Renew,
-) -> optax.GradientTransformationExtraArgs:
+) -> Wrapping:
     """The machinery of `ssam_f` and `ssam_d`, which differ in their masks only."""
     _check_rho(rho)
     _check_count("refresh_epochs", refresh_epochs)
@@ -356,7 +354,10 @@ def _sparse(
         )
         return descent, SSAMState(optax.safe_increment(state.count), state.key, mask, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def around(other: optax.GradientTransformation) -> Wrapping:
+        return _sparse(other, rho, refresh_epochs, steps_per_epoch, seed, first_mask, renew)
+
+    return Wrapping.of(optimizer, around, init_fn, update_fn)
 
 
 def _refresh(due: jax.Array, renew: Callable[[], Any], mask: Any) -> Any:

@@ -18,13 +18,16 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.metrics import METRICS
 from mgrad_jax.evaluation.ranking import Ranker, make_ranker, rank_metrics
-from mgrad_jax.mirror import pass_schedule
+from mgrad_jax.iterates import evaluation_params
+from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.models import Recommender
 from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.training.decay import with_decay
 from mgrad_jax.training.epoch import (
     EpochLog,
     EpochPlan,
     SplitModel,
+    TrainingData,
     TrainState,
     run_epoch,
     split_model,
@@ -143,7 +146,7 @@ _Evaluation = tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]
 class _Programs(NamedTuple):
     """The two compiled programs of a run and the seconds their compilation took."""
 
-    train: Callable[[TrainState, jax.Array, np.float32], tuple[TrainState, EpochLog]]
+    train: Callable[[TrainState, jax.Array], tuple[TrainState, EpochLog]]
     evaluate: Callable[[_Scoring], _Evaluation]
     seconds: float
 
@@ -222,7 +225,6 @@ class _Run:
     state: TrainState
     best: _Scoring
     key: jax.Array
-    decay: tuple[float, float]
     description: str
     progress: Progress = field(default_factory=Progress)
 
@@ -230,9 +232,8 @@ class _Run:
         """Train and evaluate one epoch; a value that is not finite ends the run before anything is overwritten."""
         number = self.progress.epoch
         started = time.perf_counter()
-        factor = np.float32(self.decay[0] ** (number / self.decay[1]))
         key = jax.random.fold_in(self.key, number)
-        self.state, log = self.programs.train(self.state._replace(stale_params=None), key, factor)
+        self.state, log = self.programs.train(self.state._replace(stale_params=None), key)
         log = jax.device_get(log)
         trained = time.perf_counter()
         self._check_losses(log.losses)
@@ -321,14 +322,16 @@ def _start(
 ) -> _Run:
     """Put model and data on the device and compile the two programs."""
     parts = split_model(model)
+    tx = with_decay(tx, decay, parts.params)
     # The state is donated to each epoch; without a copy the first one would take the model's own arrays with it.
     state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+    check_loop(state.opt_state)
     schedule = pass_schedule(state.opt_state, -(-len(data.train) // batch_size))
     plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale")
     programs = _compile(parts, tx, plan, state, data, ks)
     best = jax.tree.map(jnp.copy, _scoring(state))
     description = f"{model.name}, {model.config}, batch size {batch_size}, seed {seed}"
-    return _Run(programs, plan, state, best, jax.random.key(seed), decay, description)
+    return _Run(programs, plan, state, best, jax.random.key(seed), description)
 
 
 def _compile(
@@ -346,9 +349,9 @@ def _compile(
 
     @partial(jax.jit, donate_argnums=0)
     def train_epoch(
-        state: TrainState, constants: nnx.State, train: TrainingData, key: jax.Array, factor: jax.Array
+        state: TrainState, constants: nnx.State, train: TrainingData, key: jax.Array
     ) -> tuple[TrainState, EpochLog]:
-        return run_epoch(parts.graphdef, tx, plan, state, constants, train, key, factor)
+        return run_epoch(parts.graphdef, tx, plan, state, constants, train, key)
 
     @jax.jit
     def evaluate(scoring: _Scoring, constants: nnx.State, rankers: tuple[Ranker, Ranker]) -> _Evaluation:
@@ -356,19 +359,19 @@ def _compile(
         valid, test = (rank_metrics(ranker, users, items) for ranker in rankers)
         return valid, test, jnp.isfinite(users.sum() + items.sum())
 
-    key, factor = jax.random.key(0), np.float32(1.0)
-    trainer = train_epoch.lower(state, parts.constants, train, key, factor).compile()
+    trainer = train_epoch.lower(state, parts.constants, train, jax.random.key(0)).compile()
     evaluator = evaluate.lower(_scoring(state), parts.constants, rankers).compile()
     return _Programs(
-        lambda state, key, factor: trainer(state, parts.constants, train, key, factor),
+        lambda state, key: trainer(state, parts.constants, train, key),
         lambda scoring: evaluator(scoring, parts.constants, rankers),
         time.perf_counter() - started,
     )
 
 
 def _scoring(state: TrainState) -> _Scoring:
-    """What evaluation scores with: the final parameters of the epoch, or the stale ones where they are kept."""
-    return _Scoring(state.params if state.stale_params is None else state.stale_params, state.epoch_state)
+    """What evaluation scores with: as of the end of the epoch, or before its last update where that is kept."""
+    stale = state.stale_params
+    return _Scoring(evaluation_params(state.opt_state, state.params) if stale is None else stale, state.epoch_state)
 
 
 def _metric_names(ks: Sequence[int]) -> list[str]:
