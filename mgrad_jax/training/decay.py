@@ -98,7 +98,7 @@ def with_decay(
     if _acts_on_its_updates(optimizer, params):
         raise UserError(
             "learning_rate_decay cannot reach the learning rate inside this optimizer, which evaluates the loss or keeps "
-            "parameters by itself; put mgrad_jax.training.decay.decayed around the optimizer inside it instead."
+            f"parameters by itself; put decayed(optimizer, rate_factors({decay})) of mgrad_jax.training.decay inside it."
         )
     return decayed(optimizer, factors)
 

@@ -176,14 +176,17 @@ def fit(
     Args:
         model: from `mgrad_jax.models.create`.
         data: from `mgrad_jax.data.load_interactions`; the dataset the model was created with.
-        tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms work too.
+        tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms and line searches work too. Where an
+            optimizer means other parameters than the trained ones for evaluation (`mgrad_jax.evaluation_params`), those
+            are evaluated and kept.
         epochs: the most epochs to run.
         patience: stop when more than this many epochs in a row bring no improvement.
         seed: of shuffling, negatives, dropout and resampling.
         batch_size: interactions a batch; the last, partial batch is kept.
         metric: what selects the best epoch, on validation only.
         ks: cut-offs of the metrics.
-        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s).
+        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), inside the forms
+            that are opaque. A `tx` that brings the same decay along stays as it is.
         evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
@@ -191,11 +194,14 @@ def fit(
         on_epoch: called after every epoch, before its checkpoint is written.
 
     Raises:
-        UserError: an option out of range, data without validation or test interactions.
+        UserError: an option out of range, data without validation or test interactions, a learning rate that the decay
+            cannot reach.
+        ValueError: an optimizer that no loop of two passes can drive (`mgrad_jax.mirror.check_loop`).
         TrainingDiverged: a loss or score became NaN or infinite.
     """
     _check_options(data, epochs, patience, batch_size, metric, ks)
-    run = _start(model, data, tx, batch_size, seed, ks, learning_rate_decay, evaluate)
+    tx = with_decay(tx, learning_rate_decay, nnx.state(model, nnx.Param))
+    run = _start(model, data, tx, batch_size, seed, ks, evaluate)
     if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
         run.restore(checkpoints, ks)
     history: list[EpochReport] = []
@@ -317,15 +323,13 @@ def _start(
     batch_size: int,
     seed: int,
     ks: Sequence[int],
-    decay: tuple[float, float],
     evaluate: str,
 ) -> _Run:
     """Put model and data on the device and compile the two programs."""
     parts = split_model(model)
-    tx = with_decay(tx, decay, parts.params)
     # The state is donated to each epoch; without a copy the first one would take the model's own arrays with it.
     state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
-    check_loop(state.opt_state)
+    _check_optimizer(state.opt_state)
     schedule = pass_schedule(state.opt_state, -(-len(data.train) // batch_size))
     plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale")
     programs = _compile(parts, tx, plan, state, data, ks)
@@ -386,6 +390,17 @@ def _blank_checkpoint(state: TrainState, ks: Sequence[int]) -> dict[str, Any]:
 
 def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _check_optimizer(opt_state: Any) -> None:
+    """Refuse what the loop cannot drive, or has no parameters to evaluate with."""
+    check_loop(opt_state)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.LookaheadState))
+    if any(isinstance(node, optax.LookaheadState) for node in nodes):
+        raise UserError(
+            "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, as "
+            "optax.contrib.schedule_free does."
+        )
 
 
 def _check_options(
