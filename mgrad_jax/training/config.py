@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import sys
@@ -24,6 +25,7 @@ from mgrad_jax.mirror import mirror_gradient, replay
 from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.sharpness_aware import sam, ssam_d, ssam_f
+from mgrad_jax.training.decay import decayed, rate_factors
 
 # Sharpness-aware trainings, and the constructor of each in `mgrad_jax.sharpness_aware`.
 _SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
@@ -220,8 +222,16 @@ class RunConfig:
         model = models.create(self.model, data, seed=self.seed, feature_dtype=feature_dtype, **self.hyper_parameters)
         return model if self.adversarial is None else adversarial(model, **self.adversarial)
 
+    @functools.cached_property
+    def rate_factors(self) -> Any:
+        """The factor on the learning rate in each epoch, None where the rate stays as it is."""
+        return rate_factors(tuple(self.learning_rate_decay))
+
     def _optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args)
+        optimizer = make_optimizer(
+            self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args
+        )
+        return decayed(optimizer, self.rate_factors)
 
     def transformation(self, data: Interactions | None = None) -> optax.GradientTransformation:
         """The Optax chain of the run; `ssam-f` and `ssam-d` need the data, whose batches their masks are renewed by."""
