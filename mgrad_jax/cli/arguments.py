@@ -29,7 +29,7 @@ class Command(TyperCommand):
                     raise UserError(f"{before} and {option} exclude each other; leave one of them out.")
                 seen[parameter.name] = option
             for value in values:
-                if not value.strip():
+                if not value:
                     raise UserError(f"{option} is empty; give it a value or leave it out.")
                 if parameter is not None and parameter.name in numbers:
                     check_plain(option, value)

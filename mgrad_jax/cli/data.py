@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from mgrad_jax.cli.console import console
@@ -190,9 +189,9 @@ def _store_user_graph(source: Path, k: int, published: Path | None = None) -> No
 
 
 def _print_values(title: str, values: Mapping[str, Any]) -> None:
-    table = Table(title=escape(title), show_header=False)
+    table = Table(title=title, show_header=False)
     for key, value in values.items():
-        table.add_row(escape(key), escape(str(value)))
+        table.add_row(key, str(value))
     console().print(table)
 
 
@@ -202,13 +201,13 @@ def info(data: Annotated[str, typer.Argument(metavar="DATA", help="Directory in 
     from mgrad_jax.data.mmrec import remarks
 
     interactions = load_interactions(data)
-    table = Table(title=escape(interactions.name), show_header=False)
+    table = Table(title=interactions.name, show_header=False)
     for name, value in interactions.statistics().items():
         table.add_row(name, _shown(value))
     terminal = console()
     terminal.print(table)
     for note in [*remarks(interactions), *_refusals(interactions)]:
-        terminal.print(f"note: {note}", markup=False, highlight=False)
+        terminal.print(f"note: {note}", soft_wrap=True)
 
 
 def _refusals(data: Interactions) -> list[str]:
