@@ -55,12 +55,12 @@ def test_once_something_is_written_a_signal_is_an_exception() -> None:
     for number in stopping.SIGNALS:
         with stopping.watched():
             stopping.complete_what_is_begun()
-            stopping.raise_if_asked()
+            stopping.repeat_if_lost()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
             # Whoever lost the exception is told again.
             with pytest.raises(KeyboardInterrupt):
-                stopping.raise_if_asked()
+                stopping.repeat_if_lost()
     assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
 
 

@@ -34,7 +34,7 @@ class _Standing:
     def __init__(self) -> None:
         self.sentence: Callable[[], str] = _nothing_written
         self.at_once = True
-        self.asked = False
+        self.asked: int | None = None
         self.leaving = threading.Lock()
 
 
@@ -76,10 +76,10 @@ def complete_what_is_begun() -> None:
     _standing.at_once = False
 
 
-def raise_if_asked() -> None:
-    """Raise the `KeyboardInterrupt` of a signal again that was lost in a callback."""
-    if _standing.asked:
-        raise KeyboardInterrupt
+def repeat_if_lost() -> None:
+    """Send a signal again whose `KeyboardInterrupt` was lost in a callback."""
+    if _standing.asked is not None:
+        signal.raise_signal(_standing.asked)
 
 
 def sentence() -> str:
@@ -88,7 +88,7 @@ def sentence() -> str:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    _standing.asked = True
+    _standing.asked = number
     if not _standing.at_once:
         raise KeyboardInterrupt
     _exit_now()

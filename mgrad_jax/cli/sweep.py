@@ -103,7 +103,7 @@ def _progress(config: SweepConfig) -> Iterator[Any]:
             state = f"{sweep.finished} of {sweep.members} members  group {sweep.group} of {sweep.groups}"
             state += f"  epoch {epochs}" if epochs else ""
             tell(state, sweep.finished, sweep.members)
-            stopping.raise_if_asked()
+            stopping.repeat_if_lost()
 
         yield report
 

@@ -82,7 +82,7 @@ def _progress(config: RunConfig) -> Iterator[Any]:
                 f"  best {epoch.best_epoch}"
             )
             tell(state, epoch.epoch, max(total, epoch.epoch))
-            stopping.raise_if_asked()
+            stopping.repeat_if_lost()
 
         yield report
 
