@@ -242,15 +242,15 @@ def _parsed(data: bytes, form: Form, n_fields: int, columns: Sequence[int], dtyp
         if dtype is str:
             raise
         return None
-    return table if dtype is str or _digits_only(data, form, n_fields, table) else None
+    return table if dtype is str or _digits_only(data, form, n_fields, columns, table) else None
 
 
-def _digits_only(data: bytes, form: Form, n_fields: int, table: pd.DataFrame) -> bool:
+def _digits_only(data: bytes, form: Form, n_fields: int, columns: Sequence[int], table: pd.DataFrame) -> bool:
     """Whether the numbers are as long as their fields: pandas would round 3.0000000000000001, too."""
     ends = _marks(np.frombuffer(data, np.uint8), form)
     lengths = np.diff(ends, prepend=-1).reshape(-1, n_fields) - 1
     powers = 10 ** np.arange(1, 19)
-    for column in table:
+    for column in columns:
         numbers = table[column].to_numpy()
         if (numbers < 0).any() or (np.searchsorted(powers, numbers, side="right") + 1 != lengths[:, column]).any():
             return False
