@@ -21,11 +21,13 @@ if TYPE_CHECKING:
         schedule_over_passes,
         second_pass_pending,
     )
+    from mgrad_jax.same_batch import checked
     from mgrad_jax.sharpness_aware import SSAMState, sam, ssam_d, ssam_f
 
 __all__ = [
     "MirrorState",
     "SSAMState",
+    "checked",
     "close_batch",
     "evaluation_params",
     "mirror_gradient",
@@ -40,6 +42,7 @@ __all__ = [
     "ssam_f",
 ]
 _ELSEWHERE = {
+    "checked": "mgrad_jax.same_batch",
     "evaluation_params": "mgrad_jax.iterates",
     **dict.fromkeys(("SSAMState", "sam", "ssam_d", "ssam_f"), "mgrad_jax.sharpness_aware"),
 }

@@ -561,7 +561,7 @@ def mirror_step(
     Args:
         loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``.
         optimizer: an Optax optimizer; ``update`` is also given ``value``, ``grad``, ``value_fn(params)`` (``obj_fn`` is
-            the same) and ``grad_fn(params, index)``, those of them that it accepts (`update_with`).
+            the same), ``grad_fn(params, index)`` and the ``batch``, those of them that it accepts (`update_with`).
         has_aux: ``loss_fn`` returns ``(scalar, aux)``.
 
     Returns:
@@ -626,6 +626,7 @@ def mirror_step(
                 "value_fn": value_fn,
                 "obj_fn": value_fn,
                 "grad_fn": grad_fn,
+                "batch": (args, kwargs),
             }
             updates, opt_state = update_with(optimizer.update, grads, opt_state, params, **extra_args)
             return optax.apply_updates(params, updates), opt_state, out
