@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         schedule_over_passes,
         second_pass_pending,
     )
+    from mgrad_jax.nnx_loop import nnx_step
     from mgrad_jax.same_batch import checked
     from mgrad_jax.sharpness_aware import SSAMState, sam, ssam_d, ssam_f
 
@@ -33,6 +34,7 @@ __all__ = [
     "mirror_gradient",
     "mirror_step",
     "mirrored",
+    "nnx_step",
     "replay",
     "replayed",
     "sam",
@@ -44,6 +46,7 @@ __all__ = [
 _ELSEWHERE = {
     "checked": "mgrad_jax.same_batch",
     "evaluation_params": "mgrad_jax.iterates",
+    "nnx_step": "mgrad_jax.nnx_loop",
     **dict.fromkeys(("SSAMState", "sam", "ssam_d", "ssam_f"), "mgrad_jax.sharpness_aware"),
 }
 

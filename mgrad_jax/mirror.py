@@ -572,12 +572,12 @@ def mirror_step(
         the gradient is that of the fast ones.
 
     Raises:
-        ValueError: by the step, if `check_loop` refuses the optimizer, or its mirrors have different intervals.
+        ValueError: by the step, if `check_loop` refuses the optimizer.
 
     Notes:
         What stands behind the mirror decides what is left of it. A line search starts uphill in the second pass, and
         most refuse to move; an optimizer that looks at the sign or the direction of a gradient alone (lion, sign_sgd,
-        an Adam at its first step) cancels the factor, so that the second pass undoes the first.
+        and Adam at its very first steps) cancels the factor, so that the second pass undoes the first.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -602,8 +602,7 @@ def mirror_step(
     def step(
         params: Any, opt_state: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        check_loop(opt_state)
-        _check_agreement(opt_state, optimizer, params)
+        check_loop(opt_state, optimizer, params)
 
         def loss_of(params: Any, pass_index: int) -> Any:
             keyed = {} if key is None else {"key": jax.random.fold_in(key, pass_index)}
@@ -649,7 +648,7 @@ def mirror_step(
     return step
 
 
-def check_loop(opt_state: Any) -> None:
+def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = None, params: Any = None) -> None:
     """Refuse an optimizer that no loop of two passes over a batch can drive rightly, by what its state holds.
 
     A loop that sees one batch at a time, such as `mirror_step`, cannot make the passes of a mirror where
@@ -658,12 +657,15 @@ def check_loop(opt_state: Any) -> None:
       first pass then moves nothing, or two passes over one batch count as two batches;
     - a form behind the mirror takes its gradient from ``grad_fn`` (`mirrored`, sharpness-aware minimization): the
       factors do not reach the gradient that it steps along. ``sam(optax.chain(mirror_gradient(), optimizer))`` is right;
-    - ``optax.contrib.sam`` without ``opaque_mode`` takes the two passes for its own two steps.
+    - ``optax.contrib.sam`` without ``opaque_mode`` takes the two passes for its own two steps;
+    - there are several mirrors that do not ask for the second pass of the same batches, or that scale the same gradient.
 
     Without a mirror nothing is refused.
 
     Args:
         opt_state: any optimizer state, also traced.
+        optimizer: where the state is traced, the intervals that this optimizer was built with are compared instead.
+        params: parameters for its ``init``, which is traced and not run.
 
     Raises:
         ValueError: one sentence, with the remedy.
@@ -700,6 +702,7 @@ def check_loop(opt_state: Any) -> None:
     }
     if "MirrorState" in outermost and outermost & set(_OWN_GRADIENT):
         raise ValueError(_MIRROR_OUTSIDE)
+    _check_agreement(opt_state, optimizer, params)
 
 
 def update_with(update: Callable[..., Any], *args: Any, **extra_args: Any) -> Any:

@@ -325,6 +325,7 @@ def _sparse(
     _check_count("refresh_epochs", refresh_epochs)
     _check_count("steps_per_epoch", steps_per_epoch)
     _check_count("seed", seed, least=0)
+
     def init_fn(params: Any) -> SSAMState:
         # The key is state, not a constant: members of one vmapped program have seeds of their own.
         first, following = jax.random.split(jax.random.key(seed))
