@@ -14,6 +14,8 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path, capsys):
+    if path.stem == "equinox_mlp":
+        pytest.importorskip("equinox")  # the extra `test` installs it
     with jax.numpy_rank_promotion("allow"):
         runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
@@ -23,4 +25,10 @@ def test_example_runs(path, capsys):
 
 
 def test_there_are_examples():
-    assert {"plain_optax", "flax_nnx", "scan_and_vmap"} <= {path.stem for path in EXAMPLES}
+    loops = {"plain_optax", "flax_nnx", "flax_linen", "equinox_mlp", "own_loop", "scan_and_vmap"}
+    assert loops <= {path.stem for path in EXAMPLES}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_under_sixty_lines(path):
+    assert len(path.read_text().splitlines()) < 60

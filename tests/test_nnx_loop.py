@@ -37,8 +37,7 @@ def linear():
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_mirror_step(form):
     model, tx = linear(), FORMS[form]()
-    graph, params, rest = nnx.split(linear(), nnx.Param, ...)
-    params = nnx.to_pure_dict(params)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     ours = nnx.jit(nnx_step(loss))
     step = jax.jit(mirror_step(lambda p, x, y: jnp.mean((x @ p["kernel"] + p["bias"][None] - y) ** 2), tx))
