@@ -5,9 +5,9 @@ scaled by ``alpha1``, and one against the gradient taken afresh at the moved par
 order in the step size that is gradient descent with a penalty on the squared gradient norm, which prefers flat minima.
 
 ======================  ==============================================================================================
-`mirror_gradient`       visible form: a link of `optax.chain`; the loop makes the second pass when the state asks for it
 `mirror_step`           one jit-able training step for any loss and any optimizer; makes the second pass itself
 `mirrored`              opaque form: wraps a whole optimizer, both updates inside one call of ``update``
+`mirror_gradient`       visible form: a link of `optax.chain`; the loop makes the second pass when the state asks for it
 `replay`, `replayed`    the control with equally many updates: the second pass repeats the batch with factor +1
 `second_pass_pending`   does the state ask for a second pass over the same batch?
 `close_batch`           ends a batch whose second pass did not happen
@@ -129,7 +129,8 @@ def mirror_gradient(
         \theta'' = \theta - \eta \nabla \left[ (\alpha_1 - \alpha_2) L(\theta)
         + \tfrac{1}{2} \eta \alpha_1 \alpha_2 \lVert \nabla L(\theta) \rVert^2 \right] + O(\eta^3).
 
-    The training loop makes the second pass whenever `second_pass_pending` says so; `mirror_step` is such a loop body.
+    The training loop makes the second pass whenever `second_pass_pending` says so: train with `mirror_step`, which does.
+    A loop that calls ``update`` once a batch ascends instead: it takes the next batch for the second pass.
 
     Args:
         alpha1: factor of the first pass over a mirror batch; a number, a scalar array (also traced: one program can
@@ -156,18 +157,38 @@ def mirror_gradient(
         UserWarning: if ``alpha1 <= alpha2``, where both values are known.
 
     Notes:
+        - What stands behind the mirror counts passes, not batches: a learning-rate schedule, Adam's bias correction,
+          the patience of ``optax.contrib.reduce_on_plateau``, the period of `optax.lookahead`. A decay meant for N
+          batches ends after N passes, at interval 1 half-way through: `schedule_over_passes` stretches it. A schedule
+          of alpha, handed to this function, counts batches.
         - `optax.inject_hyperparams` needs ``static_args=("interval", "steps_per_epoch")``. A schedule handed to it
-          counts passes; a schedule handed to this function counts batches.
+          counts passes.
         - In `optax.MultiSteps`, ``MultiSteps(chain(mirror_gradient(), adam(lr)), k)``, a batch is k mini-batches,
           and the second pass replays the same k mini-batches.
         - In `optax.partition` or `optax.masked` the second pass steps every optimizer again, with a factor of 1 where
           there is no mirror; ``max_norm`` sees the masked-in gradients only.
-        - `optax.apply_if_finite` belongs outside the chain: a rejected first pass then skips the batch.
+        - `optax.apply_if_finite` belongs outside the chain: a rejected first pass then skips the batch. A rejected
+          second one leaves its batch open, which `close_batch` ends.
+        - ``update`` ignores extra arguments. To test a loop of your own, wrap the mirror in `mgrad_jax.checked`.
 
     Examples:
+        With `mirror_step`:
+
         >>> import jax, jax.numpy as jnp, optax
-        >>> from mgrad_jax import mirror_gradient, second_pass_pending
+        >>> from mgrad_jax import close_batch, mirror_gradient, mirror_step, second_pass_pending
         >>> tx = optax.chain(mirror_gradient(alpha1=1.0, alpha2=0.2, interval=3), optax.sgd(0.1))
+        >>> step = jax.jit(mirror_step(lambda p, batch: 0.5 * batch * p**2, tx))
+        >>> params = jnp.array(1.0)
+        >>> state = tx.init(params)
+        >>> for batch in (1.0, 2.0, 3.0):
+        ...     params, state, loss = step(params, state, batch)
+        ...     print(f"batch {batch:.0f}: {params:.4f}")
+        batch 1: 0.9180
+        batch 2: 0.7344
+        batch 3: 0.5141
+
+        The same in a loop that calls ``update`` itself, at most twice a batch:
+
         >>> params = jnp.array(1.0)
         >>> state = tx.init(params)
         >>> for batch in (1.0, 2.0, 3.0):
@@ -178,6 +199,7 @@ def mirror_gradient(
         ...         print(f"batch {batch:.0f}: {params:.4f}")
         ...         if not second_pass_pending(state):
         ...             break
+        ...     state = close_batch(state)  # in case the second pass was refused
         batch 1: 0.9000
         batch 1: 0.9180
         batch 2: 0.7344
@@ -258,7 +280,8 @@ def mirrored(
 
     Returns:
         A transformation with a `MirroredState`. ``update`` raises ValueError without ``params`` or ``grad_fn``.
-        Further arguments go to ``optimizer``, in both passes; ``grad``, if given, is renewed for the second.
+        Further arguments go to ``optimizer``, those of them that it accepts, in both passes; ``grad``, if given, is
+        renewed for the second.
 
     Raises:
         ValueError: as `mirror_gradient`.
@@ -267,10 +290,14 @@ def mirrored(
         UserWarning: as `mirror_gradient`.
 
     Notes:
-        Nesting: gradient processing goes inside, ``mirrored(optax.chain(optax.clip(1.0), optax.adam(lr)))``, so that
-        the second gradient is processed too; so does `optax.apply_if_finite`, which looks only at the gradient that
-        comes in. `optax.masked` and `optax.partition` go inside as well, since ``grad_fn`` returns the whole
-        gradient. In ``optax.MultiSteps(mirrored(...), k)`` let ``grad_fn`` be the gradient over all k mini-batches.
+        - Nesting: gradient processing goes inside, ``mirrored(optax.chain(optax.clip(1.0), optax.adam(lr)))``, so that
+          the second gradient is processed too; so does `optax.apply_if_finite`, which looks only at the gradient that
+          comes in. `optax.masked`, `optax.partition` and `optax.lookahead` go inside as well, since ``grad_fn`` returns
+          the whole gradient, or is not handed on. In ``optax.MultiSteps(mirrored(...), k)`` let ``grad_fn`` be the
+          gradient over all k mini-batches.
+        - The optimizer inside counts passes, as in `mirror_gradient`: give a learning-rate schedule through
+          `schedule_over_passes`.
+        - A ``value`` that is handed over is renewed for the second pass where ``value_fn(params)`` comes with it.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
