@@ -603,8 +603,8 @@ def mirror_step(
 
     Notes:
         What stands behind the mirror decides what is left of it. A line search starts uphill in the second pass, and
-        most refuse to move; an optimizer that looks at the sign or the direction of a gradient alone (lion, sign_sgd,
-        and Adam at its very first steps) cancels the factor, so that the second pass undoes the first.
+        moves hardly or not at all. Where only the sign or the direction of a gradient counts (lion, sign_sgd), the
+        factor cancels, so that the second pass undoes the first.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -766,9 +766,10 @@ def update_with(update: Callable[..., Any], *args: Any, **extra_args: Any) -> An
         try:
             return update(*args, **given)
         except TypeError as error:
-            named = {name for name in extra_args if f"'{name}'" in str(error)}
-            if "unexpected keyword argument" not in str(error).lower() or not named & given.keys():
-                if "missing" in str(error) and named - given.keys():
+            words = str(error).split("Did you mean")[0]  # what newer Pythons suggest is not what was refused
+            named = {name for name in extra_args if f"'{name}'" in words}
+            if "unexpected keyword argument" not in words.lower() or not named & given.keys():
+                if "missing" in words and named - given.keys():
                     raise ValueError(
                         f"One link of the optimizer needs {sorted(named)}, which another link refuses; write the one "
                         f"that refuses so that it takes **extra_args (mgrad_jax.sam does, optax.contrib.sam does not)."

@@ -393,6 +393,15 @@ def test_an_error_of_the_optimizer_itself_comes_through():
         update_with(lambda updates, state, params=None, *, unknown, **extra: None, jnp.ones(2), (), value=1.0)
 
 
+def test_a_suggestion_is_not_a_refusal():
+    def update(updates, state, params=None, **extra_args):
+        if "grad" in extra_args:
+            raise TypeError("update() got an unexpected keyword argument 'grad'. Did you mean 'grad_fn'?")
+        return sorted(extra_args)
+
+    assert update_with(update, jnp.ones(2), (), grad=1.0, grad_fn=None) == ["grad_fn"]
+
+
 def test_plain_optimizers_are_given_nothing():
     seen = []
 

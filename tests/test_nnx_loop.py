@@ -14,15 +14,16 @@ from flax import nnx
 import mgrad_jax.nnx_loop as nnx_loop
 from mgrad_jax import checked, close_batch, mirror_gradient, mirror_step, mirrored, nnx_step, sam, second_pass_pending
 
+pytestmark = pytest.mark.quick_compilation
+
 X, Y = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), jnp.ones((4, 2))
 FORMS = {
-    "plain": lambda: optax.adam(0.1),
     "visible": lambda: optax.chain(mirror_gradient(interval=2), optax.adam(0.1)),
     "checked": lambda: checked(optax.chain(mirror_gradient(interval=2), optax.adam(0.1))),
     "opaque": lambda: mirrored(optax.adam(0.1), interval=2),
     "sam": lambda: sam(optax.adam(0.1)),
     "optax sam": lambda: optax.contrib.sam(optax.adam(0.1), optax.sgd(0.05), opaque_mode=True),
-    "line search": lambda: optax.lbfgs(),
+    "line search": lambda: optax.chain(optax.sgd(0.5), optax.scale_by_backtracking_linesearch(5)),
 }
 
 
