@@ -423,7 +423,8 @@ def _unflatten(flat: jax.Array, like: Any) -> Any:
 
 
 def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def _scaled_to(length: jax.typing.ArrayLike, updates: Any, epsilon: float) -> Any:
