@@ -21,16 +21,20 @@ if TYPE_CHECKING:
         schedule_over_passes,
         second_pass_pending,
     )
+    from mgrad_jax.nnx_loop import nnx_step
+    from mgrad_jax.same_batch import checked
     from mgrad_jax.sharpness_aware import SSAMState, sam, ssam_d, ssam_f
 
 __all__ = [
     "MirrorState",
     "SSAMState",
+    "checked",
     "close_batch",
     "evaluation_params",
     "mirror_gradient",
     "mirror_step",
     "mirrored",
+    "nnx_step",
     "replay",
     "replayed",
     "sam",
@@ -40,7 +44,9 @@ __all__ = [
     "ssam_f",
 ]
 _ELSEWHERE = {
+    "checked": "mgrad_jax.same_batch",
     "evaluation_params": "mgrad_jax.iterates",
+    "nnx_step": "mgrad_jax.nnx_loop",
     **dict.fromkeys(("SSAMState", "sam", "ssam_d", "ssam_f"), "mgrad_jax.sharpness_aware"),
 }
 

@@ -5,9 +5,9 @@ scaled by ``alpha1``, and one against the gradient taken afresh at the moved par
 order in the step size that is gradient descent with a penalty on the squared gradient norm, which prefers flat minima.
 
 ======================  ==============================================================================================
-`mirror_gradient`       visible form: a link of `optax.chain`; the loop makes the second pass when the state asks for it
 `mirror_step`           one jit-able training step for any loss and any optimizer; makes the second pass itself
 `mirrored`              opaque form: wraps a whole optimizer, both updates inside one call of ``update``
+`mirror_gradient`       visible form: a link of `optax.chain`; the loop makes the second pass when the state asks for it
 `replay`, `replayed`    the control with equally many updates: the second pass repeats the batch with factor +1
 `second_pass_pending`   does the state ask for a second pass over the same batch?
 `close_batch`           ends a batch whose second pass did not happen
@@ -157,7 +157,8 @@ def mirror_gradient(
         \theta'' = \theta - \eta \nabla \left[ (\alpha_1 - \alpha_2) L(\theta)
         + \tfrac{1}{2} \eta \alpha_1 \alpha_2 \lVert \nabla L(\theta) \rVert^2 \right] + O(\eta^3).
 
-    The training loop makes the second pass whenever `second_pass_pending` says so; `mirror_step` is such a loop body.
+    The training loop makes the second pass whenever `second_pass_pending` says so: train with `mirror_step`, which does.
+    A loop that calls ``update`` once a batch ascends instead: it takes the next batch for the second pass.
 
     Args:
         alpha1: factor of the first pass over a mirror batch; a number, a scalar array (also traced: one program can
@@ -184,18 +185,38 @@ def mirror_gradient(
         UserWarning: if ``alpha1 <= alpha2``, where both values are known.
 
     Notes:
+        - What stands behind the mirror counts passes, not batches: a learning-rate schedule, Adam's bias correction,
+          the patience of ``optax.contrib.reduce_on_plateau``, the period of `optax.lookahead`. A decay meant for N
+          batches ends after N passes, at interval 1 half-way through: `schedule_over_passes` stretches it. A schedule
+          of alpha, handed to this function, counts batches.
         - `optax.inject_hyperparams` needs ``static_args=("interval", "steps_per_epoch")``. A schedule handed to it
-          counts passes; a schedule handed to this function counts batches.
+          counts passes.
         - In `optax.MultiSteps`, ``MultiSteps(chain(mirror_gradient(), adam(lr)), k)``, a batch is k mini-batches,
           and the second pass replays the same k mini-batches.
         - In `optax.partition` or `optax.masked` the second pass steps every optimizer again, with a factor of 1 where
           there is no mirror; ``max_norm`` sees the masked-in gradients only.
-        - `optax.apply_if_finite` belongs outside the chain: a rejected first pass then skips the batch.
+        - `optax.apply_if_finite` belongs outside the chain: a rejected first pass then skips the batch. A rejected
+          second one leaves its batch open, which `close_batch` ends.
+        - ``update`` ignores extra arguments. To test a loop of your own, wrap the mirror in `mgrad_jax.checked`.
 
     Examples:
+        With `mirror_step`:
+
         >>> import jax, jax.numpy as jnp, optax
-        >>> from mgrad_jax import mirror_gradient, second_pass_pending
+        >>> from mgrad_jax import close_batch, mirror_gradient, mirror_step, second_pass_pending
         >>> tx = optax.chain(mirror_gradient(alpha1=1.0, alpha2=0.2, interval=3), optax.sgd(0.1))
+        >>> step = jax.jit(mirror_step(lambda p, batch: 0.5 * batch * p**2, tx))
+        >>> params = jnp.array(1.0)
+        >>> state = tx.init(params)
+        >>> for batch in (1.0, 2.0, 3.0):
+        ...     params, state, loss = step(params, state, batch)
+        ...     print(f"batch {batch:.0f}: {params:.4f}")
+        batch 1: 0.9180
+        batch 2: 0.7344
+        batch 3: 0.5141
+
+        The same in a loop that calls ``update`` itself, at most twice a batch:
+
         >>> params = jnp.array(1.0)
         >>> state = tx.init(params)
         >>> for batch in (1.0, 2.0, 3.0):
@@ -206,6 +227,7 @@ def mirror_gradient(
         ...         print(f"batch {batch:.0f}: {params:.4f}")
         ...         if not second_pass_pending(state):
         ...             break
+        ...     state = close_batch(state)  # in case the second pass was refused
         batch 1: 0.9000
         batch 1: 0.9180
         batch 2: 0.7344
@@ -286,7 +308,8 @@ def mirrored(
 
     Returns:
         A transformation with a `MirroredState`. ``update`` raises ValueError without ``params`` or ``grad_fn``.
-        Further arguments go to ``optimizer``, in both passes; ``grad``, if given, is renewed for the second.
+        Further arguments go to ``optimizer``, those of them that it accepts, in both passes; ``grad``, if given, is
+        renewed for the second.
 
     Raises:
         ValueError: as `mirror_gradient`.
@@ -295,10 +318,14 @@ def mirrored(
         UserWarning: as `mirror_gradient`.
 
     Notes:
-        Nesting: gradient processing goes inside, ``mirrored(optax.chain(optax.clip(1.0), optax.adam(lr)))``, so that
-        the second gradient is processed too; so does `optax.apply_if_finite`, which looks only at the gradient that
-        comes in. `optax.masked` and `optax.partition` go inside as well, since ``grad_fn`` returns the whole
-        gradient. In ``optax.MultiSteps(mirrored(...), k)`` let ``grad_fn`` be the gradient over all k mini-batches.
+        - Nesting: gradient processing goes inside, ``mirrored(optax.chain(optax.clip(1.0), optax.adam(lr)))``, so that
+          the second gradient is processed too; so does `optax.apply_if_finite`, which looks only at the gradient that
+          comes in. `optax.masked`, `optax.partition` and `optax.lookahead` go inside as well, since ``grad_fn`` returns
+          the whole gradient, or is not handed on. In ``optax.MultiSteps(mirrored(...), k)`` let ``grad_fn`` be the
+          gradient over all k mini-batches.
+        - The optimizer inside counts passes, as in `mirror_gradient`: give a learning-rate schedule through
+          `schedule_over_passes`.
+        - A ``value`` that is handed over is renewed for the second pass where ``value_fn(params)`` comes with it.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -589,7 +616,7 @@ def mirror_step(
     Args:
         loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``.
         optimizer: an Optax optimizer; ``update`` is also given ``value``, ``grad``, ``value_fn(params)`` (``obj_fn`` is
-            the same) and ``grad_fn(params, index)``, those of them that it accepts (`update_with`).
+            the same), ``grad_fn(params, index)`` and the ``batch``, those of them that it accepts (`update_with`).
         has_aux: ``loss_fn`` returns ``(scalar, aux)``.
 
     Returns:
@@ -600,12 +627,12 @@ def mirror_step(
         the gradient is that of the fast ones.
 
     Raises:
-        ValueError: by the step, if `check_loop` refuses the optimizer, or its mirrors have different intervals.
+        ValueError: by the step, if `check_loop` refuses the optimizer.
 
     Notes:
         What stands behind the mirror decides what is left of it. A line search starts uphill in the second pass, and
-        most refuse to move; an optimizer that looks at the sign or the direction of a gradient alone (lion, sign_sgd,
-        an Adam at its first step) cancels the factor, so that the second pass undoes the first.
+        moves hardly or not at all. Where only the sign or the direction of a gradient counts (lion, sign_sgd), the
+        factor cancels, so that the second pass undoes the first.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -630,8 +657,7 @@ def mirror_step(
     def step(
         params: Any, opt_state: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        check_loop(opt_state)
-        _check_agreement(opt_state, optimizer, params)
+        check_loop(opt_state, optimizer, params)
 
         def loss_of(params: Any, pass_index: int) -> Any:
             keyed = {} if key is None else {"key": jax.random.fold_in(key, pass_index)}
@@ -654,6 +680,7 @@ def mirror_step(
                 "value_fn": value_fn,
                 "obj_fn": value_fn,
                 "grad_fn": grad_fn,
+                "batch": (args, kwargs),
             }
             updates, opt_state = update_with(optimizer.update, grads, opt_state, params, **extra_args)
             return optax.apply_updates(params, updates), opt_state, out
@@ -676,7 +703,7 @@ def mirror_step(
     return step
 
 
-def check_loop(opt_state: Any) -> None:
+def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = None, params: Any = None) -> None:
     """Refuse an optimizer that no loop of two passes over a batch can drive rightly, by what its state holds.
 
     A loop that sees one batch at a time, such as `mirror_step`, cannot make the passes of a mirror where
@@ -685,12 +712,15 @@ def check_loop(opt_state: Any) -> None:
       first pass then moves nothing, or two passes over one batch count as two batches;
     - a form behind the mirror takes its gradient from ``grad_fn`` (`mirrored`, sharpness-aware minimization): the
       factors do not reach the gradient that it steps along. ``sam(optax.chain(mirror_gradient(), optimizer))`` is right;
-    - ``optax.contrib.sam`` without ``opaque_mode`` takes the two passes for its own two steps.
+    - ``optax.contrib.sam`` without ``opaque_mode`` takes the two passes for its own two steps;
+    - there are several mirrors that do not ask for the second pass of the same batches, or that scale the same gradient.
 
     Without a mirror nothing is refused.
 
     Args:
         opt_state: any optimizer state, also traced.
+        optimizer: where the state is traced, the intervals that this optimizer was built with are compared instead.
+        params: parameters for its ``init``, which is traced and not run.
 
     Raises:
         ValueError: one sentence, with the remedy.
@@ -727,6 +757,7 @@ def check_loop(opt_state: Any) -> None:
     }
     if "MirrorState" in outermost and outermost & set(_OWN_GRADIENT):
         raise ValueError(_MIRROR_OUTSIDE)
+    _check_agreement(opt_state, optimizer, params)
 
 
 def update_with(update: Callable[..., Any], *args: Any, **extra_args: Any) -> Any:
@@ -763,9 +794,10 @@ def update_with(update: Callable[..., Any], *args: Any, **extra_args: Any) -> An
         try:
             return update(*args, **given)
         except TypeError as error:
-            named = {name for name in extra_args if f"'{name}'" in str(error)}
-            if "unexpected keyword argument" not in str(error).lower() or not named & given.keys():
-                if "missing" in str(error) and named - given.keys():
+            words = str(error).split("Did you mean")[0]  # what newer Pythons suggest is not what was refused
+            named = {name for name in extra_args if f"'{name}'" in words}
+            if "unexpected keyword argument" not in words.lower() or not named & given.keys():
+                if "missing" in words and named - given.keys():
                     raise ValueError(
                         f"One link of the optimizer needs {sorted(named)}, which another link refuses; write the one "
                         f"that refuses so that it takes **extra_args (mgrad_jax.sam does, optax.contrib.sam does not)."

@@ -323,6 +323,7 @@ def _sparse(
     _check_count("refresh_epochs", refresh_epochs)
     _check_count("steps_per_epoch", steps_per_epoch)
     _check_count("seed", seed, least=0)
+
     def init_fn(params: Any) -> SSAMState:
         # The key is state, not a constant: members of one vmapped program have seeds of their own.
         first, following = jax.random.split(jax.random.key(seed))
@@ -422,7 +423,8 @@ def _unflatten(flat: jax.Array, like: Any) -> Any:
 
 
 def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def _scaled_to(length: jax.typing.ArrayLike, updates: Any, epsilon: float) -> Any:

@@ -120,7 +120,9 @@ def test_tensors_that_numpy_does_not_know_are_read(kind: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32", "uint8"])
 def test_any_real_type_is_read(dtype: str) -> None:
     target = vbpr(2)
-    state = {name: np.ones(x.shape).astype(np.dtype(jnp.dtype(dtype))) for name, x in interop.torch_state(target).items()}
+    state = {
+        name: np.ones(x.shape).astype(np.dtype(jnp.dtype(dtype))) for name, x in interop.torch_state(target).items()
+    }
     interop.load_torch_state(target, state)
     for array in interop.torch_state(target).values():
         assert array.dtype == np.float32
@@ -165,7 +167,7 @@ def test_what_holds_no_state_is_a_sentence() -> None:
     for content in ([1, 2], None, np.ones(3)):
         with pytest.raises(UserError, match="and no state_dict; save the state_dict alone"):
             interop.load_torch_state(vbpr(), content)
-    with pytest.raises(UserError, match="does not fit vbpr \\(missing: i_embedding, .* and 1 more"):
+    with pytest.raises(UserError, match=r"does not fit vbpr \(missing: i_embedding, .* and 1 more"):
         interop.load_torch_state(vbpr(), {})
     many = {**interop.torch_state(vbpr()), **{f"layer.{i}" * 20: np.ones(1) for i in range(500)}}
     with pytest.raises(UserError, match="and 497 more") as caught:
@@ -173,7 +175,9 @@ def test_what_holds_no_state_is_a_sentence() -> None:
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("error", [pickle.UnpicklingError("Weights only load failed. In PyTorch 2.6, ..."), IndexError()])
+@pytest.mark.parametrize(
+    "error", [pickle.UnpicklingError("Weights only load failed. In PyTorch 2.6, ..."), IndexError()]
+)
 def test_what_torch_refuses_is_a_sentence_without_its_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -182,7 +186,7 @@ def test_what_torch_refuses_is_a_sentence_without_its_advice(
         raise error
 
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
-    with pytest.raises(UserError, match="save the state_dict alone|cannot be read as a checkpoint") as caught:
+    with pytest.raises(UserError, match=r"save the state_dict alone|cannot be read as a checkpoint") as caught:
         interop.load_torch_state(vbpr(), tmp_path / "vbpr.pth")
     assert "Weights only" not in str(caught.value)
 

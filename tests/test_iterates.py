@@ -14,6 +14,8 @@ from flax import nnx
 import mgrad_jax.iterates as iterates
 from mgrad_jax import evaluation_params, mirror_gradient, mirror_step, mirrored, sam
 
+pytestmark = pytest.mark.quick_compilation
+
 FREE = optax.contrib.schedule_free_sgd
 
 

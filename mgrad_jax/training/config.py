@@ -26,6 +26,7 @@ from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.sharpness_aware import sam, ssam_d, ssam_f
 from mgrad_jax.training.decay import decayed, rate_factors
+from mgrad_jax.training.memory import check_memory, estimate
 
 # Sharpness-aware trainings, and the constructor of each in `mgrad_jax.sharpness_aware`.
 _SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
@@ -216,8 +217,21 @@ class RunConfig:
         training = details.get(self.training, self.training)
         return f"{self.model} with {training}, {self.optimizer}, learning rate {self.learning_rate:g}"
 
-    def create_model(self, data: Interactions) -> models.Recommender:
-        """The run's model before training."""
+    def create_model(self, data: Interactions, *, training: bool = True) -> models.Recommender:
+        """The run's model before training.
+
+        Args:
+            data: what it is built for.
+            training: whether it will be trained, which takes more memory than the model.
+
+        Raises:
+            UserError: the data lack what the model needs, or the device has not the memory that it takes.
+        """
+        config = models.make_config(self.model, dict(self.hyper_parameters))
+        tx = self.transformation(data) if training else optax.identity()
+        parts = estimate(self.model, config, data, tx, batch_size=self.batch_size, ks=self.ks)
+        settings = {**dataclasses.asdict(config), "batch_size": self.batch_size, "ks": self.ks}
+        check_memory(parts if training else {"parameters": parts["parameters"].shrunk(2)}, self.model, settings)
         feature_dtype = jnp.dtype(self.feature_dtype)
         model = models.create(self.model, data, seed=self.seed, feature_dtype=feature_dtype, **self.hyper_parameters)
         return model if self.adversarial is None else adversarial(model, **self.adversarial)

@@ -159,7 +159,7 @@ def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
     interactions = load_interactions(config.data)
     if data_digest(interactions) != digest:
         raise UserError(f"{config.data} is not the data of {directory}; give the ones it was trained on with --data.")
-    model = config.create_model(interactions)
+    model = config.create_model(interactions, training=False)
     parts = split_model(model)
     stale = parts.params if config.evaluate == "stale" else None
     metrics = dict.fromkeys(config.metric_names, 0.0)

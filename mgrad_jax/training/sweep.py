@@ -33,6 +33,7 @@ from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import EpochPlan, SplitModel, TrainState, run_epoch, split_model, training_data
 from mgrad_jax.training.fit import Progress
 from mgrad_jax.training.grid import TRACED, group_members, no_advice
+from mgrad_jax.training.memory import available_bytes
 
 
 @dataclass(frozen=True)
@@ -293,8 +294,7 @@ def _standing(epochs: Sequence[int], best: Sequence[float]) -> _Standing:
 
 def _compile_what_fits(group: _Group, wanted: int) -> tuple[int, _Programs]:
     """Compile for as many members, at most those wanted, as fit into the device's memory side by side; by halving."""
-    stats = jax.devices()[0].memory_stats() or {}
-    limit = 0.9 * stats.get("bytes_limit", math.inf)
+    limit = 0.9 * available_bytes()
     while True:
         programs = _compile(group, wanted)
         if wanted == 1 or max(_bytes(program) for program in programs[:2]) <= limit:

@@ -95,7 +95,9 @@ def test_narrow_parameters_stay_narrow() -> None:
 def test_the_same_decay_twice_is_applied_once_and_another_one_is_refused() -> None:
     tx = optax.chain(mirror_gradient(), decayed(optax.sgd(0.1), rate_factors(DECAY)))
     assert with_decay(tx, DECAY, PARAMS) is tx
-    with pytest.raises(UserError, match="learning_rate_decay is .* the optimizer's own decay multiplies .* by 0.5 an epoch"):
+    with pytest.raises(
+        UserError, match=r"learning_rate_decay is .* the optimizer's own decay multiplies .* by 0.5 an epoch"
+    ):
         with_decay(tx, (0.9, 1.0), PARAMS)
 
 
@@ -110,7 +112,15 @@ def test_the_same_decay_twice_is_applied_once_and_another_one_is_refused() -> No
         optax.chain(optax.clip(1.0), mirrored(optax.sgd(0.1))),
         mirrored(optax.contrib.schedule_free_sgd(0.1)),
     ],
-    ids=["lbfgs", "line search", "opaque sam of optax", "sam of optax", "schedule-free", "mirrored in a chain", "mirrored"],
+    ids=[
+        "lbfgs",
+        "line search",
+        "opaque sam of optax",
+        "sam of optax",
+        "schedule-free",
+        "mirrored in a chain",
+        "mirrored",
+    ],
 )
 def test_an_optimizer_that_has_acted_on_its_update_already_is_refused(tx: optax.GradientTransformation) -> None:
     with pytest.raises(UserError, match="learning_rate_decay cannot reach the learning rate inside this optimizer"):

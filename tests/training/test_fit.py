@@ -89,7 +89,7 @@ class Kept:
 def test_an_averaging_optimizer_is_evaluated_and_kept_with_its_average(evaluate: Any) -> None:
     kept: Any = Kept()
     tx = optax.chain(mirror_gradient(interval=2), optax.contrib.schedule_free_sgd(0.5))
-    found, result = trained(tx, epochs=1, evaluate=evaluate, checkpoints=kept)
+    found, _ = trained(tx, epochs=1, evaluate=evaluate, checkpoints=kept)
     _, state = kept.state.opt_state
     average = optax.contrib.schedule_free_eval_params(state, kept.state.params)
     if evaluate == "fresh":
