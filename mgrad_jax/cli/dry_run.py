@@ -39,7 +39,7 @@ def show_sweep(config: SweepConfig, resume: bool, slots: int | None) -> None:
     rows = {**_settings(config.to_dict()), **_of_data(config.base, data)}
     with no_advice():
         for first, *_ in groups:  # what the members of a group need is the same
-            rows |= _of_model(members[first], data, f"parameters of member {first:04d}")
+            rows |= _of_model(members[first], data, f" of member {first:04d}")
     rows["members"] = f"{len(members)}, in {len(groups)} program{'' if len(groups) == 1 else 's'}"
     _print(f"{config.base.model} sweep: nothing was trained", {**rows, "directory": place})
 
@@ -78,23 +78,26 @@ def _of_data(config: RunConfig, data: Interactions) -> dict[str, str]:
     }
 
 
-def _of_model(config: RunConfig, data: Interactions, heading: str = "parameters") -> dict[str, str]:
-    """How large the model is; one that cannot be built on the data is refused here."""
+def _of_model(config: RunConfig, data: Interactions, heading: str = "") -> dict[str, str]:
+    """How large the model and its training are; what cannot be built on the data or in memory is refused here."""
     import jax
     from flax import nnx
 
+    from mgrad_jax import models
+    from mgrad_jax.training.memory import available_bytes, estimate, in_words
+
     try:
         model = nnx.eval_shape(lambda: config.create_model(data))
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-    ):  # a graph of this model is made of numbers, not of shapes
-        model = config.create_model(data)
-    params = nnx.state(model, nnx.Param)
-    state = jax.eval_shape(config.transformation(data).init, nnx.to_pure_dict(params))
-    sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20 for tree in (params, state)]
-    n_params = sum(x.size for x in jax.tree.leaves(params))
-    return {heading: f"{n_params:,} ({sizes[0]:,.1f} MiB; {sizes[1]:,.1f} MiB of optimizer state)"}
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        model = config.create_model(data)  # a graph of this model is made of numbers, not of shapes
+    n_params = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    hyper = models.make_config(config.model, dict(config.hyper_parameters))
+    parts = estimate(config.model, hyper, data, config.transformation(data), batch_size=config.batch_size, ks=config.ks)
+    needed = in_words(sum(part.size for part in parts.values()))
+    return {
+        f"parameters{heading}": f"{n_params:,}",
+        f"memory{heading}": f"about {needed}, of {in_words(available_bytes())}",
+    }
 
 
 def _print(title: str, rows: dict[str, str]) -> None:
