@@ -18,7 +18,7 @@ from mgrad_jax.data.features import rows_shown, zero_rows
 from mgrad_jax.errors import UserError, shown
 
 # 32 bits, as of the arrays; seeds are without a sign.
-_LARGEST: Mapping[type, int | float] = {int: 2**32 - 1, float: float(np.finfo(np.float32).max)}
+_LARGEST_WHOLE, _LARGEST = 2**32 - 1, float(np.finfo(np.float32).max)
 _MOST_LAYERS = 100  # each is written out in the program
 
 
@@ -68,7 +68,7 @@ def _check_range(name: str, value: Any) -> None:
     """Reject a number that compiled programs cannot hold, and more layers than a program can be made of."""
     if isinstance(value, (str, bool)):
         return
-    most = _MOST_LAYERS if "layer" in name else _LARGEST[type(value)]
+    most = _MOST_LAYERS if "layer" in name else _LARGEST_WHOLE if isinstance(value, int) else _LARGEST
     if abs(value) > most:
         raise UserError(
             f"{name} is {shown(value)}; it must be at most {most if isinstance(most, int) else format(most, '.2g')}."

@@ -120,6 +120,7 @@ RANGES: dict[str, tuple[dict[str, Any], str]] = {
     "huge cut-off": ({"ks": (5, 2**31)}, "ks is 2147483648"),
     "decay that overflows a float": ({"epochs": 3, "learning_rate_decay": (10, 1e-3)}, "above 3.4e+38 by epoch 3"),
     "decay that overflows a float32": ({"epochs": 43, "learning_rate_decay": (10.0, 1.0)}, "above 3.4e+38 by epoch 43"),
+    "decay of three numbers": ({"learning_rate_decay": (1.0, 2.0, 3.0)}, "it must be two numbers"),
     "decay of nan": ({"learning_rate_decay": (float("nan"), 1.0)}, "learning_rate_decay is nan"),
 }
 
@@ -154,6 +155,10 @@ def test_hyper_parameters_have_ranges(model: str, values: dict[str, Any], part: 
         make_config(model, values)
     assert part in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert make_config("vbpr", {"reg_weight": np.float64(0.1)}).reg_weight == 0.1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

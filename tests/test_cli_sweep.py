@@ -282,7 +282,7 @@ def test_the_best_member_is_evaluated_and_recommends(
     second = capfd.readouterr().out
     assert f"member {best} " in second
     assert "trained once more" not in second
-    assert "600 users, 1 items each" in second
+    assert "600 users, 1 item each" in second
     assert main(["evaluate", str(out / "members" / best)]) == 0
 
 

@@ -116,11 +116,12 @@ def recommend(
 
 def _count(lengths: np.ndarray, top_k: int) -> str:
     """What was written, in words: "3 users, 20 items each"."""
-    users = f"{len(lengths)} user{'' if len(lengths) == 1 else 's'}"
-    if lengths.min() == lengths.max():
-        short = f", fewer than the {top_k} asked for" if lengths.max() < top_k else ""
-        return f"{users}, {lengths.max()} items each{short}"
-    return f"{users}, {lengths.sum()} items, {lengths.min()} to {lengths.max()} each"
+    shortest, longest = lengths.min(), lengths.max()
+    users = f"{len(lengths)} {'user' if len(lengths) == 1 else 'users'}"
+    if shortest < longest:
+        return f"{users}, {lengths.sum()} items, {shortest} to {longest} each"
+    short = f", fewer than the {top_k} asked for" if longest < top_k else ""
+    return f"{users}, {longest} {'item' if longest == 1 else 'items'} each{short}"
 
 
 def _open(directory: Path, data: str | None) -> tuple[LoadedRun, list[str]]:

@@ -178,6 +178,8 @@ class RunConfig:
 
     def _check_decay(self) -> None:
         """The learning rate must be a number in every epoch that is asked for."""
+        if len(self.learning_rate_decay) != 2:
+            raise UserError(f"learning_rate_decay is {shown(self.learning_rate_decay)}; it must be two numbers.")
         base, scale = self.learning_rate_decay
         _positive("learning_rate_decay", base)
         _positive("learning_rate_decay", scale)
