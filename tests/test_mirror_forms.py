@@ -17,6 +17,7 @@ import pytest
 import mgrad_jax
 from mgrad_jax import MirrorState, mirror_gradient, mirror_step, mirrored, replay, replayed, second_pass_pending
 from mgrad_jax.mirror import MirroredState, pass_schedule, restart_epoch
+from mgrad_jax.same_batch import CheckedState
 
 FORMS = {
     "visible": lambda optimizer: optax.chain(mirror_gradient(), optimizer),
@@ -57,7 +58,11 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
 
 
 @pytest.mark.parametrize(
-    "name", ["mirror_gradient", "replay", "mirrored", "replayed", "mirror_step", "second_pass_pending"]
+    "name",
+    [
+        *("mirror_gradient", "replay", "mirrored", "replayed", "mirror_step", "second_pass_pending"),
+        *("close_batch", "schedule_over_passes", "evaluation_params", "checked", "nnx_step"),
+    ],
 )
 def test_public_functions_are_documented(name):
     text = getattr(mgrad_jax, name).__doc__
@@ -67,7 +72,7 @@ def test_public_functions_are_documented(name):
         assert block in text, (name, block)
 
 
-@pytest.mark.parametrize("state_class", [MirrorState, MirroredState])
+@pytest.mark.parametrize("state_class", [MirrorState, MirroredState, CheckedState])
 def test_state_documents_every_field(state_class):
     for field in state_class._fields:
         assert f"        {field}: " in state_class.__doc__
