@@ -45,7 +45,7 @@ class Diagnosis:
         huge = {name: size for name, size in huge.items() if not size < _HUGE}
         if huge:
             name = max(huge, key=lambda name: np.inf if np.isnan(huge[name]) else huge[name])
-            return f"the {name} features reach {huge[name]:.3g}, which no model is made for: scale their rows to unit length"
+            return f"the {name} features reach {huge[name]:.3g}, for which no model is made: scale their rows to norm 1"
         if not updated:
             return (
                 "nothing was updated before, so a hyper-parameter of the loss is too large or too small, not the step"
@@ -62,8 +62,8 @@ class Diagnosis:
                 "No epoch was finished, so there is no checkpoint: start again with other settings, in the same place."
             )
         return (
-            f"The checkpoints of epoch {epochs} and of the best one, {best}, are kept in {self.checkpoints}; other settings "
-            "are another training, in another place."
+            f"The checkpoints of epoch {epochs} and of the best one, {best}, are kept in {self.checkpoints}; other "
+            "settings are another training, in another place."
         )
 
 

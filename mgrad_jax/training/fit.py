@@ -186,8 +186,8 @@ def fit(
         batch_size: interactions a batch; the last, partial batch is kept.
         metric: what selects the best epoch, on validation only.
         ks: cut-offs of the metrics.
-        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), inside the forms
-            that are opaque. A `tx` that brings the same decay along stays as it is.
+        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), also inside
+            opaque forms. A `tx` that brings the same decay along stays as it is.
         evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
@@ -401,8 +401,8 @@ def _check_optimizer(opt_state: Any) -> None:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.LookaheadState))
     if any(isinstance(node, optax.LookaheadState) for node in nodes):
         raise UserError(
-            "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, as "
-            "optax.contrib.schedule_free does."
+            "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, "
+            "as optax.contrib.schedule_free does."
         )
 
 
