@@ -55,6 +55,7 @@ class DRAGON(UserGraphRecommender):
         "ECAI 2023"
     )
     config_class: ClassVar[type[ModelConfig]] = DRAGONConfig
+    feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
     ignored_names: ClassVar[tuple[str, ...]] = (
         "MLP_v.weight",
         "MLP_t.weight",

@@ -87,6 +87,8 @@ class SLMRec(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = SLMRecConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
+    features_in_scores: ClassVar[bool] = True
     uses_negatives: ClassVar[bool] = False
     published_weight_decay: ClassVar[float] = 1e-4
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -147,6 +149,10 @@ class SLMRec(Recommender):
     def open_feature_tables(self) -> tuple[str, ...]:
         """X_v and X_t, whose rows have unit length."""
         return "image", "text"
+
+    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+        """X_v and X_t of these features."""
+        return {modality: losses.normalize(table) for modality, table in features.items()}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Contrast of users with the batch's items, and of the items' modalities; `key` is not used."""

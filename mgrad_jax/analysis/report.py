@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -131,6 +132,8 @@ def _clean(value: Any) -> Any:
         return [_clean(item) for item in value]
     if isinstance(value, (np.floating, np.integer)):
         value = value.item()
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from mgrad_jax.cli import compare, data, runs, sweep, train
+from mgrad_jax.cli import compare, data, robustness, runs, sweep, train
 from mgrad_jax.cli.console import Stopped
 from mgrad_jax.errors import UserError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(sweep.sweep)
 app.command()(compare.compare)
+app.command()(robustness.robustness)
 app.command()(runs.evaluate)
 app.command()(runs.recommend)
 app.command()(data.prepare)
