@@ -187,18 +187,16 @@ _Found = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 def _measure(change: TableNoise | FeatureChange, model: Recommender, inputs: _Inputs, given: Any, cases: Any) -> _Found:
     """Metrics (cases, users) by name, and marks of the users and lists that a change of features reaches."""
-    graphdef, state = nnx.split(model)
     fixed = (inputs.ks, inputs.names)
-    found, marks = jax.device_get(_cases(graphdef, change, fixed, state, inputs.ranker, inputs.lists, given, cases))
+    found, marks = jax.device_get(_cases(change, fixed, model, inputs.ranker, inputs.lists, given, cases))
     return by_user(inputs.ranker, found)[1], by_user(inputs.ranker, marks)[1]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _cases(
-    graphdef: nnx.GraphDef,
     change: TableNoise | FeatureChange,
     fixed: tuple[tuple[int, ...], tuple[str, ...]],
-    state: nnx.State,
+    model: Recommender,
     ranker: Ranker,
     lists: jax.Array,
     given: Any,
@@ -207,9 +205,8 @@ def _cases(
     """One case after the other: the memory is that of one draw's vectors."""
 
     def case(values: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        # Variables made in here: those of the outer program cannot be changed in the loop's.
-        model = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-        users, items = change.embed(model, given, values)
+        # A copy made in here: variables of the outer program cannot be changed in the loop's.
+        users, items = change.embed(jax.tree.map(lambda x: x, model), given, values)
         found, new_lists = _metrics(fixed, ranker, lists, users, items)
         if isinstance(values, NoiseCase):
             return found, {}

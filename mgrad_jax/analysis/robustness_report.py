@@ -51,6 +51,24 @@ class Line:
         return next((p for p, kept in zip(places, self.ratio, strict=True) if 1 - kept >= share), None)
 
 
+class Lines:
+    """The lines of all experiments, each resampled once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Line] = {}
+
+    def of(
+        self, experiment: Experiment, model: str, training: str, metric: str, seeds: Sequence[int] | None = None
+    ) -> Line:
+        """That of one metric of some seeds of a training, all of them by default."""
+        responses = experiment.responses[model][training]
+        chosen = tuple(responses if seeds is None else seeds)
+        key = (experiment.name, model, training, metric, chosen)
+        if key not in self._made:
+            self._made[key] = line(responses, chosen, metric, experiment.x)
+        return self._made[key]
+
+
 def line(responses: Mapping[int, Response], seeds: Sequence[int], metric: str, x: np.ndarray) -> Line:
     """One metric of some seeds of a training, with resamples of users, draws and seeds at once."""
     values = np.stack([responses[seed].values[metric] for seed in seeds], axis=1)  # (places, seeds, draws, users)
@@ -74,7 +92,11 @@ def _ends(samples: np.ndarray) -> tuple[float, float]:
 
 
 def summary_table(
-    experiments: Sequence[Experiment], what: Measured, popularity: Mapping[str, np.ndarray], data: str
+    experiments: Sequence[Experiment],
+    lines: Lines,
+    what: Measured,
+    popularity: Mapping[str, np.ndarray],
+    data: str,
 ) -> Table:
     """A row a change, training and metric; popularity, which no noise reaches, stands first."""
     columns = [*map(Column, ("change", "model", "method", "seeds", "metric")), Column("without change")]
@@ -88,7 +110,7 @@ def summary_table(
         for model, trainings in experiment.responses.items():
             for training, by_seed in trainings.items():
                 for metric in what.names:
-                    made = line(by_seed, list(by_seed), metric, experiment.x)
+                    made = lines.of(experiment, model, training, metric)
                     clean = spread([float(r.clean[metric].mean(dtype=np.float64)) for r in by_seed.values()])
                     lost = [made.first_lost(share, experiment.places) for share in LOSSES]
                     references = [_reference(by_seed, name, metric) for name in ("zero table", "noise only")]
@@ -112,15 +134,15 @@ def _reference(by_seed: Mapping[int, Response], name: str, metric: str) -> float
     return float(np.mean(found)) if found else None
 
 
-def curves_table(experiments: Sequence[Experiment], what: Measured) -> Table:
+def curves_table(experiments: Sequence[Experiment], lines: Lines, what: Measured) -> Table:
     """A row a place: the metric and what is lost of it, with bands; for programs."""
     heads = ("change", "model", "method", "metric", "place")
     rows = []
     for experiment in experiments:
         for model, trainings in experiment.responses.items():
-            for training, by_seed in trainings.items():
+            for training in trainings:
                 for metric in what.names:
-                    made = line(by_seed, list(by_seed), metric, experiment.x)
+                    made = lines.of(experiment, model, training, metric)
                     for i, place in enumerate(experiment.places):
                         value = Interval(float(made.mean[i]), *_ends(made.samples[i]))
                         lost = Interval(float(1 - made.ratio[i]), *_ends(1 - made.ratios[i]))
@@ -153,7 +175,7 @@ class Difference:
         return Interval(float(_area(ours.ratio, x) - _area(other.ratio, x)), *_ends(samples))
 
 
-def differences(experiments: Sequence[Experiment], what: Measured) -> list[Difference]:
+def differences(experiments: Sequence[Experiment], lines: Lines, what: Measured) -> list[Difference]:
     """Every pair of trainings of a model under every change, by every metric."""
     made = []
     for experiment in experiments:
@@ -161,7 +183,7 @@ def differences(experiments: Sequence[Experiment], what: Measured) -> list[Diffe
             for ours, other in _pairs(list(trainings)):
                 seeds = [seed for seed in trainings[ours] if seed in trainings[other]]
                 for metric in what.names if seeds else ():
-                    first, second = (line(trainings[name], seeds, metric, experiment.x) for name in (ours, other))
+                    first, second = (lines.of(experiment, model, name, metric, seeds) for name in (ours, other))
                     made.append(Difference(experiment, model, (ours, other), metric, len(seeds), (first, second)))
     return made
 
@@ -275,8 +297,9 @@ def write_robustness(
     adjustments = [e for e in experiments if e.name != NOISE]
     what = Measured(tuple(metrics), split)
     popular = popularity_metrics(data, metrics, split)
-    made = differences(experiments, what)
-    report = RobustnessReport(summary_table(experiments, what, popular, data.name), differences_table(made))
+    lines = Lines()
+    made = differences(experiments, lines, what)
+    report = RobustnessReport(summary_table(experiments, lines, what, popular, data.name), differences_table(made))
     parts = parts_table(adjustments)
     shown = [report.summary, *([report.differences] if made else []), *([] if parts is None else [parts])]
     files: dict[str, str | bytes] = {
@@ -284,16 +307,16 @@ def write_robustness(
         "table.tex": "\n".join(map(to_latex, shown)),
         "table.csv": to_csv(report.summary),
         "tests.csv": to_csv(report.differences),
-        "curves.csv": to_csv(curves_table(experiments, what)),
+        "curves.csv": to_csv(curves_table(experiments, lines, what)),
     }
     if noise is not None:
         files["noise.csv"] = to_csv(long_table([noise]))
-        files["noise.png"] = _picture(noise, what, made)
+        files["noise.png"] = _picture(noise, lines, what, made)
     if adjustments:
         files["adjustment.csv"] = to_csv(long_table(adjustments))
         for experiment in adjustments:
             suffix = "" if len(adjustments) == 1 else f"-{experiment.name}"
-            files[f"adjustment{suffix}.png"] = _picture(experiment, what, made)
+            files[f"adjustment{suffix}.png"] = _picture(experiment, lines, what, made)
     files["result.json"] = provenance(
         **settings, summary=csv_records(report.summary), differences=csv_records(report.differences)
     )
@@ -302,14 +325,14 @@ def write_robustness(
     return report
 
 
-def _picture(experiment: Experiment, what: Measured, made: Sequence[Difference]) -> bytes:
+def _picture(experiment: Experiment, lines: Lines, what: Measured, made: Sequence[Difference]) -> bytes:
     """What is lost by every training of every model, a column a metric, and below the differences."""
     panels: dict[str, dict[str, tuple[Any, Any, Any]]] = {name: {} for name in what.names}
     below: dict[str, dict[str, tuple[Any, Any, Any]]] = {name: {} for name in what.names}
     for model, trainings in experiment.responses.items():
-        for training, by_seed in trainings.items():
+        for training in trainings:
             for metric in what.names:
-                drawn = line(by_seed, list(by_seed), metric, experiment.x)
+                drawn = lines.of(experiment, model, training, metric)
                 panels[metric][f"{model} {training}"] = (1 - drawn.ratio, *band(1 - drawn.ratios))
     for d in made:
         if d.experiment is experiment:
