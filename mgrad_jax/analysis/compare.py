@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mgrad_jax.analysis.report import Interval
+from mgrad_jax.analysis.report import Interval, shown
 from mgrad_jax.analysis.statistics import PairedTest, holm, paired_test, relative_difference
 from mgrad_jax.analysis.study import Cell, Run
 
@@ -117,7 +117,7 @@ def verdicts(made: Sequence[Comparison], metric: str) -> list[str]:
         if c.metric != metric:
             continue
         p, test = c.adjusted_seeds, c.over_seeds
-        size = "" if c.relative is None else f" {c.relative.value:+.1%} [{c.relative.low:+.1%}, {c.relative.high:+.1%}]"
+        size = "" if c.relative is None else f" {shown(c.relative, '+.1%')}"
         if p is None:
             found = test.note
         elif p < SIGNIFICANT:

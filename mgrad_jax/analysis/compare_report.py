@@ -72,10 +72,11 @@ def write_report(study: Study, runs: Sequence[Run], metrics: Sequence[str]) -> R
         "convergence.csv": to_csv(report.convergence),
         "runs.csv": to_csv(runs_table(runs, metrics)),
         "curves.csv": to_csv(curves_table(curves, runs)),
-        "curves.png": figures.png(figures.convergence_curves(_by_model(curves), config.metric)),
-        "bars.png": figures.png(figures.metric_bars(*_bars(runs, untrained, metrics))),
         "result.json": _result(study, runs, report),
     }
+    if curves:  # not every run diverged
+        files["curves.png"] = figures.png(figures.convergence_curves(_by_model(curves), config.metric))
+        files["bars.png"] = figures.png(figures.metric_bars(*_bars(runs, untrained, metrics)))
     for name, content in files.items():
         write_whole(study.directory / name, content)
     return report

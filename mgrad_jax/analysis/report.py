@@ -137,6 +137,11 @@ def _clean(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def shown(value: Any, form: str) -> str:
+    """One number as the tables show it."""
+    return _text(value, Column("", form), "±", "[{}, {}]")
+
+
 def _cells(table: Table, row: tuple[Any, ...]) -> list[tuple[Any, Column]]:
     return list(zip(row, table.columns, strict=True))
 
@@ -181,6 +186,8 @@ def _text(value: Any, column: Column, plus_minus: str, brackets: str) -> str:
         mean = format(value.mean, column.form)
         return mean if value.sd is None else f"{mean} {plus_minus} {format(value.sd, column.form.replace('+', ''))}"
     if isinstance(value, Interval):
+        if not math.isfinite(value.low + value.high):
+            return _text(value.value, column, plus_minus, brackets)
         low, high = (format(x, column.form) for x in value[1:])
         return f"{format(value.value, column.form)} " + brackets.format(low, high)
     return format(value, column.form) if isinstance(value, float) else str(value)

@@ -6,6 +6,7 @@ Everything is paired: two trainings meet the same seeds and the same users. What
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,9 +131,14 @@ def resampled_means(values: np.ndarray, *, replicates: int = REPLICATES, seed: i
 
 
 def band(samples: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile band of resampled numbers (..., replicates), whose two ends are (...)."""
+    """Percentile band of resampled numbers (..., replicates), whose two ends are (...).
+
+    A resample that is NaN, for it divided 0 by 0, is left out; where all are, so are the ends.
+    """
     tail = 50 * (1 - level)
-    low, high = np.percentile(samples, [tail, 100 - tail], axis=-1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        low, high = np.nanpercentile(samples, [tail, 100 - tail], axis=-1)
     return low, high
 
 

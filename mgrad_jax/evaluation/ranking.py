@@ -154,7 +154,7 @@ def per_user_metrics(
     Returns:
         The evaluated users' ids (n,), ascending, and `{"recall@5": (n,), ...}` in the same order, on the host.
     """
-    return by_user(ranker, jax.device_get(jax.jit(user_metrics)(ranker, user_vectors, item_vectors)))
+    return by_user(ranker, jax.device_get(_user_metrics(ranker, user_vectors, item_vectors)))
 
 
 def metrics_of_scores(
@@ -187,6 +187,9 @@ def user_metrics(
         return ranking_metrics(_hits(part, _scores(part, user_vectors, item_vectors), ranker.ks), part[1], ranker.ks)
 
     return jax.lax.map(block, _parts(ranker))
+
+
+_user_metrics = jax.jit(user_metrics)
 
 
 def user_metrics_and_lists(
