@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import COMPARE
 
+from mgrad_jax.analysis import study as study_module
 from mgrad_jax.analysis.compare import compared, comparisons, label, verdicts
 from mgrad_jax.analysis.compare_report import means_table
 from mgrad_jax.analysis.compare_report import tests_table as table_of_tests
 from mgrad_jax.analysis.study import Cell, Run, Study, StudyInterrupted, study_runs, train_study
 from mgrad_jax.cli import main
 from mgrad_jax.errors import UserError
+from mgrad_jax.training.fit import TrainingDiverged
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -97,48 +101,63 @@ def test_convergence_counts_gradients(study: Path) -> None:
 # --- stopping and resuming --------------------------------------------------------------------------------------------
 
 
+def copied(study: Path, out: Path, n_runs: int) -> Path:
+    """A study as it is on disk after its first runs."""
+    names = [row["directory"] for row in read(study / "runs.csv")]
+    for name in names[:n_runs]:
+        shutil.copytree(study / name, out / name)
+    shutil.copy(study / "study.yaml", out)
+    return out
+
+
+def again(out: Path) -> Study:
+    settings = yaml.safe_load((out / "study.yaml").read_text())
+    return Study(out=str(out), **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
 def test_a_stopped_and_resumed_study_equals_an_unbroken_one(
     study: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "study"
-    settings = {"epochs": 2, "batch_size": 7200, "alpha1": 1.0, "alpha2": 0.2, "learning_rate": 1e-3}
-    settings |= {"weight_decay": 0.0, "max_norm": None, "patience": 20, "metric": "recall@5"}
-    begun = Study("demo", ("vbpr",), str(out), ("plain", "mirror"), seeds=(999, 1000), settings=settings,
-                  hyper_parameters={"embedding_dim": 8})  # fmt: skip
+    out = copied(study, tmp_path / "study", 4)
 
     def stop(done: int, config: Any, report: Any) -> None:
-        if done == 3 and report is not None:
-            raise KeyboardInterrupt
+        if done == 4 and report is not None:
+            raise KeyboardInterrupt  # in the middle of the fifth run
 
-    with pytest.raises(StudyInterrupted, match="stopped with 3 of 6 runs finished"):
-        train_study(begun, progress=stop)
-    with pytest.raises(UserError, match="is a study with 3 of 6 runs finished; go on with it with --resume first"):
+    with pytest.raises(StudyInterrupted, match="stopped with 4 of 6 runs finished"):
+        train_study(again(out), resume=True, progress=stop)
+    with pytest.raises(UserError, match="is a study with 4 of 6 runs finished; go on with it with --resume first"):
         study_runs(out)
     assert_one_sentence(main([*COMPARE, "--out", str(out)]), capfd.readouterr(), "add --resume")
+    # What is finished is not trained again.
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
     assert main([*COMPARE, "--out", str(out), "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     for name in ("table.csv", "tests.csv", "runs.csv", "study.yaml"):
         assert (out / name).read_bytes() == (study / name).read_bytes(), name
     assert len(study_runs(out)) == 6
-    # What is finished is not trained again.
-    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.*") if path.is_file()}
-    assert len(train_study(begun, resume=True)) == 6
-    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_run_that_diverges_is_counted_and_the_others_are_kept(
-    compilation_cache: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "study"
-    command = [*COMPARE, "--methods", "plain", "--seeds", "1", "--epochs", "1", "--learning-rate", "1e30"]
-    assert main([*command, "--out", str(out)]) == 0
-    rows = [row for row in read(out / "table.csv") if row["model"] == "vbpr"]
-    # The second pass of replay's only batch meets what the first has made of the parameters.
-    assert [(row["method"], row["seeds"], row["diverged"]) for row in rows] == [
-        ("plain", "1", "0"),
-        ("replay", "0", "1"),
-    ]
-    assert "not tested: 0 seeds that both finished" in capfd.readouterr().out
-    assert "became NaN or infinite" in next(out.glob("runs/*/diverged.txt")).read_text()
+    out = copied(study, tmp_path / "study", 5)
+    original = study_module.train_run
+
+    def train_run(config: Any, **options: Any) -> Any:
+        if config.training == "mirror" and config.seed == 1000:
+            raise TrainingDiverged("epoch 1, batch 0: the loss became NaN or infinite.")
+        return original(config, **options)
+
+    monkeypatch.setattr(study_module, "train_run", train_run)
+    runs = train_study(again(out), resume=True)
+    assert [run.result is None for run in runs] == [False] * 5 + [True]
+    assert "became NaN or infinite" in (runs[-1].directory / "diverged.txt").read_text()
+    rows = means_table(runs, {}, ["recall@5"], "demo").rows
+    assert [(row[1], row[4], row[-1]) for row in rows] == [("plain", 2, 0), ("replay", 2, 0), ("mirror", 1, 1)]
+    assert len(study_runs(out)) == 5
+    monkeypatch.undo()
+    assert train_study(again(out), resume=True)[-1].result is None  # not tried once more
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(
