@@ -31,6 +31,7 @@ pytestmark = pytest.mark.quick_compilation
 
 DATA = demo_interactions(n_users=40, n_items=30, n_groups=3)
 NAMES = models.names()
+SLOW = ("dragon", "dualgnn", "freedom", "mmgcn")  # to make
 KEY = jax.random.key(3)
 GIVEN = {"own": {m: jnp.asarray(t) for m, t in DATA.features.items()}, "other": {}}
 
@@ -148,7 +149,7 @@ def test_huge_noise_leaves_chance_of_pure_factors() -> None:
 # --- the contract of the models -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES])
 def test_scores_are_made_of_the_tables_and_features_that_a_model_names(name: str) -> None:
     model = create(name)
     clean = np.asarray(scored(model)[1])
