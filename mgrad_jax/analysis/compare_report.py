@@ -58,7 +58,7 @@ def write_report(study: Study, runs: Sequence[Run], metrics: Sequence[str]) -> R
     untrained = baselines(data, config.metric, config.ks)
     report = Report(
         means_table(runs, untrained, metrics, data.name),
-        tests_table(made),
+        comparison_table(made),
         convergence_table(curves, config.metric),
         tuple(verdicts(made, config.metric)),
     )
@@ -122,19 +122,26 @@ def _mean(values: np.ndarray, axis: int) -> np.ndarray:
 def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str], data: str) -> Table:
     """A row a training: mean ± standard deviation over seeds; the recommenders without training stand first."""
     columns = [Column("model"), Column("method"), Column("optimizer"), Column("interval"), Column("seeds")]
-    columns += [*map(Column, metrics), Column("best epoch", ".0f"), Column("diverged")]
+    columns += [*map(Column, metrics), Column("best epoch", ".0f"), Column("diverged"), Column("note")]
     rows: list[tuple[Any, ...]] = [
-        (name, BASELINE, "", None, None, *(float(_mean(values[m], 0)) for m in metrics), None, None)
+        (name, BASELINE, "", None, None, *(float(_mean(values[m], 0)) for m in metrics), None, None, "")
         for name, (_, values) in baselines.items()
     ]
     for cell, finished in by_cell(runs).items():
         spreads = [_spread([float(_mean(run.metrics[m], 0)) for run in finished.values()]) for m in metrics]
         epochs = _spread([run.result["best_epoch"] for run in finished.values() if run.result])
         lost = sum(run.cell == cell and run.result is None for run in runs)
-        rows.append((*_names(cell), len(finished), *spreads, epochs, lost))
+        above = [
+            name
+            for name, (_, values) in baselines.items()
+            if spreads[0] and spreads[0].mean < _mean(values[metrics[0]], 0)
+        ]
+        note = f"below {', '.join(above)}" if above else ""
+        rows.append((*_names(cell), len(finished), *spreads, epochs, lost, note))
     caption = (
         f"Test metrics on {data} at the best epoch by validation, mean ± standard deviation over seeds. "
-        "Popularity and item neighbours are not trained; what a model adds is what it has above them."
+        "Popularity and item neighbours are not trained; what a model adds is what it has above them. The note names those "
+        f"that are above it by {metrics[0]}."
     )
     return Table(caption, tuple(columns), tuple(rows))
 
@@ -147,7 +154,7 @@ def _spread(values: Sequence[float]) -> Spread | None:
     return spread(values) if values else None
 
 
-def tests_table(made: Sequence[Comparison]) -> Table:
+def comparison_table(made: Sequence[Comparison]) -> Table:
     """A row a comparison: the difference, its relative size with band, and both tests."""
     heads = ["model", "comparison", "optimizer", "interval", "metric", "seeds", "users"]
     columns = [*map(Column, heads), Column("difference", "+.4f"), Column("relative", "+.1%")]
@@ -162,21 +169,22 @@ def tests_table(made: Sequence[Comparison]) -> Table:
         for test, adjusted in ((c.over_seeds, c.adjusted_seeds), (c.over_users, c.adjusted_users)):
             row += [test.d_z, test.t, test.p, adjusted, test.note]
         rows.append(tuple(row))
-    sizes = [
-        sum(p is not None for p in ps) for ps in zip(*((c.adjusted_seeds, c.adjusted_users) for c in made), strict=True)
-    ]
+    n_seeds = sum(c.adjusted_seeds is not None for c in made)
+    n_users = sum(c.adjusted_users is not None for c in made)
     caption = (
         "Differences on test, with the relative one's 95% band from resampling users and seeds at once. Over seeds: the "
         "paired t-test to go by. Over users: paired t-test of the users' metrics averaged over seeds, given these runs; "
         "with thousands of users nearly everything becomes significant, so read the size. Holm: adjusted for the "
-        f"{sizes[0] if sizes else 0} tests over seeds and the {sizes[1] if sizes else 0} over users in this table."
+        f"{n_seeds} tests over seeds and the {n_users} over users in this table."
     )
     return Table(caption, tuple(columns), tuple(rows))
 
 
 def readable(tests: Table) -> Table:
     """The table of tests without the columns that only a program reads."""
-    left_out = {"optimizer", "users", "t over seeds", "t over users", "note on users", "d_z over users", "p over users"}
+    left_out = {"users", "t over seeds", "t over users", "note on users", "p over users"}
+    if len({row[2] for row in tests.rows}) < 2:
+        left_out.add("optimizer")
     kept = [number for number, column in enumerate(tests.columns) if column.name not in left_out]
     columns = tuple(tests.columns[number] for number in kept)
     return Table(tests.caption, columns, tuple(tuple(row[number] for number in kept) for row in tests.rows))
@@ -217,10 +225,8 @@ def _needed(curves: Mapping[Cell, Sequence[Curve]]) -> dict[Cell, Convergence]:
     found: dict[Cell, Convergence] = {}
     for model, optimizer in dict.fromkeys((cell.model, cell.optimizer) for cell in curves):
         group = {c: runs for c, runs in curves.items() if (c.model, c.optimizer) == (model, optimizer)}
-        by_name = {str(tuple(cell)): runs for cell, runs in group.items()}
-        plain = next((str(tuple(cell)) for cell in group if cell.method == "plain"), None)
-        needed = convergence(by_name, plain)
-        found.update({cell: needed[str(tuple(cell))] for cell in group})
+        plain = next((cell for cell in group if cell.method == "plain"), None)
+        found.update(convergence(group, plain))
     return found
 
 

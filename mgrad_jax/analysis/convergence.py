@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from mgrad_jax.analysis.statistics import Spread, spread
 from mgrad_jax.sharpness_aware import ssam_f
 from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
+
+Training = TypeVar("Training", bound=Hashable)
 
 SHARE = 0.95  # of plain training's best validation metric: what a run is to reach
 
@@ -77,7 +80,7 @@ def curve(history: Sequence[Mapping[str, float]], evaluations: np.ndarray, metri
     return Curve(columns["loss"] / batches, columns[f"valid_{metric}"], evaluations, seconds)
 
 
-def convergence(curves: Mapping[str, Sequence[Curve]], plain: str | None) -> dict[str, Convergence]:
+def convergence(curves: Mapping[Training, Sequence[Curve]], plain: Training | None) -> dict[Training, Convergence]:
     """What each training needed; the thresholds are common to all of them.
 
     Args:

@@ -126,7 +126,9 @@ class FeatureChange:
         if self.kind == "mix":
             return (1 - self.share) * x + self.share * x[partner]
         if self.kind == "noise":
-            return x + self.scale * jnp.sqrt(jnp.mean(x**2, axis=0, keepdims=True)) * jax.random.normal(key, x.shape, x.dtype)
+            return x + self.scale * jnp.sqrt(jnp.mean(x**2, axis=0, keepdims=True)) * jax.random.normal(
+                key, x.shape, x.dtype
+            )
         if self.kind == "mean":
             return jnp.broadcast_to(jnp.mean(x, axis=0), x.shape)
         assert other is not None
