@@ -8,11 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from small_study import compare
 
 from mgrad_jax.cli import main
-
-COMPARE = ["compare", "--data", "demo", "--models", "vbpr", "--methods", "plain,mirror", "--seeds", "2"]
-COMPARE += ["--epochs", "2", "--set", "embedding_dim=8", "--batch-size", "7200"]
 
 
 @pytest.fixture(scope="session")
@@ -36,5 +34,5 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 def study(compilation_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study: VBPR on the demo data, plain and mirror asked for, two seeds, two epochs."""
     out = tmp_path_factory.mktemp("studies") / "study"
-    assert main([*COMPARE, "--out", str(out)]) == 0
+    assert main(compare(out)) == 0
     return out

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import COMPARE
+from small_study import compare
 
 from mgrad_jax.analysis import study as study_module
 from mgrad_jax.analysis.compare import compared, comparisons, label, verdicts
@@ -128,10 +128,10 @@ def test_a_stopped_and_resumed_study_equals_an_unbroken_one(
         train_study(again(out), resume=True, progress=stop)
     with pytest.raises(UserError, match="is a study with 4 of 6 runs finished; go on with it with --resume first"):
         study_runs(out)
-    assert_one_sentence(main([*COMPARE, "--out", str(out)]), capfd.readouterr(), "add --resume")
+    assert_one_sentence(main(compare(out)), capfd.readouterr(), "add --resume")
     # What is finished is not trained again.
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
-    assert main([*COMPARE, "--out", str(out), "--resume"]) == 0
+    assert main(compare(out, "--resume")) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for name in ("table.csv", "tests.csv", "runs.csv", "study.yaml"):
         assert (out / name).read_bytes() == (study / name).read_bytes(), name
@@ -164,7 +164,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(
     compilation_cache: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "study"
-    assert main([*COMPARE, "--out", str(out), "--dry-run"]) == 0
+    assert main(compare(out, "--dry-run")) == 0
     printed = capfd.readouterr().out
     assert not out.exists()
     assert sum(line.startswith(str(out)) for line in printed.splitlines()) == 6
@@ -245,26 +245,30 @@ def test_a_seed_that_diverged_leaves_the_other_training_without_its_partner() ->
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
-BAD = {
-    "unknown model": (["--models", "vpbr"], "unknown model 'vpbr'; choose one of"),
-    "unknown method": (["--methods", "plain,miror"], "unknown method 'miror'; choose among mirror, plain"),
-    "empty place": (["--methods", "plain,,mirror"], "--methods plain,,mirror has an empty place"),
-    "twice": (["--models", "vbpr,vbpr"], "--models names vbpr twice"),
-    "no seeds": (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
-    "no number": (["--seeds", "five"], "--seeds five is no list of whole numbers"),
-    "interval": (["--intervals", "0"], "interval is 0; it must be a whole number of at least 1"),
-    "unknown optimizer": (["--optimizers", "adamm"], "adamm"),
-    "unknown metric": (["--metrics", "recall@7"], "unknown metric 'recall@7'; choose among recall@5"),
-    "unknown hyper-parameter": (["--set", "droput=0.1"], "no compared model has the hyper-parameter 'droput'"),
-    "another model's": (["--set", "bm3.dropout=0.1"], "--set bm3.dropout is for bm3, which is not compared"),
-    "missing data": (["--data", "nowhere"], "nowhere does not exist"),
-    "nothing to resume": (["--resume"], "holds no study to resume"),
+BAD: dict[str, tuple[dict[str, str], str]] = {
+    "unknown model": ({"models": "vpbr"}, "unknown model 'vpbr'"),
+    "unknown method": ({"methods": "plain,miror"}, "unknown method 'miror'; choose among mirror, plain"),
+    "empty place": ({"methods": "plain,,mirror"}, "--methods plain,,mirror has an empty place"),
+    "twice": ({"models": "vbpr,vbpr"}, "--models names vbpr twice"),
+    "no seeds": ({"seeds": "0"}, "--seeds is 0; it must be at least 1"),
+    "no number": ({"seeds": "five"}, "--seeds five is no list of whole numbers"),
+    "interval": ({"intervals": "0"}, "interval is 0; it must be a whole number of at least 1"),
+    "unknown optimizer": ({"optimizers": "adamm"}, "adamm"),
+    "unknown metric": ({"metrics": "recall@7"}, "unknown metric 'recall@7'; choose among recall@5"),
+    "unknown hyper-parameter": ({"set": "droput=0.1"}, "no compared model has the hyper-parameter 'droput'"),
+    "another model's": ({"set": "bm3.dropout=0.1"}, "--set bm3.dropout is for bm3, which is not compared"),
+    "missing data": ({"data": "nowhere"}, "nowhere does not exist"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options, part = BAD[case]
-    code = main([*COMPARE, "--out", str(tmp_path / "study"), *options])
-    assert_one_sentence(code, capfd.readouterr(), part)
+    assert_one_sentence(main(compare(tmp_path / "study", **options)), capfd.readouterr(), part)
+    assert not (tmp_path / "study").exists()
+
+
+def test_nothing_to_resume(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = main(compare(tmp_path / "study", "--resume"))
+    assert_one_sentence(code, capfd.readouterr(), "holds no study to resume")
     assert not (tmp_path / "study").exists()
