@@ -55,7 +55,6 @@ class DRAGON(UserGraphRecommender):
         "ECAI 2023"
     )
     config_class: ClassVar[type[ModelConfig]] = DRAGONConfig
-    feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
     ignored_names: ClassVar[tuple[str, ...]] = (
         "MLP_v.weight",
         "MLP_t.weight",
@@ -69,6 +68,7 @@ class DRAGON(UserGraphRecommender):
         "text_trs.weight",
         "text_trs.bias",
     )
+    feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
 
     config: DRAGONConfig
 

@@ -87,8 +87,6 @@ class SLMRec(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = SLMRecConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
-    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
-    features_in_scores: ClassVar[bool] = True
     uses_negatives: ClassVar[bool] = False
     published_weight_decay: ClassVar[float] = 1e-4
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -96,6 +94,8 @@ class SLMRec(Recommender):
         "ssl_temp": (0.1, 0.2, 0.5, 1.0),
         "ssl_alpha": (0.01, 0.05, 0.1, 0.5, 1.0),
     }
+    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
+    features_in_scores: ClassVar[bool] = True
     ignored_names: ClassVar[tuple[str, ...]] = ("g_a_iva.weight", "g_a_iva.bias")
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "embedding_user.weight",
