@@ -91,6 +91,10 @@ class Recommender(nnx.Module):
             `.kernel` is stored transposed there.
         ignored_names: published parameters that never get a gradient and are not ported.
         penalties: parts of `loss` that penalise parameters and rank nothing.
+        item_tables: paths of the tables that `embed` reads a row of for every item, be they items alone or users, then
+            items; learned where they are an `nnx.Param`.
+        features_in_scores: whether `embed` reads the variables of `open_feature_tables`, untrained.
+        feature_graphs: paths of the item graphs that `embed` reads and that are made of the features once.
     """
 
     name: ClassVar[str]
@@ -103,6 +107,9 @@ class Recommender(nnx.Module):
     published_names: ClassVar[Mapping[str, str]]
     ignored_names: ClassVar[tuple[str, ...]] = ()
     penalties: ClassVar[tuple[str, ...]] = ()
+    item_tables: ClassVar[tuple[str, ...]] = ()
+    features_in_scores: ClassVar[bool] = False
+    feature_graphs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         del rngs  # the subclasses draw their parameters from it
@@ -166,6 +173,14 @@ class Recommender(nnx.Module):
         For whoever changes the variables' values, as `mgrad_jax.models.adversarial` does.
         """
         return ()
+
+    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+        """What the variables of `open_feature_tables` hold for these raw features, by path; pure.
+
+        Args:
+            features: (n_items, dim) of every modality the model was made with.
+        """
+        return {f"{modality}_features": table for modality, table in features.items()}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Training loss of a batch and its parts.

@@ -66,6 +66,7 @@ class BM3(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = BM3Config
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    item_tables: ClassVar[tuple[str, ...]] = ("item_id_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -69,6 +69,7 @@ class DRAGON(UserGraphRecommender):
         "text_trs.weight",
         "text_trs.bias",
     )
+    feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
 
     config: DRAGONConfig
 

@@ -62,6 +62,7 @@ class UserGraphRecommender(Recommender):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    features_in_scores: ClassVar[bool] = True
     penalties: ClassVar[tuple[str, ...]] = ("squares",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),

@@ -79,6 +79,8 @@ class FREEDOM(Recommender):
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
     compares_items: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"dropout": (0.8, 0.9), "reg_weight": (0.0, 1e-5, 1e-4, 1e-3)}
+    item_tables: ClassVar[tuple[str, ...]] = ("item_id_embedding",)
+    feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "user_embedding.weight",
         "item_id_embedding": "item_id_embedding.weight",

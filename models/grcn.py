@@ -84,6 +84,8 @@ class GRCN(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = GRCNConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    item_tables: ClassVar[tuple[str, ...]] = ("id_embedding",)
+    features_in_scores: ClassVar[bool] = True
     penalties: ClassVar[tuple[str, ...]] = ("squares",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1.0, 1e-1, 1e-2, 1e-3, 1e-4),

@@ -75,6 +75,7 @@ class LayerGCN(Recommender):
         "Zhou, Lin, Liu, Miao: Layer-refined Graph Convolutional Networks for Recommendation, ICDE 2023"
     )
     config_class: ClassVar[type[ModelConfig]] = LayerGCNConfig
+    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "dropout": (0.0, 0.1, 0.2),

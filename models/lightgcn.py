@@ -63,6 +63,7 @@ class LightGCN(Recommender):
         "Recommendation, SIGIR 2020"
     )
     config_class: ClassVar[type[ModelConfig]] = LightGCNConfig
+    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2, 3, 4),

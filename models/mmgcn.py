@@ -145,6 +145,8 @@ class MMGCN(Recommender):
     )
     config_class: ClassVar[type[ModelConfig]] = MMGCNConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    item_tables: ClassVar[tuple[str, ...]] = ("id_embedding",)
+    features_in_scores: ClassVar[bool] = True
     penalties: ClassVar[tuple[str, ...]] = ("table_squares",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-4, 5e-4, 1e-3, 5e-3, 1e-2),
@@ -210,6 +212,10 @@ class MMGCN(Recommender):
         for modality in self.modalities:
             getattr(self, modality).open_features()
         return tuple(f"{modality}.features" for modality in self.modalities)
+
+    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+        """X of each modality."""
+        return {f"{modality}.features": table for modality, table in features.items()}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking and the penalty on the tables; `key` is not used."""

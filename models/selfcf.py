@@ -74,6 +74,7 @@ class SelfCF(Recommender):
         "ACM Transactions on Recommender Systems 2023"
     )
     config_class: ClassVar[type[ModelConfig]] = SelfCFConfig
+    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {

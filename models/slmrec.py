@@ -95,6 +95,8 @@ class SLMRec(Recommender):
         "ssl_temp": (0.1, 0.2, 0.5, 1.0),
         "ssl_alpha": (0.01, 0.05, 0.1, 0.5, 1.0),
     }
+    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
+    features_in_scores: ClassVar[bool] = True
     ignored_names: ClassVar[tuple[str, ...]] = ("g_a_iva.weight", "g_a_iva.bias")
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "embedding_user.weight",
@@ -148,6 +150,10 @@ class SLMRec(Recommender):
     def open_feature_tables(self) -> tuple[str, ...]:
         """X_v and X_t, whose rows have unit length."""
         return "image", "text"
+
+    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+        """X_v and X_t of these features."""
+        return {modality: losses.normalize(table) for modality, table in features.items()}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Contrast of users with the batch's items, and of the items' modalities; `key` is not used."""

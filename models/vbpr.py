@@ -41,6 +41,8 @@ class VBPR(Recommender):
     paper: ClassVar[str] = "He, McAuley: VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback, AAAI 2016"
     config_class: ClassVar[type[ModelConfig]] = VBPRConfig
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
+    item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
+    features_in_scores: ClassVar[bool] = True
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"reg_weight": (2.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)}
     published_names: ClassVar[Mapping[str, str]] = {
@@ -73,6 +75,11 @@ class VBPR(Recommender):
     def open_feature_tables(self) -> tuple[str, ...]:
         """x, text and image side by side."""
         return ("item_features",)
+
+    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+        """x of these features."""
+        given = [features[modality] for modality in reversed(self.needs) if modality in features]
+        return {"item_features": jnp.concatenate(given, axis=1)}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking plus the norms of the gathered vectors; `key` is not used."""

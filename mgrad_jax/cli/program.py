@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mgrad_jax.cli import cache, data, runs, stopping, sweep, train
+from mgrad_jax.cli import cache, compare, data, robustness, runs, stopping, sweep, train
 from mgrad_jax.cli.arguments import Command
 from mgrad_jax.cli.failures import explain, fail
 
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.command(cls=Command)(train.train)
 app.command(cls=Command)(sweep.sweep)
+app.command(cls=Command)(compare.compare)
+app.command(cls=Command)(robustness.robustness)
 app.command(cls=Command)(runs.evaluate)
 app.command(cls=Command)(runs.recommend)
 app.command(cls=Command)(data.prepare)

@@ -62,9 +62,14 @@ def train_and_tell(config: RunConfig, *, resume: bool, go_on: Callable[[], str] 
         raise stopping.Stopped(go_on() if go_on else how_to_go_on(done, stop.directory)) from None
 
 
-def how_to_go_on(done: str, directory: Path) -> str:
-    """The sentence of a training that was stopped: `done`, and how to go on with what its directory holds."""
-    if not (directory / "config.yaml").exists():
+def how_to_go_on(done: str, directory: Path, begun: str = "config.yaml") -> str:
+    """The sentence of a training that was stopped: `done`, and how to go on with what its directory holds.
+
+    Args:
+        done, directory: how far it came, and where.
+        begun: the file that is there once it can be resumed.
+    """
+    if not (directory / begun).exists():
         return f"{done}; repeat the command to begin again."
     return f"{done}; to go on, repeat the command with --out {shlex.quote(str(directory))} --resume."
 

@@ -7,7 +7,7 @@ whole row. Users pass through in blocks, so that no users x items array ever exi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -134,7 +134,7 @@ def rank_metrics(
 
     def block(part: tuple[Array, Array, Pairs, Pairs]) -> dict[str, Array]:
         counts = part[1]
-        values = ranking_metrics(_hits(part, user_vectors, item_vectors, max(ranker.ks)), counts, ranker.ks)
+        values = ranking_metrics(_hits(part, _scores(part, user_vectors, item_vectors), ranker.ks), counts, ranker.ks)
         return {name: jnp.sum(jnp.where(counts > 0, value, 0.0)) for name, value in values.items()}
 
     sums = jax.lax.map(block, _parts(ranker))
@@ -154,19 +154,67 @@ def per_user_metrics(
     Returns:
         The evaluated users' ids (n,), ascending, and `{"recall@5": (n,), ...}` in the same order, on the host.
     """
-    values = jax.device_get(_per_user(ranker, user_vectors, item_vectors))
+    return by_user(ranker, jax.device_get(_user_metrics(ranker, user_vectors, item_vectors)))
+
+
+def metrics_of_scores(
+    ranker: Ranker, scores: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """As `per_user_metrics`, for scores that are no dot product of two vectors.
+
+    Args:
+        ranker: from `make_ranker`.
+        scores: gives the scores (n, n_items) of all items for users (n,); called once a block, on the host.
+    """
+    blocks = []
+    for number in range(ranker.users.shape[0]):
+        part = jax.tree.map(lambda x, number=number: x[number], _parts(ranker))
+        blocks.append(_block_metrics(part, jnp.asarray(scores(np.asarray(part[0]))), ranker.ks))
+    return by_user(ranker, jax.device_get(jax.tree.map(lambda *values: jnp.stack(values), *blocks)))
+
+
+@partial(jax.jit, static_argnames="ks")
+def _block_metrics(part: tuple[Array, Array, Pairs, Pairs], scores: Array, ks: tuple[int, ...]) -> dict[str, Array]:
+    return ranking_metrics(_hits(part, _masked(scores, part[3]), ks), part[1], ks)
+
+
+def user_metrics(
+    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
+) -> dict[str, Float[Array, "blocks block"]]:
+    """Every metric at every place of `ranker.users`, padding included; `by_user` puts them in order. Pure."""
+
+    def block(part: tuple[Array, Array, Pairs, Pairs]) -> dict[str, Array]:
+        return ranking_metrics(_hits(part, _scores(part, user_vectors, item_vectors), ranker.ks), part[1], ranker.ks)
+
+    return jax.lax.map(block, _parts(ranker))
+
+
+_user_metrics = jax.jit(user_metrics)
+
+
+def user_metrics_and_lists(
+    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"], length: int
+) -> tuple[dict[str, Float[Array, "blocks block"]], Int[Array, "blocks block length"]]:
+    """`user_metrics`, and each user's best new items, of which there are `length`; scores are made once. Pure."""
+
+    def block(part: tuple[Array, Array, Pairs, Pairs]) -> tuple[dict[str, Array], Array]:
+        scores = _scores(part, user_vectors, item_vectors)
+        metrics = ranking_metrics(_hits(part, scores, ranker.ks), part[1], ranker.ks)
+        return metrics, jax.lax.top_k(scores, length)[1]
+
+    return jax.lax.map(block, _parts(ranker))
+
+
+def by_user(ranker: Ranker, values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The evaluated users' ids (n,), ascending, and values (..., blocks, block) in their order, (..., n)."""
     real = np.asarray(ranker.positive_counts).ravel() > 0
     users = np.asarray(ranker.users).ravel()[real]
     order = np.argsort(users)
-    return users[order], {name: value.ravel()[real][order] for name, value in values.items()}
 
+    def arranged(value: np.ndarray) -> np.ndarray:
+        return value.reshape(*value.shape[:-2], -1)[..., real][..., order]
 
-@jax.jit
-def _per_user(ranker: Ranker, user_vectors: Array, item_vectors: Array) -> dict[str, Array]:
-    def block(part: tuple[Array, Array, Pairs, Pairs]) -> dict[str, Array]:
-        return ranking_metrics(_hits(part, user_vectors, item_vectors, max(ranker.ks)), part[1], ranker.ks)
-
-    return jax.lax.map(block, _parts(ranker))
+    return users[order], {name: arranged(value) for name, value in values.items()}
 
 
 def _parts(ranker: Ranker) -> tuple[Array, Array, Pairs, Pairs]:
@@ -174,11 +222,10 @@ def _parts(ranker: Ranker) -> tuple[Array, Array, Pairs, Pairs]:
 
 
 def _hits(
-    part: tuple[Array, Array, Pairs, Pairs], user_vectors: Array, item_vectors: Array, max_k: int
+    part: tuple[Array, Array, Pairs, Pairs], scores: Float[Array, "block items"], ks: Sequence[int]
 ) -> Bool[Array, "block ranks"]:
-    """Whether the item at each of the first `max_k` ranks is a positive, for one block of users."""
-    users, _, positives, training = part
-    scores = _masked_scores(users, training, user_vectors, item_vectors)
+    """Whether the item at each of the ranks up to the last cut-off is a positive, for one block of users."""
+    users, _, positives, _ = part
     n_items = scores.shape[1]
     own = scores.at[positives.rows, positives.items].get(mode="fill", fill_value=0.0)
     rows = scores[jnp.minimum(positives.rows, len(users) - 1)]
@@ -186,7 +233,12 @@ def _hits(
     not_before = jnp.arange(n_items)[None, :] >= positives.items[:, None]
     behind = (rows < own[:, None]) | ((rows == own[:, None]) & not_before)
     ranks = n_items - jnp.sum(behind, axis=1, dtype=jnp.int32)
-    return jnp.zeros((len(users), max_k), bool).at[positives.rows, ranks].set(True, mode="drop")
+    return jnp.zeros((len(users), max(ks)), bool).at[positives.rows, ranks].set(True, mode="drop")
+
+
+def _scores(part: tuple[Array, Array, Pairs, Pairs], user_vectors: Array, item_vectors: Array) -> Array:
+    """Scores of one block with the training items at minus infinity, (block, items)."""
+    return _masked_scores(part[0], part[3], user_vectors, item_vectors)
 
 
 def _masked_scores(
@@ -194,7 +246,10 @@ def _masked_scores(
 ) -> Float[Array, "block items"]:
     """Scores of one block with the training items at minus infinity."""
     # Full precision: the reduced one that GPUs take by default makes ties and reorders the list.
-    scores = jnp.matmul(user_vectors[users], item_vectors.T, precision="highest")
+    return _masked(jnp.matmul(user_vectors[users], item_vectors.T, precision="highest"), training)
+
+
+def _masked(scores: Float[Array, "block items"], training: Pairs) -> Float[Array, "block items"]:
     return scores.at[training.rows, training.items].set(-jnp.inf, mode="drop", unique_indices=True)
 
 

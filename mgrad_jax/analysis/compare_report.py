@@ -1,0 +1,276 @@
+"""What a study leaves behind: its tables as Markdown, CSV and LaTeX, its pictures, and every number in `result.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mgrad_jax.analysis import figures
+from mgrad_jax.analysis.baselines import baselines
+from mgrad_jax.analysis.compare import Comparison, by_cell, comparisons, label, verdicts
+from mgrad_jax.analysis.convergence import SHARE, Convergence, Curve, convergence, curve
+from mgrad_jax.analysis.report import Column, Table, csv_records, provenance, to_csv, to_latex, to_markdown
+from mgrad_jax.analysis.statistics import Spread, spread
+from mgrad_jax.analysis.study import Cell, Run, Study
+from mgrad_jax.data import load_interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.files import write_whole
+from mgrad_jax.training.config import RunConfig
+
+BASELINE = "no training"
+Baselines = Mapping[str, tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tables of a study and its sentences, one a comparison."""
+
+    means: Table
+    tests: Table
+    convergence: Table
+    verdicts: tuple[str, ...]
+
+
+def check_metrics(metrics: Sequence[str], config: RunConfig) -> None:
+    """Refuse a metric that the runs do not measure."""
+    for metric in metrics:
+        if metric not in config.metric_names:
+            raise UserError(f"unknown metric '{metric}'; choose among {', '.join(config.metric_names)}.")
+
+
+def write_report(study: Study, runs: Sequence[Run], metrics: Sequence[str]) -> Report:
+    """Make every table and picture of a study and write them into its directory.
+
+    Args:
+        study: what was compared.
+        runs: from `train_study`.
+        metrics: what the tables show; the runs' own metric comes first and is the one to go by.
+    """
+    config = next(iter(study.configs().values()))
+    metrics = list(dict.fromkeys([config.metric, *metrics]))
+    data = load_interactions(study.data)
+    made = comparisons(runs, metrics)
+    curves = curves_of(runs, config.metric, len(data.train), config.batch_size)
+    untrained = baselines(data, config.metric, config.ks)
+    report = Report(
+        means_table(runs, untrained, metrics, data.name),
+        comparison_table(made),
+        convergence_table(curves, config.metric),
+        tuple(verdicts(made, config.metric)),
+    )
+    shown = (report.means, readable(report.tests), report.convergence)
+    sentences = "".join(f"- {sentence}\n" for sentence in report.verdicts)
+    files: dict[str, str | bytes] = {
+        "table.md": "\n".join([*map(to_markdown, shown), sentences]),
+        "table.tex": "\n".join(map(to_latex, shown)),
+        "table.csv": to_csv(report.means),
+        "tests.csv": to_csv(report.tests),
+        "convergence.csv": to_csv(report.convergence),
+        "runs.csv": to_csv(runs_table(runs, metrics)),
+        "curves.csv": to_csv(curves_table(curves, runs)),
+        "result.json": _result(study, runs, report),
+    }
+    if curves:  # not every run diverged
+        files["curves.png"] = figures.png(figures.convergence_curves(_by_model(curves), config.metric))
+        files["bars.png"] = figures.png(figures.metric_bars(*_bars(runs, untrained, metrics)))
+    for name, content in files.items():
+        write_whole(study.directory / name, content)
+    return report
+
+
+def _result(study: Study, runs: Sequence[Run], report: Report) -> str:
+    finished = [run for run in runs if run.result is not None]
+    return provenance(
+        settings=study.to_dict(),
+        runs={run.directory.name: run.result for run in finished},
+        diverged=[run.directory.name for run in runs if run.result is None],
+        verdicts=list(report.verdicts),
+        means=csv_records(report.means),
+        tests=csv_records(report.tests),
+        convergence=csv_records(report.convergence),
+    )
+
+
+def _by_model(curves: Mapping[Cell, Sequence[Curve]]) -> dict[str, dict[str, Sequence[Curve]]]:
+    return {
+        model: {label(cell, list(curves)): runs for cell, runs in curves.items() if cell.model == model}
+        for model in dict.fromkeys(cell.model for cell in curves)
+    }
+
+
+def _bars(
+    runs: Sequence[Run], untrained: Baselines, metrics: Sequence[str]
+) -> tuple[dict[str, dict[str, dict[str, Spread]]], dict[str, dict[str, float]]]:
+    finished = {cell: found for cell, found in by_cell(runs).items() if found}
+    bars: dict[str, dict[str, dict[str, Spread]]] = {metric: {} for metric in metrics}
+    for cell, found in finished.items():
+        for metric in metrics:
+            values = [float(_mean(run.metrics[metric], 0)) for run in found.values()]
+            bars[metric].setdefault(cell.model, {})[label(cell, list(finished))] = spread(values)
+    levels = {m: {name: float(_mean(values[m], 0)) for name, (_, values) in untrained.items()} for m in metrics}
+    return bars, levels
+
+
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+    return values.mean(axis=axis, dtype=np.float64)
+
+
+def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str], data: str) -> Table:
+    """A row a training: mean ± standard deviation over seeds; the recommenders without training stand first."""
+    columns = [Column("model"), Column("method"), Column("optimizer"), Column("interval"), Column("seeds")]
+    columns += [*map(Column, metrics), Column("best epoch", ".0f"), Column("diverged"), Column("note")]
+    rows: list[tuple[Any, ...]] = [
+        (name, BASELINE, "", None, None, *(float(_mean(values[m], 0)) for m in metrics), None, None, "")
+        for name, (_, values) in baselines.items()
+    ]
+    for cell, finished in by_cell(runs).items():
+        spreads = [_spread([float(_mean(run.metrics[m], 0)) for run in finished.values()]) for m in metrics]
+        epochs = _spread([run.result["best_epoch"] for run in finished.values() if run.result])
+        lost = sum(run.cell == cell and run.result is None for run in runs)
+        above = [
+            name
+            for name, (_, values) in baselines.items()
+            if spreads[0] and spreads[0].mean < _mean(values[metrics[0]], 0)
+        ]
+        note = f"below {', '.join(above)}" if above else ""
+        rows.append((*_names(cell), len(finished), *spreads, epochs, lost, note))
+    caption = (
+        f"Test metrics on {data} at the best epoch by validation, mean ± standard deviation over seeds. "
+        "Popularity and item neighbours are not trained; what a model adds is what it has above them. The note names those "
+        f"that are above it by {metrics[0]}."
+    )
+    return Table(caption, tuple(columns), tuple(rows))
+
+
+def _names(cell: Cell) -> tuple[Any, ...]:
+    return cell.model, cell.method, cell.optimizer, cell.interval
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return spread(values) if values else None
+
+
+def comparison_table(made: Sequence[Comparison]) -> Table:
+    """A row a comparison: the difference, its relative size with band, and both tests."""
+    heads = ["model", "comparison", "optimizer", "interval", "metric", "seeds", "users"]
+    columns = [*map(Column, heads), Column("difference", "+.4f"), Column("relative", "+.1%")]
+    for over in ("seeds", "users"):
+        columns += [Column(f"d_z over {over}", "+.2f"), Column(f"t over {over}", "+.2f")]
+        columns += [Column(f"p over {over}", ".2g"), Column(f"Holm over {over}", ".2g"), Column(f"note on {over}")]
+    rows = []
+    for c in made:
+        row: list[Any] = [c.ours.model, f"{c.ours.method} - {c.other.method}", c.ours.optimizer]
+        row += [c.ours.interval or c.other.interval, c.metric, c.over_seeds.n, c.over_users.n, c.over_seeds.difference]
+        row.append(c.relative)
+        for test, adjusted in ((c.over_seeds, c.adjusted_seeds), (c.over_users, c.adjusted_users)):
+            row += [test.d_z, test.t, test.p, adjusted, test.note]
+        rows.append(tuple(row))
+    n_seeds = sum(c.adjusted_seeds is not None for c in made)
+    n_users = sum(c.adjusted_users is not None for c in made)
+    caption = (
+        "Differences on test, with the relative one's 95% band from resampling users and seeds at once. Over seeds: the "
+        "paired t-test to go by. Over users: paired t-test of the users' metrics averaged over seeds, given these runs; "
+        "with thousands of users nearly everything becomes significant, so read the size. Holm: adjusted for the "
+        f"{n_seeds} tests over seeds and the {n_users} over users in this table."
+    )
+    return Table(caption, tuple(columns), tuple(rows))
+
+
+def readable(tests: Table) -> Table:
+    """The table of tests without the columns that only a program reads."""
+    left_out = {"users", "t over seeds", "t over users", "note on users", "p over users"}
+    if len({row[2] for row in tests.rows}) < 2:
+        left_out.add("optimizer")
+    kept = [number for number, column in enumerate(tests.columns) if column.name not in left_out]
+    columns = tuple(tests.columns[number] for number in kept)
+    return Table(tests.caption, columns, tuple(tuple(row[number] for number in kept) for row in tests.rows))
+
+
+def curves_of(runs: Sequence[Run], metric: str, n_train: int, batch_size: int) -> dict[Cell, list[Curve]]:
+    """The course of every run that did not diverge, by training; trainings without any are left out."""
+    batches = math.ceil(n_train / batch_size)
+    return {
+        cell: [curve(run.history, run.evaluations, metric, batches) for run in finished.values()]
+        for cell, finished in by_cell(runs).items()
+        if finished
+    }
+
+
+def convergence_table(curves: Mapping[Cell, Sequence[Curve]], metric: str) -> Table:
+    """What each training needed, in gradient evaluations and in seconds of training without compilation."""
+    heads = ["model", "method", "optimizer", "interval", "seeds", "reached"]
+    columns = [*map(Column, heads)]
+    for what in ("goal", "common loss"):
+        columns += [Column(f"evaluations to {what}", ".0f"), Column(f"seconds to {what}", ".1f")]
+    columns += [Column("evaluations at the stop", ".0f"), Column("last loss", ".4g")]
+    rows = []
+    for cell, needed in _needed(curves).items():
+        goal = (needed.evaluations, needed.seconds)
+        loss = (needed.loss_evaluations, needed.loss_seconds, needed.last_evaluations, needed.last_loss)
+        rows.append((*_names(cell), needed.runs, f"{needed.reached} of {needed.runs}", *goal, *loss))
+    caption = (
+        f"Convergence. The goal is {SHARE:.0%} of plain training's best validation {metric}, averaged over its seeds; "
+        "the common loss is the largest training loss (a batch) that every run of the model and optimizer gets down to. "
+        "Where training stops is chosen by a noisy metric, so that fewer epochs say little without their spread."
+    )
+    return Table(caption, tuple(columns), tuple(rows))
+
+
+def _needed(curves: Mapping[Cell, Sequence[Curve]]) -> dict[Cell, Convergence]:
+    """Thresholds are common to the trainings of a model and optimizer."""
+    found: dict[Cell, Convergence] = {}
+    for model, optimizer in dict.fromkeys((cell.model, cell.optimizer) for cell in curves):
+        group = {c: runs for c, runs in curves.items() if (c.model, c.optimizer) == (model, optimizer)}
+        plain = next((cell for cell in group if cell.method == "plain"), None)
+        found.update(convergence(group, plain))
+    return found
+
+
+def runs_table(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
+    """A row a run, for programs; no times, so that the same runs give the same bytes."""
+    heads = [
+        "model",
+        "method",
+        "optimizer",
+        "interval",
+        "seed",
+        "directory",
+        "diverged",
+        "epochs_run",
+        "best_epoch",
+        "evaluations",
+    ]
+    columns = [*map(Column, heads)]
+    columns += [Column(f"{split}_{metric}") for split in ("valid", "test") for metric in metrics]
+    rows = []
+    for run in runs:
+        result = run.result or {}
+        values = [result.get(split, {}).get(metric) for split in ("valid", "test") for metric in metrics]
+        epochs = [result.get(name) for name in ("epochs_run", "best_epoch")]
+        total = int(run.evaluations[-1]) if len(run.evaluations) else 0
+        place = f"runs/{run.directory.name}"
+        rows.append((*_names(run.cell), run.seed, place, run.result is None, *epochs, total, *values))
+    return Table("Runs.", tuple(columns), tuple(rows))
+
+
+def curves_table(curves: Mapping[Cell, Sequence[Curve]], runs: Sequence[Run]) -> Table:
+    """A row an epoch of every run, for programs."""
+    heads = ["model", "method", "optimizer", "interval", "seed", "epoch", "evaluations", "seconds", "loss", "valid"]
+    finished = by_cell(runs)
+    rows = [
+        (
+            *_names(cell),
+            seed,
+            epoch + 1,
+            int(run.evaluations[epoch]),
+            *map(float, (run.seconds[epoch], run.loss[epoch], run.valid[epoch])),
+        )
+        for cell, found in curves.items()
+        for seed, run in zip(finished[cell], found, strict=True)
+        for epoch in range(len(run.loss))
+    ]
+    return Table("Curves.", tuple(map(Column, heads)), tuple(rows))

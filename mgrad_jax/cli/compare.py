@@ -1,0 +1,191 @@
+"""`mgrad-jax compare`: does a training help, and is it more than extra updates?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mgrad_jax.cli import stopping
+from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.console import print_table, progress
+from mgrad_jax.cli.options import pairs
+from mgrad_jax.cli.train import how_to_go_on
+from mgrad_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mgrad_jax.analysis.report import Table
+    from mgrad_jax.analysis.study import Run, Study
+    from mgrad_jax.training.config import RunConfig
+    from mgrad_jax.training.fit import EpochReport
+
+
+def compare(
+    data: Annotated[str, typer.Option(help="Directory in MMRec format, or 'demo'.")],
+    models: Annotated[str, typer.Option(metavar="NAME,...", help="Models; `mgrad-jax models` lists them.")],
+    out: Annotated[str, typer.Option(help="The study's directory.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="How to train: plain, replay, mirror, sam, ssam-f, ssam-d. replay, the control with as many updates, "
+            "is always there.",
+        ),
+    ] = "plain,replay,mirror",
+    optimizers: Annotated[str, typer.Option(metavar="NAME,...", help="Optimizers, as in `train`.")] = "adam",
+    intervals: Annotated[str, typer.Option(metavar="N,...", help="Intervals of mirror and replay.")] = "3",
+    seeds: Annotated[
+        str, typer.Option(metavar="N", help="How many, counted upwards from --seed, or a list such as 999,42,2024.")
+    ] = "5",
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 999,
+    hyper: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A hyper-parameter of every model that has it, or of one: freedom.dropout=0.9.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Test metrics in the tables, besides --metric.")
+    ] = "recall@5,recall@20,ndcg@20",
+    alpha1: Annotated[float, typer.Option(help="Factor of mirror's first pass.")] = 1.0,
+    alpha2: Annotated[float, typer.Option(help="Factor of mirror's second pass.")] = 0.2,
+    learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="As in `train`.")] = 0.0,
+    max_norm: Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")] = None,
+    epochs: Annotated[int, typer.Option(help="The most epochs a run trains.")] = 1000,
+    patience: Annotated[int, typer.Option(help="Epochs without improvement that are tolerated.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Interactions a batch.")] = 2048,
+    metric: Annotated[
+        str, typer.Option(help="What selects the best epoch, on validation; tests go by it.")
+    ] = "recall@5",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with an estimate of the time.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, or extend it.")] = False,
+) -> None:
+    """Compare trainings of models over seeds: tables, paired tests, convergence; one resumable run each."""
+    if not dry_run:
+        use_compilation_cache()
+    from mgrad_jax.analysis.compare_report import check_metrics, write_report
+    from mgrad_jax.analysis.study import Study
+
+    study = Study(
+        data=data,
+        models=names("--models", models),
+        out=out,
+        methods=names("--methods", methods),
+        optimizers=names("--optimizers", optimizers),
+        intervals=whole_numbers("--intervals", intervals),
+        seeds=_seeds(seeds, seed),
+        hyper_parameters=pairs("--set", hyper or ()),
+        settings={
+            "alpha1": alpha1,
+            "alpha2": alpha2,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "max_norm": max_norm,
+            "epochs": epochs,
+            "patience": patience,
+            "batch_size": batch_size,
+            "metric": metric,
+        },
+    )
+    shown = names("--metrics", metrics)
+    check_metrics(shown, next(iter(study.configs().values())))
+    if dry_run:
+        _print_estimate(study)
+        return
+    report = write_report(study, _train(study, resume), shown)
+    print_tables(report.means, report.convergence)
+    for sentence in report.verdicts:
+        print(sentence)
+    print(f"Tables, tests and pictures: {study.directory}")
+
+
+def names(option: str, text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise UserError(f"{option} {text} has an empty place; write names with commas between them.")
+    return found
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """The whole numbers in a list with commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text} is no list of whole numbers; write for example {option} 1,3,5.") from None
+
+
+def _seeds(text: str, first: int) -> tuple[int, ...]:
+    numbers = whole_numbers("--seeds", text)
+    if len(numbers) > 1:
+        return numbers
+    if numbers[0] < 1:
+        raise UserError(f"--seeds is {numbers[0]}; it must be at least 1, and 5 for a test to go by.")
+    return tuple(range(first, first + numbers[0]))
+
+
+def _train(study: Study, resume: bool) -> list[Run]:
+    """Train and tell how far it is; a signal to stop leaves every finished epoch on disk."""
+    from mgrad_jax.analysis.study import STUDY_FILE, StudyInterrupted, train_study
+
+    early = "stopped before the first epoch was finished"
+    stopping.say(lambda: how_to_go_on(early, study.directory, STUDY_FILE))
+    try:
+        with _progress(study) as report:
+            return train_study(study, resume=resume, progress=report)
+    except StudyInterrupted as stop:
+        done = f"stopped with {stop.finished} of {stop.runs} runs finished"
+        raise stopping.Stopped(how_to_go_on(done, study.directory, STUDY_FILE)) from None
+
+
+@contextlib.contextmanager
+def _progress(study: Study) -> Iterator[Any]:
+    """Tell how far the runs are; yields what to call as a run starts and after every epoch."""
+    total = len(study.configs())
+    with progress("compare") as tell:
+
+        def show(done: int, config: RunConfig, report: EpochReport | None) -> None:
+            stopping.complete_what_is_begun()
+            state = f"run {done + 1} of {total}  {config.directory.name}  "
+            state += "starting" if report is None else f"epoch {report.epoch}  best {report.best_epoch}"
+            tell(state, done, total)
+            stopping.repeat_if_lost()
+
+        yield show
+
+
+def _print_estimate(study: Study) -> None:
+    from mgrad_jax.analysis.study import estimate
+
+    headings = ("model", "method", "optimizer", "interval", "runs to train", "seconds per epoch", "at least", "at most")
+    rows, total = [], [0.0, 0.0]
+    for row in estimate(study):
+        interval = "" if row.cell.interval is None else str(row.cell.interval)
+        times = map(_duration, (row.least, row.most))
+        rows.append([*row.cell[:3], interval, str(row.runs), f"{row.epoch:.3g}", *times])
+        total = [total[0] + row.least, total[1] + row.most]
+    rows.append(["all", "", "", "", "", "", *map(_duration, total)])
+    notes = [
+        "at least: every run stops after patience + 1 epochs; at most: every run trains all --epochs",
+        *(str(config.directory) for config in study.configs().values()),
+    ]
+    print_table(f"{len(study.configs())} runs in {study.directory / 'runs'}", headings, rows, notes)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def print_tables(*tables: Table) -> None:
+    """Show tables of an analysis, captions below."""
+    from mgrad_jax.analysis.report import texts
+
+    for table in tables:
+        print_table("", [column.name for column in table.columns], texts(table), [table.caption])

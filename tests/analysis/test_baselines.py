@@ -1,0 +1,76 @@
+"""Recommenders without training equal their definitions, and are ranked by the code that ranks models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgrad_jax.analysis.baselines import NEIGHBOURS, SHRINKS, baselines, itemknn, nearest_items, popularity
+from mgrad_jax.data import Interactions, demo_interactions
+from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores, per_user_metrics
+
+DATA = demo_interactions(n_users=60, n_items=40, n_groups=4)
+
+
+def history(data: Interactions) -> np.ndarray:
+    dense = np.zeros((data.n_users, data.n_items))
+    dense[data.train[:, 0], data.train[:, 1]] = 1
+    return dense
+
+
+def knn_scores(similarity: np.ndarray, data: Interactions, k: int) -> np.ndarray:
+    """The definition: every training item of the user votes for its k nearest items."""
+    similarity = similarity.copy()
+    np.fill_diagonal(similarity, -1)
+    for row in similarity:
+        row[np.argsort(-row, kind="stable")[k:]] = 0
+    return history(data) @ np.maximum(similarity, 0)
+
+
+def test_popularity_counts_training_interactions() -> None:
+    scores = popularity(DATA)(np.array([3, 0]))
+    np.testing.assert_array_equal(scores, np.tile(history(DATA).sum(axis=0), (2, 1)))
+
+
+@pytest.mark.parametrize("shrink", [0.0, 10.0])
+def test_item_neighbours_by_interactions(shrink: float) -> None:
+    dense = history(DATA)
+    norms = np.sqrt(dense.sum(axis=0))
+    expected = knn_scores(dense.T @ dense / (np.outer(norms, norms) + shrink + 1e-9), DATA, 5)
+    found = itemknn(DATA, nearest_items(DATA, 8, shrink=shrink), 5)(np.arange(DATA.n_users))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_item_neighbours_by_features() -> None:
+    unit = [table / np.linalg.norm(table, axis=1, keepdims=True) for table in DATA.features.values()]
+    expected = knn_scores(sum(table @ table.T for table in unit) / 2, DATA, 5)
+    found = itemknn(DATA, nearest_items(DATA, 5, DATA.features), 5)(np.arange(DATA.n_users))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_scores_are_ranked_as_vectors_are() -> None:
+    scores = np.random.default_rng(0).integers(0, 4, (DATA.n_users, DATA.n_items)).astype(np.float32)  # many ties
+    ranker = make_ranker(DATA, "test", (5, 20), block=7)
+    users, found = metrics_of_scores(ranker, lambda ids: scores[ids])
+    expected_users, expected = per_user_metrics(ranker, jnp.asarray(scores), jnp.eye(DATA.n_items))
+    np.testing.assert_array_equal(users, expected_users)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_the_setting_is_the_best_on_validation_and_features_are_used_where_there_are_any() -> None:
+    found = baselines(DATA, "recall@5", (5, 20))
+    assert list(found) == ["popularity", "itemknn", "itemknn-features"]
+    valid, test = (make_ranker(DATA, split, (5, 20)) for split in ("valid", "test"))
+    best = -1.0
+    for shrink in SHRINKS:
+        for k in NEIGHBOURS:
+            scores = itemknn(DATA, nearest_items(DATA, k, shrink=shrink), k)
+            value = metrics_of_scores(valid, scores)[1]["recall@5"].mean()
+            if value > best:
+                best, expected = value, metrics_of_scores(test, scores)[1]
+    np.testing.assert_array_equal(found["itemknn"][1]["recall@20"], expected["recall@20"])
+    assert list(baselines(dataclasses.replace(DATA, features={}), "recall@5", (5,))) == ["popularity", "itemknn"]
