@@ -29,7 +29,7 @@ from mgrad_jax.files import locked, write_whole, written_whole
 from mgrad_jax.training.config import TRAININGS, RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
 from mgrad_jax.training.grid import UNUSED
-from mgrad_jax.training.history import History
+from mgrad_jax.training.history import History, read_rows
 from mgrad_jax.training.run import load_run, train_run
 
 STUDY_FILE = "study.yaml"
@@ -248,7 +248,7 @@ def _train(cell: Cell, seed: int, config: RunConfig, data: Interactions, report:
         except TrainingDiverged as error:
             # One setting that diverges is a finding, and no reason to lose the others.
             write_whole(diverged, f"{error}\n")
-    history = History(directory / "history.csv").rows()
+    history = History(config.metric_names, read_rows(directory / "history.csv")).rows()
     evaluations = gradient_evaluations(config, len(data.train), len(history))
     if result is None:
         return Run(cell, seed, directory, None, history, evaluations, np.zeros(0, np.int64), {})

@@ -1,31 +1,53 @@
 """The latest and the best state of a run on disk, written by orbax.
 
-A checkpoint is a directory `<epoch>-best-<best epoch>` that orbax moves into place once it is complete, so its name
-tells which checkpoint is the latest and which the best, and a process killed at any moment leaves the previous ones as
-they were. Writing goes on while the next epoch trains: some 30 ms of the loop's time for 35 MB instead of 100.
+A checkpoint is a directory `<epoch>-best-<best epoch>`, so its name tells which checkpoint is the latest and which the
+best. It is moved into place once it is complete, so a process killed at any moment leaves the previous ones as they
+were. Beside orbax's files it holds `run.json`: a digest of the state, and the notes of whoever trains (which run it is,
+the rows of its history), so that everything else in a run's directory can be made from it again. All of the writing
+goes on in a thread while the next epoch trains. Where epochs are short, not every checkpoint waits for the disk, which
+would take longer than the epoch; the last one that did is kept as well until training ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
+import hashlib
+import json
 import logging
+import math
 import os
 import re
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, shown
+from mgrad_jax.files import Damaged, read_mapping, sync_directory, sync_tree, unreadable, unwritable, write_whole
+from mgrad_jax.signals import held_back
+from mgrad_jax.training.identity import digest
 
 _NAME = re.compile(r"(\d+)-best-(\d+)")
+_SIDECAR = "run.json"
+# What a power loss may cost besides the epoch under way.
+_SECONDS_WITHOUT_DISK = 1.0
+# A leaf in checkpoints of earlier versions, which had no sidecar.
 _FINGERPRINT = "fingerprint"
+_Which = Literal["latest", "best"]
+_Read = TypeVar("_Read")
+
+
+class CheckpointLost(UserError):
+    """A checkpoint is not there, or does not hold what was written."""
 
 
 class _Entry(NamedTuple):
@@ -43,18 +65,29 @@ class Checkpoints:
 
     Args:
         directory: where they live; made by the first `save`.
+        on_complete: called with a checkpoint's notes once it has its place, in the thread that writes.
+
+    Attributes:
+        notes: what the next checkpoint says about its run, as JSON has it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], on_complete: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
         self.directory = Path(directory).absolute()
-        self._writer: Any = None
+        self.notes: dict[str, Any] = {}
+        self._on_complete = on_complete
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
         self._best: int | None = self.best_epoch()
+        # The last checkpoint that reached the disk in this process, and when.
+        self._safe, self._safe_since = 0, -math.inf
 
     def save(self, epoch: int, state: Any, is_best: bool) -> None:
         """Start writing the state after an epoch; the previous one is complete when this returns.
 
         Args:
-            epoch: counts from 1; larger than that of any checkpoint there.
+            epoch: counts from 1; larger than that of any checkpoint there, or that of a best one that was lost.
             state: a pytree of arrays (raw key data instead of typed PRNG keys). It is copied to the host before this
                 returns, so its buffers may be donated.
             is_best: whether it is the best so far; the first one always is.
@@ -64,17 +97,17 @@ class Checkpoints:
         """
         # Empty arrays are left out: orbax refuses them, and there is nothing to remember.
         leaves = {name: np.array(leaf) for name, leaf in _named_leaves(state).items() if leaf.size}
-        leaves[_FINGERPRINT] = _fingerprint(leaves)
-        self._best = epoch if is_best or self._best is None else self._best
-        path = self.directory / f"{epoch:06d}-best-{self._best:06d}"
-        with self._writing():
-            if self._writer is None:
-                self._writer = self._open()
-            self._writer.wait_until_finished()
-            self._prune()
-            self._writer.save(path, args=_orbax().args.PyTreeSave(leaves))
+        notes = dict(self.notes)
+        with held_back():
+            self.wait()
+            self._best = epoch if is_best or self._best is None else self._best
+            if self._thread is None:
+                self._open()
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            name = f"{epoch:06d}-best-{self._best:06d}"
+            self._pending = self._thread.submit(self._write, epoch, self.directory / name, leaves, notes)
 
-    def restore(self, like: Any, which: Literal["latest", "best"] = "latest") -> tuple[int, Any]:
+    def restore(self, like: Any, which: _Which = "latest") -> tuple[int, Any]:
         """Read a checkpoint back.
 
         Args:
@@ -86,34 +119,45 @@ class Checkpoints:
             The epoch and the state.
 
         Raises:
-            UserError: there is none, it is damaged, or it belongs to another model, optimizer or dataset.
+            CheckpointLost: there is none, or it is damaged; the message says what remains.
+            UserError: it cannot be read now, or it belongs to another model, optimizer or dataset.
         """
-        self.wait()
-        wanted = self.latest_epoch() if which == "latest" else self.best_epoch()
-        found = [entry for entry in self._entries() if entry.epoch == wanted]
-        if not found:
-            raise UserError(f"{self.directory} holds no {which} checkpoint; train the run without --resume first.")
-        path = found[0].path
-        saved = self._read(path)
+        entry, saved = self._stable(which, _read)
         expected = _named_leaves(like)
         saved.update({name: np.array(leaf) for name, leaf in expected.items() if not leaf.size})
-        for name, leaf in expected.items():
-            if name not in saved or saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
-                raise UserError(
-                    f"{path} holds another state than this run's (they differ at {name}); resume with the model, data "
-                    "and optimizer it was trained with, or start anew in another directory."
-                )
-        if len(saved) != len(expected):
-            extra = sorted(saved.keys() - expected.keys())[0]
+        fits = {
+            name: name in saved and (saved[name].shape, saved[name].dtype) == (leaf.shape, leaf.dtype)
+            for name, leaf in expected.items()
+        }
+        differing = [name for name, fit in fits.items() if not fit] + sorted(saved.keys() - expected.keys())
+        if differing:
             raise UserError(
-                f"{path} holds another state than this run's ({extra} is too much); resume with the model, data and "
-                "optimizer it was trained with, or start anew in another directory."
+                f"{entry.path} holds another state than this run's (they differ at {shown(differing[0])}); resume with "
+                "the model, data and optimizer it was trained with, or start anew in another directory."
             )
         # In the order of the names, which is that of the leaves.
         leaves = [
             saved[name] if isinstance(leaf, np.ndarray) else jnp.asarray(saved[name]) for name, leaf in expected.items()
         ]
-        return found[0].epoch, jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return entry.epoch, jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def read_notes(self, which: _Which = "latest") -> tuple[Path, dict[str, Any]]:
+        """A checkpoint's path and what was noted in it; nothing in those of earlier versions.
+
+        Raises:
+            CheckpointLost, UserError: as `restore`.
+        """
+        entry, sidecar = self._stable(which, _read_sidecar)
+        return entry.path, {} if sidecar is None else sidecar["notes"]
+
+    def are_intact(self) -> bool:
+        """Whether the latest and the best can both be read and hold what was written."""
+        try:
+            self._stable("latest", _read)
+            self._stable("best", _read)
+        except CheckpointLost:
+            return False
+        return True
 
     def latest_epoch(self) -> int | None:
         """The epoch of the latest complete checkpoint, None where there is none."""
@@ -121,17 +165,24 @@ class Checkpoints:
         return entries[-1].epoch if entries else None
 
     def best_epoch(self) -> int | None:
-        """The epoch of the best checkpoint, None where there is none."""
+        """The epoch of the best checkpoint as of the latest, None where there is none; that one may be lost."""
         entries = self._entries()
         return entries[-1].best_epoch if entries else None
 
-    def discard_latest(self) -> None:
-        """Remove the latest checkpoint, so that the one before it, if there is one, takes its place."""
-        self.wait()
-        latest = self._entries()[-1].path
-        # Renamed first: half removed under its own name it would look like a damaged checkpoint.
-        shutil.rmtree(latest.rename(latest.with_name(f"{latest.name}.discarded")))
-        self._best = self.best_epoch()
+    def check_space(self, n_bytes: int) -> None:
+        """Raise a `UserError` where the disk has no room for the checkpoints of a state of so many bytes.
+
+        Two are kept, and a third is there for a moment; those that are there already need no more room.
+        """
+        place = next(place for place in (self.directory, *self.directory.parents) if place.exists())
+        with contextlib.suppress(OSError, AttributeError):  # not every system tells
+            status = os.statvfs(place)
+            free, needed = status.f_bavail * status.f_frsize, n_bytes * max(1, 2 - len(self._entries()))
+            if free < needed:
+                raise UserError(
+                    f"{place} has {free / 2**20:.1f} MiB of free space, and the run's checkpoints need "
+                    f"{needed / 2**20:.1f}; free space and start again, or choose another place."
+                )
 
     def wait(self) -> None:
         """Block until everything saved is complete on disk.
@@ -139,100 +190,274 @@ class Checkpoints:
         Raises:
             UserError: it could not be written.
         """
-        if self._writer is not None:
-            with self._writing():
-                self._writer.wait_until_finished()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with held_back():
+                pending.result()
 
     def close(self) -> None:
-        """Finish writing and remove what is neither the latest nor the best."""
-        if self._writer is not None:
-            with self._writing():
-                writer, self._writer = self._writer, None
-                try:
-                    writer.wait_until_finished()
-                    self._prune()
-                finally:
-                    writer.close()
+        """Finish writing, and see that what remains is on the disk."""
+        if self._thread is None:
+            return
+        with held_back():
+            try:
+                self.wait()
+                for entry in self._entries():
+                    sync_tree(entry.path)
+                sync_directory(self.directory)
+                self._safe = 0
+                self.tidy()
+            except OSError as error:
+                raise self._unwritable(error) from None
+            finally:
+                self._thread.shutdown()
+                self._thread = None
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Hold signals back, for orbax does not survive an exception from nowhere, and name what cannot be written."""
+    def tidy(self) -> None:
+        """Remove what a killed process left unfinished, and what is neither the latest nor the best."""
+        if self.directory.is_dir():
+            self._remove_unfinished()
+            entries = self._entries()
+            for entry in entries[:-1]:
+                if entry.epoch not in (entries[-1].best_epoch, self._safe):
+                    _remove(entry.path)
+
+    def _open(self) -> None:
         try:
-            with _held_back(signal.SIGINT), _held_back(signal.SIGTERM):
-                yield
-        except (OSError, ValueError) as error:
-            raise self._unwritable(error) from None
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._place = self.directory.stat()
+            self.tidy()
+        except OSError as error:
+            raise unwritable(self.directory, error) from None
 
-    def _open(self) -> Any:
-        """The directory, cleared of what a killed process left unfinished, and orbax's writer."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def _write(self, epoch: int, path: Path, leaves: dict[str, np.ndarray], notes: dict[str, Any]) -> None:
+        """Write a checkpoint and remove those that it makes superfluous; runs in the thread."""
+        failure = None
+        with _without_complaints():
+            try:
+                self._put(epoch, path, leaves, notes)
+            except Exception as error:  # orbax and its storage raise whatever they trip over
+                failure = self._unwritable(error)
+            if failure is not None:
+                gc.collect()
+        if failure is not None:
+            raise failure
+        if self._on_complete is not None:
+            self._on_complete(notes)
+
+    def _put(self, epoch: int, path: Path, leaves: dict[str, np.ndarray], notes: dict[str, Any]) -> None:
+        self._check_place()  # orbax would make it again
+        ocp = _orbax()
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as writer:
+            writer.save(unfinished, args=ocp.args.PyTreeSave(leaves))
+        content = {"notes": notes, "state": digest(leaves)}
+        content["digest"] = _seal(content)
+        write_whole(unfinished / _SIDECAR, json.dumps(content), durable=False)
+        if is_due := time.monotonic() - self._safe_since >= _SECONDS_WITHOUT_DISK:
+            sync_tree(unfinished)
+        self._check_place()
+        if path.exists():  # a damaged one that was trained again
+            _remove(path)
+        unfinished.rename(path)
+        if is_due:
+            sync_directory(self.directory)
+            self._safe, self._safe_since = epoch, time.monotonic()
+        self.tidy()
+
+    def _check_place(self) -> None:
+        """Raise a `UserError` where the directory is not the one that the first checkpoint was written to."""
+        try:
+            is_same = os.path.samestat(self._place, self.directory.stat())
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise UserError(
+                f"{self.directory} was removed or replaced while it was written to; start again, and leave it in place."
+            )
+
+    def _unwritable(self, error: Exception) -> UserError:
+        """The sentence for what failed, and what is half written removed."""
+        try:
+            self._check_place()
+        except UserError as removed:
+            return removed
+        self._remove_unfinished()
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, OSError) and error.errno is not None:
+            return unwritable(self.directory, error)
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+            if os.strerror(number) in str(error):
+                return unwritable(self.directory, OSError(number, os.strerror(number)))
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return unwritable(self.directory, OSError(shown(reason)))
+
+    def _remove_unfinished(self) -> None:
         for path in self.directory.iterdir():
             if _NAME.match(path.name) and not _NAME.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
-        ocp = _orbax()
-        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
     def _entries(self) -> list[_Entry]:
-        """Complete checkpoints, by epoch."""
-        if not self.directory.is_dir():
+        """Complete checkpoints, by epoch.
+
+        Raises:
+            UserError: the directory cannot be read.
+        """
+        try:
+            matches = [(_NAME.fullmatch(path.name), path) for path in self.directory.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        matches = [(_NAME.fullmatch(path.name), path) for path in self.directory.iterdir()]
+        except OSError as error:
+            raise unreadable(self.directory, error) from None
         return sorted(_Entry(int(m[1]), int(m[2]), path) for m, path in matches if m)
 
-    def _prune(self) -> None:
+    def _entry(self, which: _Which) -> _Entry:
         entries = self._entries()
-        for entry in entries[:-1]:
-            if entry.epoch != entries[-1].best_epoch:
-                shutil.rmtree(entry.path)
+        if not entries:
+            raise CheckpointLost(f"{self.directory} holds no {which} checkpoint; train the run without --resume first.")
+        if which == "latest":
+            return entries[-1]
+        for entry in entries:
+            if entry.epoch == entries[-1].best_epoch:
+                return entry
+        raise CheckpointLost(
+            f"{self.directory} lacks the checkpoint of epoch {entries[-1].best_epoch}, its best; resume the run, which "
+            "trains that epoch again."
+        )
 
-    def _read(self, path: Path) -> dict[str, np.ndarray]:
-        """The leaves of a checkpoint by name; damage of any kind is a `UserError`."""
-        ocp = _orbax()
-        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        leaves: dict[str, np.ndarray] = {}
-        try:
-            reader = ocp.PyTreeCheckpointer()
+    def _stable(self, which: _Which, read: Callable[[Path], _Read]) -> tuple[_Entry, _Read]:
+        """A checkpoint and what is read from it, the next one where a run under way removes it meanwhile."""
+        self.wait()
+        while True:
+            entry = self._entry(which)
+            try:
+                return entry, read(entry.path)
+            except Damaged:
+                if entry in self._entries():
+                    raise self._damaged(entry) from None
+
+    def _damaged(self, entry: _Entry) -> CheckpointLost:
+        """The sentence for a damaged checkpoint; what it advises depends on the others, which are read for it."""
+        intact = [other for other in self._entries() if other != entry and _is_intact(other.path)]
+        if not intact:
+            remedy = (
+                "delete it and start anew, for the run has no other checkpoint that is intact, or restore it from a "
+                "copy of yours"
+            )
+        elif intact[-1].epoch > entry.epoch:
+            remedy = f"resume the run, which goes on from epoch {intact[-1].epoch} and trains this one again"
+        else:
+            remedy = f"delete it to go on from epoch {intact[-1].epoch}, whose checkpoint is intact"
+        return CheckpointLost(f"{entry.path} is damaged; {remedy}.")
+
+
+@contextlib.contextmanager
+def _without_complaints() -> Iterator[None]:
+    """Silence what orbax's coroutines print as they go, after a failure that was raised already."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: half removed under its own name it would look like a damaged checkpoint.
+    discarded = path.rename(path.with_name(f"{path.name}.discarded"))
+    shutil.rmtree(discarded) if discarded.is_dir() else discarded.unlink()
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        _read(path)
+    except Damaged:
+        return False
+    return True
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The leaves of a checkpoint by name.
+
+    Raises:
+        Damaged: they are not what was written.
+        UserError: they cannot be read now.
+    """
+    sidecar = _read_sidecar(path)
+    ocp = _orbax()
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    leaves: dict[str, np.ndarray] = {}
+    try:
+        with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
             # One leaf at a time: where one of several concurrent reads fails, the others complain on the terminal.
             for name in list(reader.metadata(path).item_metadata.keys()):
                 wanted = {"item": {name: 0}, "restore_args": {name: as_numpy}, "partial_restore": True}
                 leaves[name] = np.asarray(reader.restore(path, args=ocp.args.PyTreeRestore(**wanted))[name])
-            intact = np.array_equal(leaves.pop(_FINGERPRINT), _fingerprint(leaves))
-        except Exception:  # orbax and its storage raise whatever they trip over
-            intact = False
-        if not intact:
-            raise UserError(
-                f"{path} is damaged; delete it to go on from an earlier checkpoint of {self.directory}, if there is "
-                "one, or start anew in another directory."
-            )
-        return leaves
+    except MemoryError as error:
+        raise unreadable(path, error) from None
+    except Exception as error:  # orbax and its storage raise whatever they trip over
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise unreadable(path, MemoryError()) from None
+        _check_readable(path)
+        raise Damaged("its storage cannot be decoded") from None
+    if sidecar is None:
+        intact = np.array_equal(leaves.pop(_FINGERPRINT, np.zeros(0)), _fingerprint(leaves))
+    else:
+        intact = sidecar["state"] == digest(leaves)
+    if not intact:
+        raise Damaged("its arrays are not those that were written")
+    return leaves
 
-    def _unwritable(self, error: Exception) -> UserError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return UserError(
-            f"{self.directory} cannot be written ({reason}); free space or choose another output directory."
-        )
 
+def _read_sidecar(path: Path) -> dict[str, Any] | None:
+    """The content of `run.json`; None in a checkpoint of an earlier version.
 
-@contextlib.contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """Deliver a signal that arrives in the block when the block is over."""
-    before = signal.getsignal(number)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # signals go to the main thread only; one without a handler in Python cannot be held back
-        return
-    arrived: list[Any] = []
-    signal.signal(number, lambda *received: arrived.append(received))
+    Raises:
+        Damaged, UserError: as `_read`.
+    """
     try:
-        yield
-    finally:
-        signal.signal(number, before)
-        if arrived:
-            before(*arrived[0])
+        content = read_mapping(path / _SIDECAR, json.loads)
+    except FileNotFoundError:
+        if not path.is_dir():
+            raise Damaged("it is no directory") from None
+        return None
+    sealed = content.pop("digest", None)
+    if content.keys() != {"notes", "state"} or sealed != _seal(content):
+        raise Damaged(f"{_SIDECAR} is not what was written")
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _check_readable(path: Path) -> None:
+    """Raise a `UserError` where a file cannot be read: then nothing says that it is damaged."""
+
+    def give_up(error: OSError) -> None:
+        raise error
+
+    try:
+        for parent, _, names in os.walk(path, onerror=give_up):
+            for name in names:
+                with (Path(parent) / name).open("rb") as stream:
+                    while stream.read(2**20):
+                        pass
+    except FileNotFoundError:
+        return  # what is not there is damage
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _orbax() -> Any:
-    """Orbax, imported on first use (over a second), its notes about its own internals silenced."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax, imported on first use (over a second), its notes silenced: what goes wrong it raises besides."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     import orbax.checkpoint
 
     return orbax.checkpoint
@@ -244,7 +469,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _fingerprint(leaves: dict[str, np.ndarray]) -> np.ndarray:
-    """(2,) uint64 that change with any single byte of the leaves: storage formats do not notice every damage."""
+    """(2,) uint64, in place of a digest in checkpoints of earlier versions."""
     total = np.zeros(2, np.uint64)
     for name in sorted(leaves):
         data = np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +23,8 @@ from mgrad_jax.evaluation.ranking import Ranker, make_ranker, rank_metrics
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.models import Recommender
-from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.signals import held_back, let_through
+from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
 from mgrad_jax.training.decay import with_decay
 from mgrad_jax.training.diagnosis import Diagnosis
 from mgrad_jax.training.epoch import (
@@ -191,8 +194,9 @@ def fit(
         evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
-        resume: go on from the latest checkpoint; the numbers equal those of an unbroken run.
-        on_epoch: called after every epoch, before its checkpoint is written.
+        resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
+            lost is trained again.
+        on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
 
     Raises:
         UserError: an option out of range, data without validation or test interactions, a learning rate that the decay
@@ -202,18 +206,28 @@ def fit(
     """
     _check_options(data, epochs, patience, batch_size, metric, ks)
     tx = with_decay(tx, learning_rate_decay, nnx.state(model, nnx.Param))
-    run = _start(model, data, tx, batch_size, seed, ks, evaluate)
+    with let_through():
+        run = _start(model, data, tx, batch_size, seed, ks, evaluate)
     run.diagnosis.checkpoints = None if checkpoints is None else checkpoints.directory
+    best_is_lost = False
     if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
-        run.restore(checkpoints, ks)
+        best_is_lost = not run.restore(checkpoints, ks)
     history: list[EpochReport] = []
     while run.progress.epoch < epochs and run.progress.bad_epochs <= patience:
-        report = run.epoch(metric)
-        history.append(report)
-        if on_epoch is not None:
-            on_epoch(report)
-        if checkpoints is not None:
-            checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
+        with let_through():
+            report = run.epoch(metric)
+        with held_back():  # an epoch that is finished is written down
+            history.append(report)
+            if on_epoch is not None:
+                on_epoch(report)
+            if checkpoints is not None:
+                checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
+        best_is_lost &= not report.is_best
+    if best_is_lost and checkpoints is not None:
+        with let_through():
+            again = run.best_again(model, tx, metric)
+        checkpoints.save(again.progress.epoch, again.checkpoint(), is_best=True)
+        run.best = again.best
     nnx.update(model, run.best.params, run.best.epoch_state)
     progress = run.progress
     seconds = {
@@ -271,15 +285,34 @@ class _Run:
         """What a later process needs to go on exactly from here."""
         return {"state": self.state, "progress": self.progress.to_arrays()}
 
-    def restore(self, checkpoints: Checkpoints, ks: Sequence[int]) -> None:
-        """Go on from the latest checkpoint, with the best one at hand."""
+    def restore(self, checkpoints: Checkpoints, ks: Sequence[int]) -> bool:
+        """Go on from the latest checkpoint; returns whether the best one is at hand as well."""
         stale = self.state.params if self.plan.keep_stale else None
         like = _blank_checkpoint(self.state._replace(stale_params=stale), ks)
         _, latest = checkpoints.restore(like, "latest")
-        _, best = checkpoints.restore(like, "best")
         self.state = latest["state"]
-        self.best = _scoring(best["state"])
         self.progress = Progress.from_arrays(latest["progress"], _metric_names(ks))
+        try:
+            _, best = checkpoints.restore(like, "best")
+        except CheckpointLost:
+            warnings.warn(
+                f"{checkpoints.directory}: the checkpoint of the best epoch, {self.progress.best_epoch}, is lost; training "
+                "goes on, and unless a later epoch is better, that one is trained again at the end.",
+                UserWarning,
+                stacklevel=2,
+            )
+            return False
+        self.best = _scoring(best["state"])
+        return True
+
+    def best_again(self, model: Recommender, tx: optax.GradientTransformation, metric: str) -> _Run:
+        """The run as it was after its best epoch, trained from the beginning once more: its seed gives the same."""
+        parts = split_model(model)
+        state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+        again = dataclasses.replace(self, state=state, progress=Progress())
+        while again.progress.epoch < self.progress.best_epoch:
+            again.epoch(metric)
+        return again
 
     def _check_losses(self, losses: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))

@@ -29,6 +29,12 @@ UNUSED: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def follows_epochs(settings: Mapping[str, Any]) -> bool:
+    """Whether a training's schedule is spread over the planned epochs, so that their number changes its numbers."""
+    own = settings.get("flat_minima_args")
+    return settings.get("training") == "ssam-d" and not (isinstance(own, Mapping) and "epochs" in own)
+
+
 def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
     """All combinations of the grid's values over a base configuration.
 
@@ -119,8 +125,7 @@ def _structure(config: RunConfig) -> str:
     static = [f.name for f in dataclasses.fields(_hyper(config)) if not f.metadata.get("traced")]
     hyper = {name: values["hyper_parameters"][name] for name in static}
     shared = {name: value for name, value in values.items() if name not in _NO_STRUCTURE}
-    # SSAM-D's drop rate follows a schedule over the planned epochs.
-    planned = config.epochs if config.training == "ssam-d" else None
+    planned = config.epochs if follows_epochs(values) else None
     # These decays are transformations of their own, so whether there is one is structure; how much is a traced number.
     links = {"weight decay": config.weight_decay > 0, "rate decay": config.rate_factors is not None}
     return repr({**shared, "hyper_parameters": hyper, "links": links, "planned": planned})

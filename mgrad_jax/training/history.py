@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mgrad_jax.errors import UserError
-from mgrad_jax.training.checkpoint import Checkpoints
-from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.fit import EpochReport
-from mgrad_jax.training.record import write_text
+from mgrad_jax.files import Damaged, read_whole, write_whole, written_whole
+
+if TYPE_CHECKING:
+    from mgrad_jax.training.config import RunConfig
+    from mgrad_jax.training.fit import EpochReport
 
 
 class History:
-    """`history.csv`, one row an epoch, on disk as soon as the epoch is over.
+    """The content of `history.csv`: one row an epoch.
+
+    Every checkpoint holds the text as of its epoch, so the file can always be made again.
 
     Args:
-        path: of the file.
-        metrics: names of the metrics in the order of their columns; only `append` needs them.
+        metrics: names of the metrics in the order of their columns.
+        text: the rows so far, under their header.
     """
 
-    def __init__(self, path: Path, metrics: Sequence[str] = ()) -> None:
-        self.path = path
+    def __init__(self, metrics: Sequence[str], text: str = "") -> None:
         self.metrics = metrics
+        self.text = text
 
     def append(self, report: EpochReport) -> None:
         """Add the row of an epoch, and the header before the first."""
@@ -37,43 +41,61 @@ class History:
             "seconds_train": round(report.seconds_train, 6),
             "seconds_evaluate": round(report.seconds_evaluate, 6),
         }
-        try:
-            with self.path.open("a", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
-                if stream.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); free space and resume.") from None
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
+        if not self.text:
+            writer.writeheader()
+        writer.writerow(row)
+        self.text += stream.getvalue()
 
     def rows(self) -> list[dict[str, float]]:
-        """All complete rows in order."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="", encoding="utf-8") as stream:
-            table = list(csv.DictReader(stream))
-        # A kill may leave a last row cut short.
-        complete = [row for row in table if None not in row.values() and None not in row]
-        return [{name: float(value) for name, value in row.items()} for row in complete]
+        """All rows in order."""
+        table = csv.DictReader(io.StringIO(self.text))
+        return [{name: float(value) for name, value in row.items()} for row in table]
 
-    def rewind(self, checkpoints: Checkpoints) -> None:
-        """Bring rows and checkpoints to the same epoch, the latest that both have."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        recorded = len(self.rows())
-        while (checkpoints.latest_epoch() or 0) > recorded:
-            # The process died between the checkpoint and its row.
-            checkpoints.discard_latest()
-        kept = checkpoints.latest_epoch() or 0
-        text = "\n".join(lines[: kept + 1]) + "\n" if kept else ""
-        write_text(self.path.parent, self.path.name, text)
-        (self.path.parent / "result.json").unlink(missing_ok=True)
+    def rewind(self, epoch: int) -> None:
+        """Keep the rows up to an epoch."""
+        header, *rows = self.text.splitlines(keepends=True) or [""]
+        rows = [row for row in rows if int(row.partition(",")[0]) <= epoch]
+        self.text = "".join([header, *rows]) if rows else ""
+
+    def restore(self, path: Path) -> None:
+        """Make the file hold these rows, if it does not.
+
+        Raises:
+            UserError: it can be neither read nor written.
+        """
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            if read_whole(path) == self.text:
+                return
+        write_whole(path, self.text)
 
 
-def draw_curves(history: Path, path: Path, config: RunConfig) -> None:
-    """Draw loss and recall over the epochs of a `history.csv`; the best epoch is marked."""
+def read_rows(path: Path) -> str:
+    """The text of a `history.csv` up to its first row that is damaged; empty where there is none."""
+    try:
+        lines = read_whole(path).splitlines()
+    except (FileNotFoundError, Damaged):
+        return ""
+    header, kept = lines[0].split(",") if lines else [], lines[:1]
+    if header[:2] != ["epoch", "loss"]:
+        return ""
+    for number, line in enumerate(lines[1:], start=1):
+        try:
+            values = [float(value) for value in line.split(",")]
+        except ValueError:
+            break
+        if len(values) != len(header) or values[0] != number:
+            break
+        kept.append(line)
+    return "\n".join(kept) + "\n" if len(kept) > 1 else ""
+
+
+def draw_curves(history: History, path: Path, config: RunConfig) -> None:
+    """Draw loss and recall over the epochs; the best epoch is marked."""
     from matplotlib.figure import Figure
 
-    rows = History(history).rows()
+    rows = history.rows()
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, metric = figure.subplots(1, 2)
@@ -88,9 +110,5 @@ def draw_curves(history: Path, path: Path, config: RunConfig) -> None:
     metric.set(xlabel="epoch", ylabel="metric")
     metric.legend(fontsize="small")
     figure.suptitle(f"{config.summary}, seed {config.seed}", fontsize="medium")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); free space or choose another --out.") from None
+    with written_whole(path, "wb") as stream:
+        figure.savefig(stream, format="png", dpi=120)

@@ -1,21 +1,22 @@
-"""What single runs and sweeps write alike: the content of `result.json`, and files that are whole or not there."""
+"""What single runs and sweeps write alike: the content of `result.json`, and how it is read back."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
+import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
+from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
+from mgrad_jax.training.identity import identity, machine
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -23,6 +24,7 @@ _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 def result_record(
     config: RunConfig,
     data: Interactions,
+    settings: Mapping[str, Any],
     *,
     epochs_run: int,
     best_epoch: int,
@@ -30,9 +32,13 @@ def result_record(
     test: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of `result.json`: settings, data, metrics of the best epoch, times, device, versions."""
-    device = jax.devices()[0]
+    """The content of `result.json`: settings, data, metrics of the best epoch, times, machine, versions.
+
+    `run` is the digest of `settings` (`mgrad_jax.training.identity.run_settings`).
+    """
+    here = machine()
     return {
+        "run": identity(settings),
         "model": config.model,
         "data": {
             "name": data.name,
@@ -62,7 +68,9 @@ def result_record(
         "valid": {name: valid[name] for name in config.metric_names if name in valid},
         "test": {name: test[name] for name in config.metric_names if name in test},
         "seconds": dict(seconds),
-        "device": f"{device.platform} ({device.device_kind})",
+        "device": here["device"],
+        "threads": here["threads"],
+        "xla_flags": here["xla_flags"],
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
 
@@ -74,12 +82,30 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def write_text(directory: Path, name: str, text: str) -> None:
-    """Write a file in one step: it is there as a whole or not at all."""
-    temporary = directory / f".{name}.tmp"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, directory / name)
-    except OSError as error:
-        raise UserError(f"{directory / name} cannot be written ({error.strerror}); choose another --out.") from None
+def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a `result.json` of the run with these settings, in which everything that is computed with is checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: it is not what was written.
+        UserError: it cannot be read now, or it is the result of another run.
+    """
+    record = read_mapping(path, json.loads)
+    run, best = record.get("epochs_run"), record.get("best_epoch")
+    numbers = [record.get(name) for name in ("valid", "test", "seconds")]
+    if not (type(run) is type(best) is int and 0 <= best <= run):
+        raise Damaged("its epochs are no counts")
+    if not all(isinstance(table, dict) and all(map(_is_number, table.values())) for table in numbers):
+        raise Damaged("its metrics or times are no numbers")
+    if "run" in record and record["run"] != identity(settings):  # earlier versions do not say
+        raise UserError(f"{path} is the result of another run; move it away, or choose another --out.")
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def nothing_left(record: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether a run with this result has reached its end under these settings."""
+    return record["epochs_run"] >= config.epochs or record["epochs_run"] - record["best_epoch"] > config.patience

@@ -3,36 +3,40 @@
 | file | holds |
 |---|---|
 | `config.yaml` | the whole configuration, defaults included, and a digest of the data |
+| `checkpoint/` | the latest and the best state; each with the configuration and the rows of the history as of its epoch |
 | `history.csv` | one row an epoch: loss and its parts, validation and test metrics, seconds |
-| `checkpoint/` | the latest and the best state |
 | `result.json` | the best epoch's metrics and everything needed to compare runs; written when training ends |
 | `curves.png` | loss and recall over the epochs |
+| `.lock` | the process that writes, while it does |
+
+The checkpoints are what is precious. Everything else is made again from them where it is missing or damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import zlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import yaml
-from flax import nnx
 
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
+from mgrad_jax.files import Damaged, Lock, locked, read_mapping, write_whole
 from mgrad_jax.models import Recommender
-from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.signals import held_back
+from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.epoch import TrainState, split_model
-from mgrad_jax.training.fit import EpochReport, FitResult, Progress, TrainingDiverged, fit
-from mgrad_jax.training.history import History, draw_curves
-from mgrad_jax.training.record import result_record, write_text
-
-# What a resumed run may change: where it lies, and how far to go.
-_FREE = ("out", "epochs")
+from mgrad_jax.training.epoch import split_model
+from mgrad_jax.training.fit import EpochReport, FitResult, TrainingDiverged, fit, restore_best
+from mgrad_jax.training.history import History, draw_curves, read_rows
+from mgrad_jax.training.identity import differences, differing_machine, is_digest_of, machine, run_settings
+from mgrad_jax.training.record import nothing_left, read_record, result_record
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -56,204 +60,295 @@ class LoadedRun(NamedTuple):
 def train_run(
     config: RunConfig, *, resume: bool = False, progress: Callable[[EpochReport], None] | None = None
 ) -> dict[str, Any]:
-    """Train as configured and keep the run's directory.
+    """Train as configured and keep the run's directory, which no other process may write to meanwhile.
 
     Args:
         config: what to train, and where the directory is.
-        resume: go on with the run that is there; the numbers equal those of an unbroken run.
+        resume: go on with the run that is there, to more epochs or with more patience if asked for; the numbers equal
+            those of an unbroken run. Files that are missing or damaged are made again from the checkpoints.
         progress: called after every epoch.
 
     Returns:
         What `result.json` holds.
 
     Raises:
-        UserError: bad input, a run already there, another configuration than the one to be resumed, a damaged
-            checkpoint, an output that cannot be written.
-        RunInterrupted: Ctrl-C; everything up to the last finished epoch is on disk.
+        UserError: bad input, a directory that another process holds, a run already there, another configuration than
+            the one to be resumed, a damaged checkpoint, an output that cannot be written.
+        RunInterrupted: Ctrl-C; everything up to the last finished epoch is on disk. After the last epoch it is too
+            late to stop, and the run is completed.
     """
-    directory = config.directory
-    checkpoints = Checkpoints(directory / "checkpoint")
-    if not resume and ((directory / "config.yaml").exists() or checkpoints.latest_epoch() is not None):
-        raise UserError(f"{directory} already holds a run; add --resume to go on with it, or choose another --out.")
-    data = load_interactions(config.data)
-    settings = {**config.to_dict(), "data_digest": data_digest(data)}
-    model = config.create_model(data)
-    if resume:
-        _check_same(directory, settings)
-        finished = _read_result(directory)
-        if finished is not None and finished["epochs_run"] <= config.epochs and _reached_end(finished, config):
-            return finished
-    write_text(directory, "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    history = History(directory / "history.csv", config.metric_names)
-    history.rewind(checkpoints)
-
-    def on_epoch(report: EpochReport) -> None:
-        # A row tells that the epoch before it is safe. Nothing is lost by waiting: the next save would wait as well.
-        checkpoints.wait()
-        history.append(report)
-        if progress is not None:
-            progress(report)
-
-    outcome = _fit(config, data, model, checkpoints, on_epoch)
-    result = _result(config, data, model, outcome, history)
-    write_text(directory, "result.json", json.dumps(result, indent=2) + "\n")
-    draw_curves(directory / "history.csv", directory / "curves.png", config)
-    return result
+    if resume and not config.directory.is_dir():
+        raise _no_run(config.directory)
+    with locked(config.directory) as lock:
+        run = _Run(config, lock)
+        if not resume and run.is_begun():
+            raise UserError(
+                f"{config.directory} already holds a run; add --resume to go on with it, or choose another --out."
+            )
+        if resume and not run.is_begun() and not (config.directory / "config.yaml").exists():
+            raise _no_run(config.directory)
+        try:
+            return run.train(progress)
+        except KeyboardInterrupt:
+            raise RunInterrupted(config.directory, run.checkpoints.latest_epoch() or 0) from None
 
 
-def _fit(
-    config: RunConfig,
-    data: Interactions,
-    model: Recommender,
-    checkpoints: Checkpoints,
-    on_epoch: Callable[[EpochReport], None],
-) -> FitResult:
-    """Train; whatever ends it, the checkpoints are complete afterwards."""
-    try:
-        return fit(
-            model,
+class _Run:
+    """A run in a directory that this process holds."""
+
+    def __init__(self, config: RunConfig, lock: Lock) -> None:
+        self.config, self.lock, self.path = config, lock, config.directory
+        self.history = History(config.metric_names)
+        self.checkpoints = Checkpoints(self.path / "checkpoint", self._write_history)
+
+    def is_begun(self) -> bool:
+        """Whether there is anything that took an epoch to compute."""
+        history, result = self.path / "history.csv", self.path / "result.json"
+        rows = history.exists() and history.stat().st_size > 0
+        return rows or result.exists() or self.checkpoints.latest_epoch() is not None
+
+    def train(self, progress: Callable[[EpochReport], None] | None) -> dict[str, Any]:
+        """Bring the run to its end from wherever it stands; returns what `result.json` holds."""
+        data = load_interactions(self.config.data)
+        settings = run_settings(self.config, data)
+        model = self.config.create_model(data)
+        if self.is_begun():
+            self._take_up(settings, data)
+            finished = self._finished(settings)
+            if finished is not None:
+                return finished
+        with held_back(deliver=False):
+            self._prepare(settings, data, model)
+            outcome = self._fit(settings, data, model, progress)
+            return self._conclude(settings, data, outcome)
+
+    def _take_up(self, settings: Mapping[str, Any], data: Interactions) -> None:
+        """Check that the run that is there is this one, and read its history.
+
+        Raises:
+            UserError: it is another, or it cannot be read.
+        """
+        epoch = self.checkpoints.latest_epoch()
+        place, notes = (self.path, {}) if epoch is None else self.checkpoints.read_notes("latest")
+        before = notes["run"] if notes else _read_settings(self.path)
+        _check_same(place, before, settings, data)
+        with contextlib.suppress(CheckpointLost):  # the latest is enough to go on
+            place, best = self.checkpoints.read_notes("best") if notes else (place, {})
+            _check_same(place, best.get("run", before), settings, data)
+        self.history.text = notes["history"] if notes else read_rows(self.path / "history.csv")
+        self.history.rewind(epoch or 0)
+        if notes and (changes := differing_machine(notes["machine"])):
+            _warn(f"{self.path} was trained elsewhere ({changes}); the last bits of its numbers may differ here.")
+
+    def _finished(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result of a run in which nothing is left to do, what else it lacks made again; None otherwise."""
+        try:
+            result = read_record(self.path / "result.json", settings)
+        except (FileNotFoundError, Damaged):
+            return None
+        epoch = self.checkpoints.latest_epoch()
+        if not nothing_left(result, self.config) or epoch not in (None, result["epochs_run"]):
+            return None
+        if epoch is not None:  # whoever removed the checkpoints of a finished run wanted no more of it
+            if not self.checkpoints.are_intact():
+                return None
+            with held_back():
+                self.checkpoints.tidy()
+                self._make_whole(settings)
+        if result["epochs_run"] > self.config.epochs:
+            _warn(f"{self.path} has {result['epochs_run']} epochs, more than were asked for; it stays as it is.")
+        return result
+
+    def _prepare(self, settings: dict[str, Any], data: Interactions, model: Recommender) -> None:
+        """Write down what is going to be trained; from here on the run can be resumed."""
+        epoch = self.checkpoints.latest_epoch()
+        if epoch is None and self.is_begun():
+            _warn(f"{self.path} has no checkpoints any more; it is trained from the beginning.")
+        if len(self.history.rows()) < (epoch or 0):
+            _warn(f"{self.path / 'history.csv'} lacks epochs, of which checkpoints of earlier versions hold no copy.")
+        self._write_settings(settings)
+        if self.history.text:
+            self.history.restore(self.path / "history.csv")
+        (self.path / "result.json").unlink(missing_ok=True)  # it tells of fewer epochs
+        params = split_model(model).params
+        state = jax.eval_shape(lambda: (params, self.config.transformation(data).init(params)))
+        self.checkpoints.check_space(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+
+    def _fit(
+        self,
+        settings: Mapping[str, Any],
+        data: Interactions,
+        model: Recommender,
+        progress: Callable[[EpochReport], None] | None,
+    ) -> FitResult:
+        """Train; whatever ends it, the checkpoints are complete afterwards."""
+        config, notes = self.config, {"run": settings, "machine": machine()}
+        self.checkpoints.notes = {**notes, "history": self.history.text}
+
+        def on_epoch(report: EpochReport) -> None:
+            self.lock.check()
+            self.history.append(report)
+            self.checkpoints.notes = {**notes, "history": self.history.text}
+            if progress is not None:
+                progress(report)
+
+        try:
+            return fit(
+                model,
+                data,
+                config.transformation(data),
+                epochs=config.epochs,
+                patience=config.patience,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                metric=config.metric,
+                ks=config.ks,
+                learning_rate_decay=config.learning_rate_decay,
+                evaluate=config.evaluate,  # type: ignore[arg-type]  # checked by the configuration
+                checkpoints=self.checkpoints,
+                resume=True,
+                on_epoch=on_epoch,
+            )
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{config.summary}: {error}{config.suspicion}") from None
+        finally:
+            self.checkpoints.close()
+
+    def _write_history(self, notes: Mapping[str, Any]) -> None:
+        # Made again from the checkpoint, should it not survive a power loss.
+        write_whole(self.path / "history.csv", notes["history"], durable=False)
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        write_whole(self.path / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
+
+    def _conclude(self, settings: Mapping[str, Any], data: Interactions, outcome: FitResult) -> dict[str, Any]:
+        """Write what a finished run has besides, once its checkpoints are known to be there."""
+        self.lock.check()
+        self.checkpoints.tidy()
+        if self.checkpoints.latest_epoch() != outcome.epochs_run:
+            raise UserError(f"{self.path} lost its checkpoint of epoch {outcome.epochs_run}; repeat with --resume.")
+        self.checkpoints.read_notes("best")
+        rows = self.history.rows()
+        result = result_record(
+            self.config,
             data,
-            config.transformation(data),
-            epochs=config.epochs,
-            patience=config.patience,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            metric=config.metric,
-            ks=config.ks,
-            learning_rate_decay=config.learning_rate_decay,
-            evaluate=config.evaluate,  # type: ignore[arg-type]  # checked by the configuration
-            checkpoints=checkpoints,
-            resume=True,
-            on_epoch=on_epoch,
+            settings,
+            epochs_run=outcome.epochs_run,
+            best_epoch=outcome.best_epoch,
+            valid=outcome.valid,
+            test=outcome.test,
+            # The whole run's, also where it was resumed; compilation is this process's.
+            seconds={
+                "compile": outcome.seconds["compile"],
+                "train": math.fsum(row["seconds_train"] for row in rows),
+                "evaluate": math.fsum(row["seconds_evaluate"] for row in rows),
+            },
         )
-    except TrainingDiverged as error:
-        raise TrainingDiverged(f"{config.summary}: {error}{config.suspicion}") from None
-    except KeyboardInterrupt:
-        checkpoints.close()
-        raise RunInterrupted(config.directory, checkpoints.latest_epoch() or 0) from None
-    finally:
-        checkpoints.close()
+        write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        (self.path / "curves.png").unlink(missing_ok=True)  # those of fewer epochs
+        self._make_whole(settings)
+        return result
+
+    def _make_whole(self, settings: Mapping[str, Any]) -> None:
+        """Make the files again that are missing or damaged, of those that follow from the history and the settings."""
+        try:
+            before = read_mapping(self.path / "config.yaml", yaml.safe_load)
+            is_this = before.get("data_digest") == settings["data_digest"] and not differences(before, settings)
+        except (FileNotFoundError, Damaged):
+            is_this = False
+        if not is_this:
+            self._write_settings(settings)
+        if self.history.text:
+            self.history.restore(self.path / "history.csv")
+            if not _is_png(self.path / "curves.png"):
+                draw_curves(self.history, self.path / "curves.png", self.config)
+
+
+def _is_png(path: Path) -> bool:
+    """Whether a file is an image that was written to its end."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return content.startswith(b"\x89PNG") and b"IEND" in content[-12:]
+
+
+def _check_same(place: Path, before: Mapping[str, Any], settings: Mapping[str, Any], data: Interactions) -> None:
+    """Refuse what was made on other data or with other settings, naming what differs."""
+    digest = before.get("data_digest")
+    if digest != settings["data_digest"] and not is_digest_of(digest, data):
+        raise UserError(
+            f"data {settings['data']} is not what {place} was begun with ({before.get('data')}); resume with that, "
+            "or choose another --out."
+        )
+    if changes := differences(before, settings):
+        raise UserError(
+            f"{place} was begun with other settings ({changes}); resume with those, or choose another --out."
+        )
 
 
 def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
-    """Read a run back with its best parameters.
+    """Read a run back with its best parameters; it may be under way.
 
     Args:
         directory: of the run.
         data: where its data lie now, if not where the run found them.
 
     Raises:
-        UserError: no run there, its checkpoint is damaged, or the data have changed since.
+        UserError: no run there, its checkpoint is damaged or another run's, or the data have changed since.
     """
     directory = Path(directory)
     settings = _read_settings(directory)
-    digest = settings.pop("data_digest", None)
-    try:
-        values = {**settings, "ks": tuple(settings["ks"]), "out": str(directory)}
-        values["learning_rate_decay"] = tuple(settings["learning_rate_decay"])
-        config = RunConfig(**{**values, "data": data or settings["data"]})
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory / 'config.yaml'} is not a run's configuration ({error}); train the run anew."
-        ) from None
+    config = _configuration(directory, settings, data)
     interactions = load_interactions(config.data)
-    if data_digest(interactions) != digest:
+    if not is_digest_of(settings.get("data_digest"), interactions):
         raise UserError(f"{config.data} is not the data of {directory}; give the ones it was trained on with --data.")
     model = config.create_model(interactions, training=False)
-    parts = split_model(model)
-    stale = parts.params if config.evaluate == "stale" else None
-    metrics = dict.fromkeys(config.metric_names, 0.0)
-    like = {
-        "state": TrainState(
-            parts.params, config.transformation(interactions).init(parts.params), parts.epoch_state, stale
-        ),
-        "progress": Progress(valid=metrics, test=metrics).to_arrays(),
-    }
-    epoch, best = Checkpoints(directory / "checkpoint").restore(like, "best")
-    state = best["state"]
-    nnx.update(model, state.params if state.stale_params is None else state.stale_params, state.epoch_state)
+    checkpoints = Checkpoints(directory / "checkpoint")
+    place, notes = checkpoints.read_notes("best")
+    if notes:
+        changes = differences(notes["run"], settings)
+        if not changes and not is_digest_of(notes["run"]["data_digest"], interactions):
+            changes = "on other data"
+        if changes:
+            raise UserError(f"{place} belongs to another run than {directory / 'config.yaml'} ({changes}); restore it.")
+    stale = config.evaluate == "stale"
+    epoch = restore_best(model, config.transformation(interactions), checkpoints, stale=stale, ks=config.ks)
     return LoadedRun(config, interactions, model, epoch)
 
 
-def data_digest(data: Interactions) -> str:
-    """A checksum over interactions and features: a run goes on with the data it began with, not with their name."""
-    value = zlib.crc32(f"{data.n_users} {data.n_items}".encode())
-    for split in ("train", "valid", "test"):
-        value = zlib.crc32(getattr(data, split).tobytes(), value)
-    for name in sorted(data.features):
-        value = zlib.crc32(data.features[name].data, zlib.crc32(name.encode(), value))
-    return f"{value:08x}"
+def _no_run(directory: Path) -> UserError:
+    return UserError(f"{directory} holds no run (there is no config.yaml); give the directory of one.")
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
     """The content of `config.yaml`."""
     path = directory / "config.yaml"
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_mapping(path, yaml.safe_load)
     except FileNotFoundError:
-        raise UserError(f"{directory} holds no run (there is no config.yaml); give the directory of one.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); restore it or train the run anew.") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is not a run's configuration; restore it or train the run anew.")
-    return settings
+        if Checkpoints(directory / "checkpoint").latest_epoch() is None:
+            raise _no_run(directory) from None
+        reason = "is missing"
+    except Damaged as damage:
+        reason = f"is damaged ({damage})"
+    raise UserError(f"{path} {reason}; repeat the command that trained the run with --resume, which writes it again.")
 
 
-def _check_same(directory: Path, settings: dict[str, Any]) -> None:
-    """Refuse to resume under another configuration, naming what differs."""
-    before = _read_settings(directory)
-    if before.get("data_digest") != settings["data_digest"]:
-        raise UserError(
-            f"data {settings['data']} is not what {directory} was begun with ({before.get('data')}); resume with that, "
-            "or choose another --out."
-        )
-    unused = {"plain": ("alpha1", "alpha2", "interval"), "replay": ("alpha1", "alpha2")}.get(settings["training"], ())
-    # The data may lie elsewhere now: their digest is what counts.
-    keys = [key for key in {**before, **settings} if key not in (*_FREE, *unused, "data", "hyper_parameters")]
-    differing = [key for key in keys if before.get(key) != settings.get(key)]
-    old, new = before.get("hyper_parameters") or {}, settings["hyper_parameters"]
-    differing += [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if differing:
-        changes = ", ".join(f"{k} was {_look(before, k)!r} and is {_look(settings, k)!r}" for k in differing)
-        raise UserError(
-            f"{directory} was begun with other settings ({changes}); resume with those, or choose another --out."
-        )
-
-
-def _look(settings: dict[str, Any], key: str) -> Any:
-    return settings.get(key, (settings.get("hyper_parameters") or {}).get(key))
-
-
-def _read_result(directory: Path) -> dict[str, Any] | None:
+def _configuration(directory: Path, settings: Mapping[str, Any], data: str | None) -> RunConfig:
+    """The configuration that `config.yaml` holds, checked like any other."""
+    values = {name: value for name, value in settings.items() if name != "data_digest"}
     try:
-        return json.loads((directory / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        for name in ("ks", "learning_rate_decay"):
+            values[name] = tuple(settings[name])
+        return RunConfig(**{**values, "data": data or settings["data"], "out": str(directory)})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"{directory / 'config.yaml'} is not a run's configuration ({reason.rstrip('.')}); repeat the command that "
+            "trained the run with --resume, which writes it again."
+        ) from None
 
 
-def _reached_end(result: dict[str, Any], config: RunConfig) -> bool:
-    """Whether a finished run has nothing left to do under these settings."""
-    stopped_early = result["epochs_run"] - result["best_epoch"] > config.patience
-    return stopped_early or result["epochs_run"] == config.epochs
-
-
-def _result(
-    config: RunConfig, data: Interactions, model: Recommender, outcome: FitResult, history: History
-) -> dict[str, Any]:
-    """The content of `result.json`."""
-    rows = history.rows()
-    return result_record(
-        config,
-        data,
-        epochs_run=outcome.epochs_run,
-        best_epoch=outcome.best_epoch,
-        valid=outcome.valid,
-        test=outcome.test,
-        # The whole run's, also where it was resumed; compilation is this process's.
-        seconds={
-            "compile": outcome.seconds["compile"],
-            "train": math.fsum(row["seconds_train"] for row in rows),
-            "evaluate": math.fsum(row["seconds_evaluate"] for row in rows),
-        },
-    )
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, UserWarning, stacklevel=4)

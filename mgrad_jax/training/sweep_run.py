@@ -8,13 +8,15 @@
 | `summary.csv` | one row a setting: mean and standard deviation over its seeds |
 | `best.json` | the setting with the best mean selection metric on validation |
 | `heatmap.png` | that metric over alpha1 and alpha2, where both vary (as the paper's Fig. 5) |
+| `.lock` | the process that writes, while it does |
+
+The members' results are what is precious: tables, best setting and heat map are made anew from them at every end.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +28,12 @@ import yaml
 
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError, shown
+from mgrad_jax.files import Damaged, Lock, locked, read_mapping, remove_leftovers, write_whole, written_whole
+from mgrad_jax.signals import held_back
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import UNUSED, check_size, expand_grid
-from mgrad_jax.training.record import result_record, write_text
-from mgrad_jax.training.run import data_digest
+from mgrad_jax.training.identity import data_digest, is_digest_of
+from mgrad_jax.training.record import nothing_left, read_record, result_record
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
 
 
@@ -137,26 +141,48 @@ def train_sweep(
         SweepInterrupted: Ctrl-C; every member that had stopped is on disk.
     """
     directory = config.directory
-    if not resume and (directory / "config.yaml").exists():
-        raise UserError(f"{directory} already holds a sweep; add --resume to go on with it, or choose another --out.")
-    data = load_interactions(config.base.data)
-    members = config.members()
-    check_sweep(data, members, slots)
-    settings = {**config.to_dict(), "data_digest": data_digest(data)}
-    if resume:
-        _check_same(directory, settings)
-    members[0].create_model(data)  # says what the data lack
-    write_text(directory, "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    records = {i: record for i in range(len(members)) if (record := _read_member(directory, i)) is not None}
-    _train_missing(config, data, members, records, slots, progress)
-    return _conclude(config, members, [records[i] for i in range(len(members))])
+    if resume and not directory.is_dir():
+        raise _no_sweep(directory)
+    with locked(directory) as lock:
+        began = (directory / "config.yaml").exists()
+        if not resume and (began or _members_on_disk(directory)):
+            raise UserError(
+                f"{directory} already holds a sweep; add --resume to go on with it, or choose another --out."
+            )
+        if resume and not began and not _members_on_disk(directory):
+            raise _no_sweep(directory)
+        data = load_interactions(config.base.data)
+        members = config.members()
+        check_sweep(data, members, slots)
+        settings = {**config.to_dict(), "data_digest": data_digest(data)}
+        if began:
+            _check_same(directory, settings, data)
+        members[0].create_model(data)  # says what the data lack
+        # Without a configuration the members tell by their own digests whether they are of this sweep.
+        found = {i: _read_member(directory, i, member, settings["data_digest"]) for i, member in enumerate(members)}
+        records = {i: record for i, record in found.items() if record is not None}
+        write_whole(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        _train_missing(config, data, settings["data_digest"], members, records, lock, slots, progress)
+        with held_back(deliver=False):
+            lock.check()
+            return _conclude(config, members, [records[i] for i in range(len(members))])
+
+
+def _no_sweep(directory: Path) -> UserError:
+    return UserError(f"{directory} holds no sweep (there is no config.yaml); leave --resume out.")
+
+
+def _members_on_disk(directory: Path) -> bool:
+    return any(directory.glob("members/*/result.json"))
 
 
 def _train_missing(
     config: SweepConfig,
     data: Interactions,
+    digest: str,
     members: Sequence[RunConfig],
     records: dict[int, dict[str, Any]],
+    lock: Lock,
     slots: int | None,
     progress: Callable[[SweepReport], None] | None,
 ) -> None:
@@ -166,9 +192,13 @@ def _train_missing(
 
     def on_result(position: int, result: MemberResult) -> None:
         index = missing[position]
-        record = _record(data, result)
-        write_text(_member_directory(config.directory, index), "result.json", json.dumps(record, indent=2) + "\n")
-        records[index] = record
+        record = _record(data, digest, result)
+        with held_back():  # a member that is finished is written down
+            lock.check()
+            place = _member_directory(config.directory, index)
+            remove_leftovers(place)
+            write_whole(place / "result.json", json.dumps(record, indent=2) + "\n")
+            records[index] = record
 
     def on_epoch(report: SweepReport) -> None:
         if progress is not None:
@@ -186,11 +216,12 @@ def _member_directory(directory: Path, index: int) -> Path:
     return directory / "members" / f"{index:04d}"
 
 
-def _record(data: Interactions, result: MemberResult) -> dict[str, Any]:
-    """The content of a member's `result.json`."""
+def _record(data: Interactions, digest: str, result: MemberResult) -> dict[str, Any]:
+    """The content of a member's `result.json`; `digest` is the data's."""
     record = result_record(
         result.config,
         data,
+        {**result.config.to_dict(), "data_digest": digest},
         epochs_run=result.epochs_run,
         best_epoch=result.best_epoch,
         valid=result.valid,
@@ -200,51 +231,66 @@ def _record(data: Interactions, result: MemberResult) -> dict[str, Any]:
     return {**record, "diverged": result.diverged}
 
 
-def _read_member(directory: Path, index: int) -> dict[str, Any] | None:
-    """The result of a member, None where it has not stopped yet."""
+def _read_member(directory: Path, index: int, member: RunConfig, digest: str) -> dict[str, Any] | None:
+    """The result of a member, None where it has not stopped yet.
+
+    Raises:
+        UserError: it is damaged, cannot be read now, or belongs to another sweep.
+    """
     path = _member_directory(directory, index) / "result.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if {"epochs_run", "best_epoch", "valid", "test", "diverged"} <= set(record):
-            return record
+        record = read_record(path, {**member.to_dict(), "data_digest": digest})
+        if not isinstance(record.get("diverged"), bool):
+            raise Damaged("it does not say whether the member diverged")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        pass
-    raise UserError(f"{path} is damaged; delete it and resume, which trains the member anew.")
+    except Damaged as damage:
+        raise UserError(f"{path} is damaged; delete it and resume, which trains the member anew ({damage}).") from None
+    if not (record["diverged"] or nothing_left(record, member)):
+        raise UserError(
+            f"{path} is of a sweep to other epochs or patience; move it away and resume, which trains the member anew."
+        )
+    return record
 
 
-def _check_same(directory: Path, settings: dict[str, Any]) -> None:
+def _check_same(directory: Path, settings: dict[str, Any], data: Interactions) -> None:
     """Refuse to resume with another grid, base or data, naming what differs."""
     path = directory / "config.yaml"
+    remedy = "move it away and resume, or choose another --out; the members say themselves which sweep they are of"
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no sweep (there is no config.yaml); leave --resume out.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); restore it or choose another --out.") from None
-    if not isinstance(before, dict) or not isinstance(before.get("grid"), dict):
-        raise UserError(f"{path} is not a sweep's configuration; restore it or choose another --out.")
-    if before.get("data_digest") != settings["data_digest"]:
+        before = read_mapping(path, yaml.safe_load)
+    except Damaged as damage:
+        raise UserError(f"{path} is damaged and cannot be read ({damage}); {remedy}.") from None
+    if not isinstance(before.get("grid"), dict):
+        raise UserError(f"{path} is not a sweep's configuration; {remedy}.")
+    digest = before.get("data_digest")
+    if digest != settings["data_digest"] and not is_digest_of(digest, data):
         raise UserError(
             f"data {settings['data']} is not what {directory} was begun with ({before.get('data')}); resume with that, "
             "or choose another --out."
         )
     old, new = _flat(before), _flat(settings)
-    differing = [key for key in {**old, **new} if key != "data" and old.get(key) != new.get(key)]
+    unused = ("data", "data_digest", *_without_effect(settings))
+    differing = [key for key in {**old, **new} if key not in unused and old.get(key) != new.get(key)]
     if differing:
-        changes = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in differing)
+        changes = ", ".join(f"{key} was {shown(old.get(key))} and is {shown(new.get(key))}" for key in differing)
         raise UserError(
             f"{directory} was begun with another grid ({changes}); resume with that, or choose another --out."
         )
+
+
+def _without_effect(settings: Mapping[str, Any]) -> set[str]:
+    """What changes nothing in any of the sweep's trainings, unless it is an axis."""
+    trainings = settings["grid"].get("training") or [settings["training"]]
+    return set.intersection(*(set(UNUSED[training]) for training in trainings)) - set(settings["grid"])
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, hyper-parameters and axes side by side; an axis takes its setting's place."""
     nested = ("hyper_parameters", "grid")
     flat = {key: value for key, value in settings.items() if key not in nested}
-    return {**flat, **(settings.get("hyper_parameters") or {}), **(settings.get("grid") or {})}
+    hyper = settings.get("hyper_parameters")
+    return {**flat, **(hyper if isinstance(hyper, dict) else {}), **settings["grid"]}
 
 
 def _conclude(config: SweepConfig, members: Sequence[RunConfig], records: Sequence[dict[str, Any]]) -> SweepOutcome:
@@ -252,8 +298,8 @@ def _conclude(config: SweepConfig, members: Sequence[RunConfig], records: Sequen
     directory, names = config.directory, config.base.metric_names
     results = _results(config, members, records)
     summary = _summary(config, results)
-    write_text(directory, "results.csv", results.to_csv(index=False))
-    write_text(directory, "summary.csv", summary.to_csv(index=False))
+    write_whole(directory / "results.csv", results.to_csv(index=False))
+    write_whole(directory / "summary.csv", summary.to_csv(index=False))
     if summary["diverged"].eq(summary["seeds"]).all():
         raise UserError(f"{directory}: every member diverged; lower the learning rate or alpha1 and alpha2.")
     top = summary.iloc[0]
@@ -268,7 +314,7 @@ def _conclude(config: SweepConfig, members: Sequence[RunConfig], records: Sequen
             for split in ("valid", "test")
         },
     }
-    write_text(directory, "best.json", json.dumps(best, indent=2) + "\n")
+    write_whole(directory / "best.json", json.dumps(best, indent=2) + "\n")
     if all(len(config.grid.get(name, ())) > 1 for name in ("alpha1", "alpha2")):
         draw_heatmap(summary, directory / "heatmap.png", config)
     return SweepOutcome(summary, best)
@@ -350,9 +396,5 @@ def draw_heatmap(summary: pd.DataFrame, path: Path, config: SweepConfig) -> None
     axes.set_xticks(range(values.shape[1]), [f"{x:g}" for x in table.columns])
     axes.set_yticks(range(values.shape[0]), [f"{x:g}" for x in table.index])
     figure.colorbar(image)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); free space or choose another --out.") from None
+    with written_whole(path, "wb") as stream:
+        figure.savefig(stream, format="png", dpi=120)

@@ -1,0 +1,140 @@
+"""Which run a file belongs to: what determines its numbers, and the machine that they were computed on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+
+from mgrad_jax import models
+from mgrad_jax.data import Interactions
+from mgrad_jax.errors import shown
+from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.grid import UNUSED, follows_epochs
+
+# Where a run lies, where its data lie (their digest counts), and how far it goes.
+_FREE = ("out", "data", "epochs", "patience")
+_DEFAULTS: Mapping[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING
+}
+
+
+def run_settings(config: RunConfig, data: Interactions) -> dict[str, Any]:
+    """Everything that determines a run, as plain values: the configuration and a digest of the data."""
+    return {**config.to_dict(), "data_digest": data_digest(data)}
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes the numbers of an epoch, of `run_settings` that may be an older version's or damaged.
+
+    Hyper-parameters stand beside the other settings. Not decisive is what the training does not use, and how many
+    epochs there are, unless its schedule is spread over them.
+    """
+    training = settings.get("training")
+    unused = {*_FREE, "hyper_parameters", *(UNUSED.get(training, ()) if isinstance(training, str) else ())}
+    if follows_epochs(settings):
+        unused.discard("epochs")
+    hyper = settings.get("hyper_parameters")
+    values = {**_DEFAULTS, **settings, **(hyper if isinstance(hyper, dict) else {})}
+    values = {name: _plain(value) for name, value in values.items() if name not in unused}
+    decay = values.get("learning_rate_decay")
+    if isinstance(decay, list) and decay[:1] == [1.0]:
+        values["learning_rate_decay"] = [1.0]  # over how many epochs nothing decays is all the same
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, so that those of a file compare with those of a configuration."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The decisive settings that differ, in words; empty where there are none.
+
+    >>> settings = {"training": "plain", "seed": 7, "epochs": 3}
+    >>> differences(settings, {**settings, "seed": 8, "epochs": 5})
+    'seed was 7 and is 8'
+    """
+    old, new = decisive(before), decisive(now)
+    # A digest says nothing to anybody.
+    named = [name for name in {**old, **new} if name != "data_digest" and old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {shown(old.get(name))} and is {shown(new.get(name))}" for name in named)
+
+
+def identity(settings: Mapping[str, Any]) -> str:
+    """A digest of what is decisive; a setting that a later version adds at its default does not change it."""
+    defaults = dict(_DEFAULTS)
+    model = settings.get("model")
+    if isinstance(model, str):
+        defaults.update(dataclasses.asdict(models.make_config(model, {})))
+    values = decisive(settings)
+    own = {name: value for name, value in values.items() if name not in defaults or value != _plain(defaults[name])}
+    # All numbers as floats: 1 and 1.0 are the same setting.
+    text = json.dumps(json.loads(json.dumps(own, default=str), parse_int=float), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of a number may depend on besides its run."""
+    device = jax.devices()[0]
+    try:
+        threads = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        threads = os.cpu_count() or 1
+    return {
+        "device": f"{device.platform} ({device.device_kind})",
+        "threads": threads,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+    }
+
+
+def differing_machine(before: Mapping[str, Any]) -> str:
+    """In what the machine of a run differs from this one, in words; empty where it does not."""
+    here = machine()
+    return ", ".join(f"{k} was {shown(before.get(k))} and is {shown(v)}" for k, v in here.items() if before.get(k) != v)
+
+
+def data_digest(data: Interactions) -> str:
+    """A digest of interactions and features: a run goes on with the data it began with, not with their name."""
+    arrays = {split: getattr(data, split) for split in ("train", "valid", "test")} | {
+        f"feature {name}": array for name, array in data.features.items()
+    }
+    return digest(arrays, f"{data.n_users} {data.n_items}")
+
+
+def is_digest_of(value: Any, data: Interactions) -> bool:
+    """Whether `value` is the digest of these data, by this version or an earlier one (a checksum of 32 bits)."""
+    if isinstance(value, str) and len(value) == 8:
+        return value == _checksum(data)
+    return bool(value == data_digest(data))
+
+
+def _checksum(data: Interactions) -> str:
+    value = zlib.crc32(f"{data.n_users} {data.n_items}".encode())
+    for split in ("train", "valid", "test"):
+        value = zlib.crc32(getattr(data, split).tobytes(), value)
+    for name in sorted(data.features):
+        value = zlib.crc32(data.features[name].data, zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
+def digest(arrays: Mapping[str, np.ndarray], text: str = "") -> str:
+    """A digest that changes with any name, shape, type or byte, and with the order of rows."""
+    total = hashlib.blake2b(text.encode(), digest_size=16)
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        total.update(f"\0{name}\0{array.dtype}\0{array.shape}\0".encode())
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
