@@ -37,7 +37,8 @@ def evaluate(
         _check_table_name(per_user)
     started = time.perf_counter()
     loaded = load_run(run, data)
-    vectors = jax.jit(lambda model: model.embed())(loaded.model)
+    with jax.default_matmul_precision(loaded.config.matmul_precision):
+        vectors = jax.jit(lambda model: model.embed())(loaded.model)
     splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
     values = {
         split: per_user_metrics(make_ranker(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
@@ -73,7 +74,8 @@ def recommend(
         raise UserError(f"--top-k is {top_k}; it must be at least 1.")
     loaded = load_run(run, data)
     chosen = np.arange(loaded.data.n_users) if users is None else _read_users(users, loaded.data.n_users)
-    vectors = jax.jit(lambda model: model.embed())(loaded.model)
+    with jax.default_matmul_precision(loaded.config.matmul_precision):
+        vectors = jax.jit(lambda model: model.embed())(loaded.model)
     items, scores = top_items(vectors[0], vectors[1], loaded.data.train, chosen, top_k)
     table = pd.DataFrame(
         {

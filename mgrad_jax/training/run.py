@@ -29,6 +29,7 @@ from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import TrainState, split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, Progress, TrainingDiverged, fit
 from mgrad_jax.training.history import History, draw_curves
+from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.record import result_record, write_text
 
 # What a resumed run may change: where it lies, and how far to go.
@@ -110,7 +111,7 @@ def _fit(
 ) -> FitResult:
     """Train; whatever ends it, the checkpoints are complete afterwards."""
     try:
-        return fit(
+        return as_configured(config)(fit)(
             model,
             data,
             config.transformation(data),
