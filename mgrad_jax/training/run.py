@@ -29,7 +29,7 @@ from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import TrainState, split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, Progress, TrainingDiverged, fit
 from mgrad_jax.training.history import History, draw_curves
-from mgrad_jax.training.numerics import as_configured
+from mgrad_jax.training.numerics import UNSAID, as_configured
 from mgrad_jax.training.record import result_record, write_text
 
 # What a resumed run may change: where it lies, and how far to go.
@@ -203,7 +203,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 def _check_same(directory: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume under another configuration, naming what differs."""
-    before = _read_settings(directory)
+    before = {**UNSAID, **_read_settings(directory)}
     if before.get("data_digest") != settings["data_digest"]:
         raise UserError(
             f"data {settings['data']} is not what {directory} was begun with ({before.get('data')}); resume with that, "

@@ -28,6 +28,7 @@ from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import UNUSED, expand_grid
+from mgrad_jax.training.numerics import UNSAID
 from mgrad_jax.training.record import result_record, write_text
 from mgrad_jax.training.run import data_digest
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
@@ -242,7 +243,7 @@ def _check_same(directory: Path, settings: dict[str, Any]) -> None:
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, hyper-parameters and axes side by side; an axis takes its setting's place."""
     nested = ("hyper_parameters", "grid")
-    flat = {key: value for key, value in settings.items() if key not in nested}
+    flat = {**UNSAID, **{key: value for key, value in settings.items() if key not in nested}}
     return {**flat, **(settings.get("hyper_parameters") or {}), **(settings.get("grid") or {})}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,11 +13,13 @@ import jax.numpy as jnp
 import pytest
 import yaml
 
+from mgrad_jax.data import demo_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import numerics
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import group_members
 from mgrad_jax.training.numerics import MATMUL_PRECISIONS, as_configured, make_deterministic
+from mgrad_jax.training.record import result_record
 
 FLAG = "--xla_gpu_deterministic_ops=true"
 
@@ -72,28 +73,56 @@ def test_a_process_that_cannot_be_deterministic_any_more_says_what_to_do(monkeyp
         pass
 
 
-def test_the_command_line_sets_the_flag_in_time_and_records_both(tmp_path: Path) -> None:
+def test_the_command_line_sets_the_flag_before_jax_computes_and_records_both() -> None:
     """XLA reads its flags once, when JAX first computes."""
-    out = tmp_path / "run"
-    options = ["--model", "vbpr", "--data", "demo", "--no-mirror", "--epochs", "1", "--set", "embedding_dim=4"]
     program = (
-        "import os, sys; from jax._src import xla_bridge; from mgrad_jax.cli import options\n"
-        "make = options.TrainingOptions.config\n"
-        "def config(self, out):\n"
-        "    assert not xla_bridge._backends\n"
-        "    made = make(self, out)\n"
-        f"    assert {FLAG!r} in os.environ['XLA_FLAGS'].split()\n"
-        "    return made\n"
-        "options.TrainingOptions.config = config\n"
-        "from mgrad_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import os; from mgrad_jax.cli.options import TrainingOptions\n"
+        "config = TrainingOptions(model='vbpr', data='demo', deterministic=True, matmul_precision='high').config(None)\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends\n"
+        "print(os.environ['XLA_FLAGS'], config.to_dict())"
     )
-    command = ["train", *options, "--deterministic", "--matmul-precision", "high", "--out", str(out)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", program, *command], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    expected = {"matmul_precision": "high", "deterministic": True}
-    for found in (yaml.safe_load((out / "config.yaml").read_text()), json.loads((out / "result.json").read_text())):
-        assert {name: found[name] for name in expected} == expected
+    assert done.stdout.startswith(FLAG)
+    assert "'matmul_precision': 'high', 'deterministic': True" in done.stdout
+
+
+def test_the_result_says_how_it_was_computed() -> None:
+    config = RunConfig("vbpr", "demo", matmul_precision="high", deterministic=True)
+    record = result_record(config, demo_interactions(), epochs_run=1, best_epoch=1, valid={}, test={}, seconds={})
+    assert (record["matmul_precision"], record["deterministic"]) == ("high", True)
+
+
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_what_was_begun_before_the_settings_existed_goes_on(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mgrad_jax.training import run, sweep_run
+
+    def trained(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt  # the settings were accepted
+
+    monkeypatch.setattr(run, "fit", trained)
+    monkeypatch.setattr(sweep_run, "sweep", trained)
+
+    def begin(precision: str, resume: bool) -> None:
+        config = RunConfig("vbpr", "demo", matmul_precision=precision, out=str(tmp_path))
+        if kind == "run":
+            run.train_run(config, resume=resume)
+        else:
+            sweep_run.train_sweep(sweep_run.SweepConfig(config, out=str(tmp_path)), resume=resume)
+
+    with pytest.raises(KeyboardInterrupt):
+        begin("highest", resume=False)
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    old = {name: value for name, value in settings.items() if name not in ("matmul_precision", "deterministic")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    with pytest.raises(UserError, match=r"matmul_precision was '?highest'? and is '?default'?"):
+        begin("default", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        begin("highest", resume=True)
 
 
 def test_a_run_is_traced_at_its_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
