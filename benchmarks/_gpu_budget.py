@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Part:
         step, name: "b" and "baby, interval 3"; a step has a file of its own.
         seconds: what it is expected to take.
         command: what to run, as arguments; "{rows}" stands for the file that it writes its rows to.
-        environment: variables it runs under besides those of this process.
+        xla_flags: flags of XLA's that it runs under besides those of this process.
         missing: why it cannot be run; None where it can.
     """
 
@@ -34,7 +34,7 @@ class Part:
     name: str
     seconds: float
     command: Sequence[str] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
+    xla_flags: str = ""
     missing: str | None = None
 
     def __str__(self) -> str:

@@ -47,6 +47,8 @@ HERE = Path(__file__).resolve().parent
 MODELS = ("vbpr", "bm3", "freedom")
 ALL_SIZES = ("tiktok", "baby", "electronics")
 ELECTRONICS = ("--sizes", "electronics", "--repeats", "2")
+QUICK_SECONDS = 4.0  # of a part where everything is tiny
+UNOPTIMISED = "--xla_backend_optimization_level=0"
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -92,7 +94,9 @@ def plan(options: argparse.Namespace) -> list[Part]:
 
     def part(step: str, name: str, seconds: float, script: str, *arguments: str, sized: Any = (), **more: Any) -> Part:
         chosen = (*arguments, "--quick") if options.quick else (*arguments, *sized)
-        return Part(step, name, 6.0 if options.quick else seconds, (script, *chosen, "--output", "{rows}"), **more)
+        return Part(
+            step, name, QUICK_SECONDS if options.quick else seconds, (script, *chosen, "--output", "{rows}"), **more
+        )
 
     def price(size: str, interval: int, forms: str, seconds: float) -> Part:
         source = ("--data", str(options.data[size])) if size in options.data else ("--sizes", size)
@@ -106,15 +110,14 @@ def plan(options: argparse.Namespace) -> list[Part]:
         arguments = (*reference, "--models", model, "--trainings", training, "--device", options.device)
         command = ("vs_pytorch.py", *arguments, "--data", data, "--epochs", epochs, "--output", "{rows}")
         missing = None if reference else "no --reference was given"
-        return Part("c", f"{model}, {training}", 6.0 if options.quick else 45, command, missing=missing)
+        return Part("c", f"{model}, {training}", QUICK_SECONDS if options.quick else 45, command, missing=missing)
 
     sizes, modes = (ALL_SIZES[:1], MODES[:1]) if options.quick else (ALL_SIZES, MODES)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     members = ("--data", "{tiktok}", "--epochs", "3", "--slots", "12", "--repeats", "1")
     first = [
         part("a", "graph operations", 35, "_gpu_graph.py"),
         *(part("a", f"numbers, {mode}", 35, "_gpu_parity.py", "--mode", mode) for mode in modes),
-        part("a", "resuming, deterministic", 30, "_gpu_resume.py", environment={"XLA_FLAGS": flags}),
+        part("a", "resuming, deterministic", 30, "_gpu_resume.py", xla_flags=DETERMINISTIC),
         *(price(size, 3, "plain mirror mirrored idle", 70 if size == "electronics" else 45) for size in sizes),
         *(trainer(model, "plain") for model in MODELS),
         part("d", "products, baby", 60, "propagation.py"),
@@ -138,6 +141,8 @@ class Worker:
 
     def __init__(self, work: Path, options: argparse.Namespace) -> None:
         self.work, self.device, self.data = work, options.device, dict(options.data)
+        # Compilation is most of the time where everything is tiny.
+        self.flags = UNOPTIMISED if options.quick and options.device == "cpu" else ""
 
     def execute(self, part: Part, limit: float) -> Outcome:
         """Run a part's command; whatever it started is gone afterwards."""
@@ -147,7 +152,7 @@ class Worker:
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [sys.executable, str(HERE / script), *arguments],
-                env={**self._environment(), **part.environment},
+                env=self._environment(part),
                 cwd=self.work,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -161,7 +166,7 @@ class Worker:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        found = json.loads(rows.read_text()) if rows.exists() and rows.stat().st_size else None
+        found = _rows(rows)
         if code is None:
             return Outcome("too long", found, f"ended after {limit:.0f} s")
         if code != 0 or found is None:
@@ -169,9 +174,11 @@ class Worker:
             return Outcome("failed", found, f"exit code {code}: {lines[-1][:300]}")
         return Outcome("done", found)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, part: Part) -> dict[str, str]:
         path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
-        return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu" if self.device == "cpu" else "cuda"}
+        flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), part.xla_flags, self.flags)))
+        platforms = "cpu" if self.device == "cpu" else "cuda"
+        return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": platforms, "XLA_FLAGS": flags}
 
     def _filled(self, argument: str, rows: Path) -> str:
         if argument == "{rows}":
@@ -186,6 +193,14 @@ class Worker:
             self.data[size].mkdir()
             _write_files(self.data[size], synthetic_interactions(SIZES[size], name=size))
         return self.data[size]
+
+
+def _rows(file: Path) -> Any:
+    """What a part wrote; None where that is nothing, or half of it."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _machine(options: argparse.Namespace) -> dict[str, Any]:
