@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEAST_LIMIT = 60.0  # seconds that a part may always take, whatever was expected of it
+LEAST_LIMIT = 120.0  # seconds that a part may always take, whatever was expected of it
 PATIENCE = 3.0  # times the expectation, after which a part counts as hung
 
 
