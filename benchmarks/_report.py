@@ -109,7 +109,10 @@ def _commit() -> str:
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        except OSError:  # a machine without git
+            return ""
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short", "HEAD")

@@ -2,7 +2,7 @@
 
     python benchmarks/propagation.py
 
-Two graphs on made-up data of that size: `user-item` (26,495 nodes, 237,102 entries, symmetrically normalised) and
+Two graphs on made-up data of that size, or another with `--size`: `user-item` (26,495 nodes, 237,102 entries, symmetrically normalised) and
 `item` (7,050 nodes, the blend of two kNN graphs with k = 10). Each case is two steps of propagation of 64 columns,
 y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), with the graph an argument of the program:
 
@@ -11,6 +11,11 @@ y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), with
     bcoo        BCOO @ x of jax.experimental.sparse with its own derivative
     bcsr        BCSR @ x, likewise
     segment     gather and segment_sum over sorted rows, with the automatic derivative
+
+and on a GPU, besides
+
+    rows, split, cusparse   `propagate` by the other products of mgrad_jax.graph.kernels
+    bcoo/cusparse, ...      bcoo and bcsr with JAX's cuSPARSE lowering on
 
 The cases take turns in every round; `ratio` is the time over propagate's in the same round (above 1: slower). The
 floor counts the bytes that a product must move (entries and row starts, x once, y once) at the bandwidth of a copy,
@@ -21,10 +26,11 @@ timing all cases are compared: `largest_difference` is relative to propagate's l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import operator
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,16 +62,19 @@ from mgrad_jax.data.synthetic import SIZES, Size
 from mgrad_jax.graph import (
     SparseGraph,
     blend_graphs,
+    gpu_product,
     knn_graph,
     normalized_bipartite,
     propagate,
     propagate_bipartite,
 )
+from mgrad_jax.graph.kernels import PRODUCTS
 
 TRAINING_PAIRS = 118_551  # of Amazon Baby's split
 QUICK = Size(300, 200, 3_000, 32, 16)
 LAYERS = 2
 COPY = "copy"
+CUSPARSE = "/cusparse"
 Array = jax.Array
 
 
@@ -84,6 +93,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = Parser(__doc__)
+    parser.add_argument("--size", choices=list(SIZES), default="baby", help="of the paper's Table 1 (default baby)")
     parser.add_argument("--columns", type=int, default=64, help="width of x (default 64)")
     parser.add_argument("--repeats", type=int, help="rounds (default 15)")
     parser.add_argument("--calls", type=int, help="calls a case and round, of which the mean is taken (default 10)")
@@ -96,8 +106,8 @@ def _options() -> argparse.Namespace:
 
 
 def _graphs(options: argparse.Namespace) -> dict[str, SparseGraph]:
-    data = synthetic_interactions(QUICK if options.quick else SIZES["baby"])
-    pairs = np.random.default_rng(0).permutation(data.train)[:TRAINING_PAIRS]
+    data = synthetic_interactions(QUICK if options.quick else SIZES[options.size])
+    pairs = np.random.default_rng(0).permutation(data.train)[: TRAINING_PAIRS if options.size == "baby" else None]
     near = [(weight, knn_graph(data.features[name], 10)) for weight, name in ((0.1, "image"), (0.9, "text"))]
     return {
         "user-item": normalized_bipartite(pairs[:, 0], pairs[:, 1], data.n_users, data.n_items),
@@ -123,7 +133,24 @@ def _products(graph: SparseGraph) -> dict[str, tuple[Any, Callable[[Any, Array],
     }
     if graph.n_users is not None:
         products["bipartite"] = graph, _bipartite
+    if jax.default_backend() == "gpu":
+        products |= {name: (graph, partial(_by, name)) for name in PRODUCTS if name != gpu_product.value}
+        products |= {f"{name}{CUSPARSE}": products[name] for name in ("bcoo", "bcsr")}
     return products
+
+
+def _by(name: str, graph: SparseGraph, x: Array) -> Array:
+    with gpu_product(name):
+        return propagate(graph, x)
+
+
+@contextlib.contextmanager
+def _lowering(case: str) -> Iterator[None]:
+    """JAX's own products call cuSPARSE while this is on, if the case asks for it."""
+    before = jax.config.jax_bcoo_cusparse_lowering
+    jax.config.update("jax_bcoo_cusparse_lowering", case.endswith(CUSPARSE))
+    yield
+    jax.config.update("jax_bcoo_cusparse_lowering", before)
 
 
 def _segment(n_rows: int, matrix: tuple[Array, Array], x: Array) -> Array:
@@ -159,10 +186,15 @@ def _measure(name: str, graph: SparseGraph, options: argparse.Namespace) -> list
         for case, (matrix, product) in _products(graph).items():
             arguments = (matrix, x, weights) if what == "value" else (x, matrix, weights)
             started = time.perf_counter()
-            compiled = _program(what, product).lower(*arguments).compile()
+            try:
+                with _lowering(case):
+                    compiled = _program(what, product).lower(*arguments).compile()
+                results[what, case] = jax.block_until_ready(compiled(*arguments))
+            except Exception as error:  # a product that this version or card does not have
+                print(f"{name}, {what}, {case}: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
             compile_seconds[what, case] = time.perf_counter() - started
             runs[what, case] = partial(_repeated, partial(compiled, *arguments), options.calls)
-            results[what, case] = compiled(*arguments)
     copy, copied_bytes = _copy(4 if options.quick else 256)
     runs[COPY, COPY] = partial(_repeated, copy, options.calls)
     jax.block_until_ready([run() for run in runs.values()])
@@ -174,6 +206,7 @@ def _measure(name: str, graph: SparseGraph, options: argparse.Namespace) -> list
         rows.append(
             {
                 "graph": name,
+                "size": options.size,
                 "what": what,
                 "case": case,
                 "nodes": graph.shape[0],

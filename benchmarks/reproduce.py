@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
 from _report import RESULTS, Parser, device_name, exit_status, versions, write_json
@@ -101,7 +100,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
     users_file = config.directory / "users.npz"
     if not users_file.exists():
         loaded = load_run(config.directory)
-        vectors = jax.jit(lambda model: model.embed())(loaded.model)
+        vectors = loaded.vectors()
         users, metrics = per_user_metrics(make_ranker(loaded.data, "test", config.ks), *vectors)
         np.savez(users_file, users=users, **{name: metrics[name] for name in PAIRED})
     kept = ("model", "training", "seed", "hyper_parameters", "epochs_run", "best_epoch", "valid", "test", "seconds")

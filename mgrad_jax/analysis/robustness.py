@@ -173,7 +173,7 @@ class _Inputs:
     def of(cls, run: LoadedRun, what: Measured) -> _Inputs:
         ranker = make_ranker(run.data, what.split, what.ks)
         # As `evaluate` makes them, so that no change is exactly what it reports.
-        vectors = jax.jit(lambda model: model.embed())(run.model)
+        vectors = run.vectors()
         users, metrics = per_user_metrics(ranker, *vectors)
         length = min(max(what.ks), run.data.n_items)
         lists = jax.jit(user_metrics_and_lists, static_argnums=3)(ranker, *vectors, length)[1]

@@ -16,6 +16,7 @@ from mgrad_jax.data.interactions import MODALITIES, read_features
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.metrics import METRICS
 from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores
+from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.run import LoadedRun, load_run
 
 NOISE = "table noise"
@@ -131,7 +132,9 @@ def measure_runs(
                 run = load_run(directory, data)
                 for change, responses in zip(changes, found, strict=True):
                     what = Measured(tuple(metrics), split, change.draws, seed)
-                    responses.setdefault(model, {}).setdefault(training, {})[run_seed] = change.measure(run, what)
+                    with as_configured(run.config):
+                        response = change.measure(run, what)
+                    responses.setdefault(model, {}).setdefault(training, {})[run_seed] = response
     return [Experiment(*change[:3], responses) for change, responses in zip(changes, found, strict=True)]
 
 

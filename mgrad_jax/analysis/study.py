@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import yaml
 
@@ -262,7 +261,7 @@ def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarra
     kept = _read_users(path)
     if kept is None or int(kept.pop("epoch")) != result["best_epoch"]:
         loaded = load_run(directory)
-        vectors = jax.jit(lambda model: model.embed())(loaded.model)
+        vectors = loaded.vectors()
         users, metrics = per_user_metrics(make_ranker(loaded.data, "test", loaded.config.ks), *vectors)
         with written_whole(path, "wb") as stream:
             np.savez(stream, epoch=result["best_epoch"], users=users, **metrics)  # type: ignore[arg-type]

@@ -42,6 +42,13 @@ class TrainingOptions:
         str,
         typer.Option(help="Type in which tables of features are held: float32, or bfloat16 for half of the memory."),
     ] = "float32"
+    matmul_precision: Annotated[
+        str,
+        typer.Option(help="Of dense products on a GPU: highest (float32), high, or default (TF32 on recent cards)."),
+    ] = "highest"
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="On a GPU, the same numbers every time, for some of its speed.")
+    ] = False
     alpha1: Annotated[float, typer.Option(help="Factor of the first pass over a mirror batch.")] = 1.0
     alpha2: Annotated[float, typer.Option(help="Factor of the second pass, taken with the minus sign.")] = 0.2
     interval: Annotated[int, typer.Option(help="One batch in how many is a mirror batch (beta).")] = 3
@@ -76,7 +83,10 @@ class TrainingOptions:
     def config(self, out: str | None) -> RunConfig:
         """The configuration of a run with these options, checked; `out` is its directory."""
         from mgrad_jax.training.config import RunConfig
+        from mgrad_jax.training.numerics import make_deterministic
 
+        if self.deterministic:
+            make_deterministic()
         values = asdict(self)
         for name in ("mirror", "replay", "flat_minima"):
             del values[name]

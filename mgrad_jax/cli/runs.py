@@ -47,13 +47,12 @@ def evaluate(
     if per_user is not None:
         _check_output("--per-user", per_user)
     use_compilation_cache()
-    import jax
 
     from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
 
     loaded, notes = _open(run, data)
     started = time.perf_counter()
-    vectors = jax.jit(lambda model: model.embed())(loaded.model)
+    vectors = loaded.vectors()
     splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
     values = {
         split: per_user_metrics(make_ranker(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
@@ -89,7 +88,6 @@ def recommend(
     if top_k < 1:
         raise UserError(f"--top-k is {shown(top_k)}; it must be at least 1.")
     use_compilation_cache()
-    import jax
     import numpy as np
     import pandas as pd
 
@@ -99,7 +97,7 @@ def recommend(
     n_users = loaded.data.n_users
     names = {kind: None if internal_ids else _raw_ids(loaded, kind) for kind in ("user", "item")}
     chosen = np.arange(n_users) if users is None else read_users(users, n_users, names["user"])
-    vectors = jax.jit(lambda model: model.embed())(loaded.model)
+    vectors = loaded.vectors()
     items, scores = top_items(vectors[0], vectors[1], loaded.data.train, chosen, top_k)
     columns = {"user": np.repeat(chosen, items.shape[1]), "item": items.ravel()}
     for kind, raw in names.items():

@@ -1,7 +1,9 @@
 """Sparse graphs: built once on the host, passed to compiled functions as arguments, propagated with `propagate`."""
 
 from mgrad_jax.graph.attention import edge_dot, edge_softmax
+from mgrad_jax.graph.gather import gather_rows
 from mgrad_jax.graph.items import blend_graphs, knn_graph, knn_indices
+from mgrad_jax.graph.kernels import gpu_product
 from mgrad_jax.graph.propagation import propagate, propagate_bipartite
 from mgrad_jax.graph.sparse import (
     SparseGraph,
@@ -29,6 +31,8 @@ __all__ = [
     "drop_entries",
     "edge_dot",
     "edge_softmax",
+    "gather_rows",
+    "gpu_product",
     "keep_edges",
     "knn_graph",
     "knn_indices",

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mgrad_jax.graph.propagation import dots, no_tangent, product_of
+from mgrad_jax.graph.multilinear import Arguments, Multilinear
+from mgrad_jax.graph.propagation import dots, product
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
 
@@ -28,26 +29,43 @@ def edge_dot(graph: SparseGraph, x: Float[Array, "nodes dim"]) -> Float[Array, "
     return _edge_dot(graph.shape, structure_of(graph), x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _edge_dot(shape: tuple[int, int], structure: tuple[Any, ...], x: Array) -> Array:
+    return _both_directions(structure, x, x)
+
+
+@_edge_dot.defjvp
+def _edge_dot_jvp(
+    shape: tuple[int, int], structure: tuple[Any, ...], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    (moved,) = _edge_dots_both_ways(((x,), (tangent,)), structure, shape=shape)
+    return _edge_dot(shape, structure, x), moved
+
+
+def _both_directions(structure: tuple[Any, ...], users: Array, items: Array) -> Array:
+    """<users[u], items[i]> of every edge (u, i), for both of its entries."""
     columns, row_starts, transpose = structure
     half = columns.shape[0] // 2
-    once = dots(columns[:half], row_ids(row_starts, 2 * half)[:half], x, x)
+    once = dots(columns[:half], row_ids(row_starts, 2 * half)[:half], users, items)
     return jnp.concatenate([once, once[transpose.entries[half:]]])
 
 
-def _edge_dot_forward(shape: tuple[int, int], structure: tuple[Any, ...], x: Array) -> tuple[Array, tuple[Any, ...]]:
-    return _edge_dot(shape, structure, x), (structure, x)
+def _both_ways(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]) -> tuple[Array]:
+    (a,), (b,) = arguments
+    return (_both_directions(structure, a, b) + _both_directions(structure, b, a),)
 
 
-def _edge_dot_backward(shape: tuple[int, int], saved: tuple[Any, ...], g: Array) -> tuple[Any, Array]:
+def _pull_either(
+    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]
+) -> tuple[Array]:
     # An entry and its mirror image pull at the same two rows, so that their sum does in one product.
-    structure, x = saved
-    columns, row_starts, transpose = structure
-    return no_tangent(structure), product_of(shape)(g + g[transpose.entries], columns, row_starts, x)
+    (other,) = next(argument for argument in arguments if argument is not None)
+    (g,) = results
+    return (product(shape, g + g[structure[2].entries], structure, other),)
 
 
-_edge_dot.defvjp(_edge_dot_forward, _edge_dot_backward)
+_edge_dots_both_ways = Multilinear("graph_edge_dots", _both_ways, {0: _pull_either, 1: _pull_either})
 
 
 def edge_softmax(graph: SparseGraph, logits: Float[Array, " nnz"]) -> Float[Array, " nnz"]:
@@ -55,26 +73,56 @@ def edge_softmax(graph: SparseGraph, logits: Float[Array, " nnz"]) -> Float[Arra
     return _edge_softmax(graph.shape[0], graph.rows(), logits)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _edge_softmax(n_rows: int, rows: Array, logits: Array) -> Array:
     top = jax.ops.segment_max(logits, rows, n_rows, indices_are_sorted=True)
     weights = jnp.exp(logits - top[rows])
     return weights / (_row_sums(n_rows, rows, weights)[rows] + 1e-16)
 
 
-def _edge_softmax_forward(n_rows: int, rows: Array, logits: Array) -> tuple[Array, tuple[Array, Array]]:
-    attention = _edge_softmax(n_rows, rows, logits)
-    return attention, (rows, attention)
-
-
-def _edge_softmax_backward(n_rows: int, saved: tuple[Array, Array], g: Array) -> tuple[Any, Array]:
-    rows, attention = saved
-    pull = attention * g
-    return no_tangent(rows), pull - attention * _row_sums(n_rows, rows, pull)[rows]
-
-
-_edge_softmax.defvjp(_edge_softmax_forward, _edge_softmax_backward)
+@_edge_softmax.defjvp
+def _edge_softmax_jvp(n_rows: int, rows: Array, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    attention = _edge_softmax(n_rows, rows, *primals)
+    (moved,) = _softmax_derivative(((attention,), tangents), rows, n_rows=n_rows)
+    return attention, moved
 
 
 def _row_sums(n_rows: int, rows: Array, values: Array) -> Array:
     return jax.ops.segment_sum(values, rows, n_rows, indices_are_sorted=True)
+
+
+# Two functions that are their own transposes: the derivative of the softmax, and the sum over its row for every entry.
+
+
+def _derivative(arguments: Arguments, rows: Array, *, n_rows: int) -> tuple[Array]:
+    (attention,), (tangent,) = arguments
+    pull = attention * tangent
+    return (pull - attention * _row_sums(n_rows, rows, pull)[rows],)
+
+
+def _derivative_along_attention(moved: Any, arguments: Arguments, rows: Array, *, n_rows: int) -> tuple[Array]:
+    (attention,), (tangent,) = arguments
+    (shared,) = _sum_of_row(((attention * tangent,),), rows, n_rows=n_rows)
+    (shared_moved,) = _sum_of_row(((moved[0] * tangent,),), rows, n_rows=n_rows)
+    return (moved[0] * tangent - moved[0] * shared - attention * shared_moved,)
+
+
+def _transposed_derivative(results: list[Array], arguments: Arguments, rows: Array, *, n_rows: int) -> Any:
+    return _softmax_derivative((arguments[0], tuple(results)), rows, n_rows=n_rows)
+
+
+def _of_own_row(arguments: Arguments, rows: Array, *, n_rows: int) -> tuple[Array]:
+    return (_row_sums(n_rows, rows, arguments[0][0])[rows],)
+
+
+def _transposed_sum(results: list[Array], arguments: Arguments, rows: Array, *, n_rows: int) -> Any:
+    return _sum_of_row((tuple(results),), rows, n_rows=n_rows)
+
+
+_sum_of_row = Multilinear("graph_row_sums", _of_own_row, {0: _transposed_sum})
+_softmax_derivative = Multilinear(
+    "graph_softmax_derivative",
+    _derivative,
+    {1: _transposed_derivative},
+    tangents={0: _derivative_along_attention},
+)

@@ -1,29 +1,28 @@
 """Propagation, the product of a graph with the vectors of its nodes.
 
-`propagate` has a derivative of its own, a product with the transposed matrix by the same fast kernel, where the
-automatic one would scatter; and a batching rule of its own, so that members of a grid share one wide product.
+The product knows its transpose, a product with the transposed matrix by the same fast kernel, where the automatic one
+would scatter; and it has a batching rule of its own, so that members of a grid share one wide product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import sparse
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from mgrad_jax.graph.kernels import gpu_product, multiply
+from mgrad_jax.graph.multilinear import Arguments, Multilinear
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
 
 def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "rows dim"]:
     """One step of propagation, y = A x.
 
-    Differentiable in `x` and in `graph.values` (whose derivative the compiler drops where nobody asks for it). In a
-    symmetric graph the stored values count as independent entries.
+    Differentiable any number of times, forwards and backwards, in `x` and in `graph.values` (whose derivative the compiler
+    drops where nobody asks for it). In a symmetric graph the stored values count as independent entries.
 
     Args:
         graph: (n_rows, n_cols).
@@ -34,35 +33,32 @@ def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "
     """
     if x.ndim != 2 or x.shape[0] != graph.shape[1]:
         raise ValueError(f"propagate: x has shape {x.shape}; the graph needs ({graph.shape[1]}, dim).")
-    return _propagate(graph.shape, graph.values.astype(x.dtype), structure_of(graph), x)
+    return product(graph.shape, graph.values.astype(x.dtype), structure_of(graph), x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _propagate(shape: tuple[int, int], values: Array, structure: tuple[Any, ...], x: Array) -> Array:
-    columns, row_starts, _ = structure
-    return product_of(shape)(values, columns, row_starts, x)
+def product(
+    shape: tuple[int, int], values: Array, structure: tuple[Any, ...], x: Array, symmetric: bool | None = None
+) -> Array:
+    """`propagate` with other values; `symmetric` says whether they equal their mirror images where no transpose is stored."""
+    static = _static(shape, structure, symmetric=symmetric)
+    return _product(((values,), (x,)), structure, **static)[0]
 
 
-def _propagate_forward(
-    shape: tuple[int, int], values: Array, structure: tuple[Any, ...], x: Array
-) -> tuple[Array, tuple[Any, ...]]:
-    return _propagate(shape, values, structure, x), (values, structure, x)
-
-
-def _propagate_backward(
-    shape: tuple[int, int], saved: tuple[Any, ...], dy: Array
-) -> tuple[Array, tuple[Any, ...], Array]:
-    values, structure, x = saved
-    columns, row_starts, transpose = structure
-    if transpose is None:
-        dx = product_of(shape)(values, columns, row_starts, dy)
-    else:
-        dx = product_of(shape[::-1])(values[transpose.entries], transpose.columns, transpose.row_starts, dy)
-    dvalues = _value_gradients(columns, row_starts, dy, x)
-    return dvalues.astype(values.dtype), no_tangent(structure), dx
-
-
-_propagate.defvjp(_propagate_forward, _propagate_backward)
+def _static(
+    shape: tuple[int, int],
+    structure: tuple[Any, ...],
+    sizes: tuple[int, int] | None = None,
+    symmetric: bool | None = None,
+) -> dict[str, Any]:
+    """What is fixed about a product: `symmetric` promises that the values equal their mirror images."""
+    promised = structure[2] is None if symmetric is None else symmetric
+    return {
+        "shape": shape,
+        "sizes": sizes,
+        "symmetric": promised,
+        "transposed": False,
+        "kernel": gpu_product.value,
+    }
 
 
 def propagate_bipartite(
@@ -83,57 +79,142 @@ def propagate_bipartite(
         return nodes[: sizes[0]], nodes[sizes[0] :]
     if sizes != (graph.n_users, graph.shape[0] - graph.n_users):
         raise ValueError(f"propagate_bipartite: the graph's users and items are not {sizes[0]} and {sizes[1]}.")
-    return _bipartite(sizes, graph.values.astype(users.dtype), structure_of(graph), users, items)
+    structure = structure_of(graph)
+    static = _static(graph.shape, structure, sizes)
+    to_users, to_items = _product(((graph.values.astype(users.dtype),), (users, items)), structure, **static)
+    return to_users, to_items
+
+
+# The product is linear in the values and in the vectors; the vectors are one array, or users and items apart.
+
+
+def _compute(
+    arguments: Arguments,
+    structure: tuple[Any, ...],
+    *,
+    shape: tuple[int, int],
+    sizes: tuple[int, int] | None,
+    symmetric: bool,
+    transposed: bool,
+    kernel: str,
+) -> tuple[Array, ...]:
+    (values,), vectors = arguments
+    columns, row_starts, transpose = structure
+    if transposed and transpose is None and not symmetric:
+        return _scattered(values, columns, row_starts, vectors, shape)
+    if transposed:
+        shape = shape[::-1]
+    if transposed and transpose is not None:
+        values, columns, row_starts = values[transpose.entries], transpose.columns, transpose.row_starts
+    if sizes is None:
+        return (multiply(kernel, shape, values, columns, row_starts, vectors[0]),)
+    return _halves(sizes, kernel, values, columns, row_starts, *vectors)
 
 
 def _halves(
-    sizes: tuple[int, int], values: Array, columns: Array, row_starts: Array, users: Array, items: Array
+    sizes: tuple[int, int],
+    kernel: str,
+    values: Array,
+    columns: Array,
+    row_starts: Array,
+    users: Array,
+    items: Array,
 ) -> tuple[Array, Array]:
     """Both products of one step; half of the entries lie in the rows of users."""
     n_users, n_items = sizes
     half = columns.shape[0] // 2
-    to_users = product_of(sizes)(values[:half], columns[:half] - n_users, row_starts[: n_users + 1], items)
-    to_items = product_of((n_items, n_users))(values[half:], columns[half:], row_starts[n_users:] - half, users)
+    by_kernel = partial(multiply, kernel)
+    to_users = by_kernel(sizes, values[:half], columns[:half] - n_users, row_starts[: n_users + 1], items)
+    to_items = by_kernel((n_items, n_users), values[half:], columns[half:], row_starts[n_users:] - half, users)
     return to_users, to_items
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bipartite(
-    sizes: tuple[int, int], values: Array, structure: tuple[Any, ...], users: Array, items: Array
-) -> tuple[Array, Array]:
+def _scattered(
+    values: Array, columns: Array, row_starts: Array, vectors: tuple[Array, ...], shape: tuple[int, int]
+) -> tuple[Array, ...]:
+    """With the transposed matrix whose structure is not stored; only second derivatives by values come here."""
+    x = jnp.concatenate(vectors)
+    rows = row_ids(row_starts, columns.shape[0])
+    y = jax.ops.segment_sum(values[:, None] * x[rows], columns, shape[1])
+    return _parted(y, [part.shape[0] for part in vectors])
+
+
+def _parted(y: Array, sizes: list[int]) -> tuple[Array, ...]:
+    return (y,) if len(sizes) == 1 else (y[: sizes[0]], y[sizes[0] :])
+
+
+def _pull_values(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], **static: Any) -> Any:
+    pulls, vectors = jnp.concatenate(results), jnp.concatenate(arguments[1])
+    pair = (vectors, pulls) if static["transposed"] else (pulls, vectors)
+    return (entry_dots(static["shape"], structure, *pair),)
+
+
+def _pull_vectors(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], **static: Any) -> Any:
+    transposed = {**static, "transposed": not static["transposed"]}
+    return _product((arguments[0], tuple(results)), structure, **transposed)
+
+
+def _along_values(moved: Any, arguments: Arguments, structure: tuple[Any, ...], **static: Any) -> tuple[Array, ...]:
+    # Tangents of the values may be any numbers, whatever the values promise.
+    return _product((moved, arguments[1]), structure, **{**static, "symmetric": False})
+
+
+def _batch(operands: Any, axes: Any, *, tree: Any, static: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Members as columns of one wide product where only the vectors differ, otherwise one product a member."""
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    fixed = dict(static)
+    n_vectors = 1 if fixed["sizes"] is None else 2
+    if all(axis is None for place, axis in enumerate(axes) if not 1 <= place <= n_vectors):
+        arguments, structure = jax.tree.unflatten(tree, operands)
+        wide = tuple(_columns(x, axis, size) for x, axis in zip(arguments[1], axes[1 : 1 + n_vectors], strict=True))
+        results = _product((arguments[0], wide), structure, **fixed)
+        return [jnp.moveaxis(y.reshape(y.shape[0], size, -1), 1, 0) for y in results], [0] * n_vectors
+    stacked = [
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+    results = jax.lax.map(lambda member: _product(*jax.tree.unflatten(tree, member), **fixed), stacked)
+    return list(results), [0] * n_vectors
+
+
+def _columns(x: Array, axis: int | None, size: int) -> Array:
+    """All members' vectors of a node in one row."""
+    members = jnp.broadcast_to(x[:, None], (x.shape[0], size, x.shape[1])) if axis is None else jnp.moveaxis(x, axis, 1)
+    return members.reshape(members.shape[0], -1)
+
+
+_product = Multilinear("graph_product", _compute, {0: _pull_values, 1: _pull_vectors}, _batch, {0: _along_values})
+
+
+# The derivative of a product by the matrix's values: linear in the vectors on either side.
+
+
+def entry_dots(shape: tuple[int, int], structure: tuple[Any, ...], a: Array, b: Array) -> Float[Array, " nnz"]:
+    """<a[row], b[column]> of every entry; a (n_rows, dim), b (n_cols, dim)."""
+    return _entry_dots(((a,), (b,)), structure, shape=shape)[0]
+
+
+def _dots_of_entries(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]) -> tuple[Array]:
     columns, row_starts, _ = structure
-    return _halves(sizes, values, columns, row_starts, users, items)
+    return (dots(columns, row_ids(row_starts, columns.shape[0]), arguments[0][0], arguments[1][0]),)
 
 
-def _bipartite_forward(
-    sizes: tuple[int, int], values: Array, structure: tuple[Any, ...], users: Array, items: Array
-) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    return _bipartite(sizes, values, structure, users, items), (values, structure, users, items)
+def _pull_rows(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any) -> tuple[Array]:
+    return (product(shape, results[0], structure, arguments[1][0], symmetric=False),)
 
 
-def _bipartite_backward(
-    sizes: tuple[int, int], saved: tuple[Any, ...], gradients: tuple[Array, Array]
-) -> tuple[Array, tuple[Any, ...], Array, Array]:
-    values, structure, users, items = saved
-    columns, row_starts, transpose = structure
-    if transpose is None:
-        dusers, ditems = _halves(sizes, values, columns, row_starts, *gradients)
-    else:
-        back = values[transpose.entries], transpose.columns, transpose.row_starts
-        dusers, ditems = _halves(sizes, *back, *gradients)
-    dvalues = _value_gradients(columns, row_starts, jnp.concatenate(gradients), jnp.concatenate([users, items]))
-    return dvalues.astype(values.dtype), no_tangent(structure), dusers, ditems
+def _pull_columns(
+    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any
+) -> tuple[Array, ...]:
+    static = _static(shape, structure, symmetric=False)
+    return _product(((results[0],), arguments[0]), structure, **{**static, "transposed": True})
 
 
-_bipartite.defvjp(_bipartite_forward, _bipartite_backward)
+_entry_dots = Multilinear("graph_entry_dots", _dots_of_entries, {0: _pull_rows, 1: _pull_columns})
 
 
-def _value_gradients(columns: Array, row_starts: Array, dy: Array, x: Array) -> Array:
-    return dots(columns, row_ids(row_starts, columns.shape[0]), dy, x)
-
-
-def dots(columns: Array, rows: Array, a: Array, b: Array) -> Array:
-    """<a[row], b[column]> of every entry."""
+def dots(columns: Int[Array, " n"], rows: Int[Array, " n"], a: Array, b: Array) -> Float[Array, " n"]:
+    """<a[row], b[column]> of some entries."""
     products = a[rows] * b[columns]
     return jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
 
@@ -147,47 +228,3 @@ def _sum_by_halves(x: Array) -> Array:
         width //= 2
         x = x[..., :width] + x[..., width : 2 * width]
     return x[..., 0] + rest if width else rest
-
-
-def no_tangent(structure: Any) -> Any:
-    """What a derivative gives back for integers."""
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), structure)
-
-
-@cache
-def product_of(shape: tuple[int, int]) -> Callable[..., Array]:
-    """The product of a matrix of this shape with a dense one; the only place that chooses kernels and batching."""
-
-    @jax.custom_batching.custom_vmap
-    def product(values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
-        return jax.lax.platform_dependent(
-            values, columns, row_starts, x, cpu=partial(_bcsr_product, shape), default=partial(_segment_product, shape)
-        )
-
-    @product.def_vmap
-    def batched(
-        axis_size: int, in_batched: list[bool], values: Array, columns: Array, row_starts: Array, x: Array
-    ) -> tuple[Array, bool]:
-        if in_batched == [False, False, False, True]:
-            wide = jnp.moveaxis(x, 0, 1).reshape(shape[1], axis_size * x.shape[2])
-            y = product(values, columns, row_starts, wide)
-            return jnp.moveaxis(y.reshape(shape[0], axis_size, x.shape[2]), 1, 0), True
-        operands = [
-            a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
-            for a, is_batched in zip((values, columns, row_starts, x), in_batched, strict=True)
-        ]
-        return jax.lax.map(lambda member: product(*member), tuple(operands)), True
-
-    return product
-
-
-def _bcsr_product(shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
-    # The kernel knows float32 and float64; half precision is summed in float32, which is better anyway.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    graph = sparse.BCSR((values.astype(wide), columns, row_starts), shape=shape)
-    return (graph @ x.astype(wide)).astype(x.dtype)
-
-
-def _segment_product(shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
-    rows = row_ids(row_starts, columns.shape[0])
-    return jax.ops.segment_sum(values[:, None] * x[columns], rows, shape[0], indices_are_sorted=True)

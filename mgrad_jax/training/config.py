@@ -27,6 +27,7 @@ from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.sharpness_aware import sam, ssam_d, ssam_f
 from mgrad_jax.training.decay import decayed, rate_factors
 from mgrad_jax.training.memory import check_memory, estimate
+from mgrad_jax.training.numerics import MATMUL_PRECISIONS
 
 # Sharpness-aware trainings, and the constructor of each in `mgrad_jax.sharpness_aware`.
 _SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
@@ -70,6 +71,9 @@ class RunConfig:
         flat_minima_args: arguments of `mgrad_jax.sharpness_aware.sam`, `ssam_f` or `ssam_d`.
         adversarial: None, or "epsilon" and "weight" of `mgrad_jax.models.adversarial.adversarial`.
         feature_dtype: type in which tables of features are held, "float32" or "bfloat16".
+        matmul_precision: of dense float32 products, see docs/gpu.md: "highest" (float32), "high" or "default" (as the
+            device likes, TF32 on recent NVIDIA cards). A CPU computes the same in all of them.
+        deterministic: whether a GPU has to add in one order always, see docs/gpu.md.
         optimizer, learning_rate, weight_decay, optimizer_args: see `mgrad_jax.optimizers.make_optimizer`.
         learning_rate_decay: (g, s): epoch e, from 0, trains at learning_rate * g ** (e / s).
         max_norm: clip gradients by global norm before a batch's last update; None: never.
@@ -90,6 +94,8 @@ class RunConfig:
     flat_minima_args: Mapping[str, Any] = field(default_factory=dict)
     adversarial: Mapping[str, float] | None = None
     feature_dtype: str = "float32"
+    matmul_precision: str = "highest"
+    deterministic: bool = False
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -167,6 +173,7 @@ class RunConfig:
             ("training", self.training, TRAININGS),
             ("evaluate", self.evaluate, ("fresh", "stale")),
             ("feature dtype", self.feature_dtype, ("float32", "bfloat16")),
+            ("matmul precision", self.matmul_precision, MATMUL_PRECISIONS),
             ("metric", self.metric, self.metric_names),
         ):
             if value not in choices:

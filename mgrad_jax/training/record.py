@@ -52,6 +52,8 @@ def result_record(
         "flat_minima": {"name": config.training, **config.flat_minima_args} if config.training in FLAT_MINIMA else None,
         "adversarial": None if config.adversarial is None else dict(config.adversarial),
         "feature_dtype": config.feature_dtype,
+        "matmul_precision": config.matmul_precision,
+        "deterministic": config.deterministic,
         "replay": {"interval": config.interval} if config.training == "replay" else None,
         "optimizer": {
             "name": config.optimizer,

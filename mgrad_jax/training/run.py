@@ -36,6 +36,7 @@ from mgrad_jax.training.epoch import split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, TrainingDiverged, fit, restore_best
 from mgrad_jax.training.history import History, draw_curves, read_rows
 from mgrad_jax.training.identity import differences, differing_machine, is_digest_of, machine, run_settings
+from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.record import nothing_left, read_record, result_record
 
 
@@ -55,6 +56,11 @@ class LoadedRun(NamedTuple):
     data: Interactions
     model: Recommender
     epoch: int
+
+    def vectors(self) -> tuple[jax.Array, jax.Array]:
+        """Users (n_users, dim) and items (n_items, dim), whose products are the scores, at the run's precision."""
+        with as_configured(self.config):
+            return jax.jit(lambda model: model.embed())(self.model)
 
 
 def train_run(
@@ -193,7 +199,7 @@ class _Run:
                 progress(report)
 
         try:
-            return fit(
+            return as_configured(config)(fit)(
                 model,
                 data,
                 config.transformation(data),

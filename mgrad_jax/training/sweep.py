@@ -34,6 +34,7 @@ from mgrad_jax.training.epoch import EpochPlan, SplitModel, TrainState, run_epoc
 from mgrad_jax.training.fit import Progress
 from mgrad_jax.training.grid import TRACED, group_members, no_advice
 from mgrad_jax.training.memory import available_bytes
+from mgrad_jax.training.numerics import as_configured
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,12 @@ def _put(stacked: Any, member: Any, lane: int) -> Any:
 
 
 def _compile(group: _Group, width: int) -> _Programs:
-    """Compile the group's programs for `width` members."""
+    """Compile the group's programs for `width` members, at the precision that they share."""
+    with as_configured(group.members[0]):
+        return _compile_lanes(group, width)
+
+
+def _compile_lanes(group: _Group, width: int) -> _Programs:
     started = time.perf_counter()
 
     def train(state: Any, own: Any, standing: Any, shared: Any, train_data: Any) -> Any:

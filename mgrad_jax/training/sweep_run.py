@@ -33,6 +33,7 @@ from mgrad_jax.signals import held_back
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import UNUSED, check_size, expand_grid
 from mgrad_jax.training.identity import data_digest, is_digest_of
+from mgrad_jax.training.numerics import UNSAID
 from mgrad_jax.training.record import nothing_left, read_record, result_record
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
 
@@ -288,7 +289,7 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, hyper-parameters and axes side by side; an axis takes its setting's place."""
     nested = ("hyper_parameters", "grid")
-    flat = {key: value for key, value in settings.items() if key not in nested}
+    flat = {**UNSAID, **{key: value for key, value in settings.items() if key not in nested}}
     hyper = settings.get("hyper_parameters")
     return {**flat, **(hyper if isinstance(hyper, dict) else {}), **settings["grid"]}
 

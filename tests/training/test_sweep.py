@@ -171,7 +171,8 @@ def test_no_setting_of_a_run_is_unknown_here() -> None:
     by_sweep |= {"learning_rate_decay"}
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     by_model = {"adversarial", "feature_dtype"}  # through `RunConfig.create_model`
-    assert fields == by_transformation | by_sweep | by_model | {"data", "out"}
+    by_numerics = {"matmul_precision", "deterministic"}  # through `numerics.as_configured`
+    assert fields == by_transformation | by_sweep | by_model | by_numerics | {"data", "out"}
 
 
 def test_what_has_no_effect_makes_no_member() -> None:

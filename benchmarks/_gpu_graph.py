@@ -1,0 +1,91 @@
+"""Graph operations on this device against dense ones, in every product, and whether they repeat: step (a) of `gpu.py`.
+
+    python benchmarks/_gpu_graph.py --output FILE
+
+A user-item graph with a power law is propagated in value, in both first derivatives and in a second derivative, by each
+product of `mgrad_jax.graph.kernels`; the reference is a dense product in float64 on the host. `deviation` is the largest
+difference over the largest number; `distinct` counts the different results, to the last bit, of ten runs of the gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _report import Parser, device_name, exit_status, versions, write_json
+
+from mgrad_jax.data import synthetic_interactions
+from mgrad_jax.data.synthetic import Size
+from mgrad_jax.graph import gpu_product, normalized_bipartite, propagate, with_transpose
+from mgrad_jax.graph.kernels import PRODUCTS
+
+RUNS = 10
+
+
+@exit_status
+def main() -> None:
+    """Compare and write."""
+    parser = Parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny graph")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    data = synthetic_interactions(Size(60, 40, 400) if options.quick else Size(3_000, 1_500, 60_000), features=False)
+    rows = []
+    for product in PRODUCTS:
+        for dtype in ("float32", "float64"):
+            rows.append({"product": product, "type": dtype, "device": device_name(), "versions": versions()})
+            try:
+                rows[-1] |= _compared(product, dtype, data)
+            except Exception as error:  # one product must not hide the others
+                rows[-1]["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+            write_json(options.output, rows)
+
+
+def _compared(product: str, dtype: str, data: Any) -> dict[str, Any]:
+    with jax.enable_x64(dtype == "float64"), gpu_product(product):
+        graph = normalized_bipartite(*data.train.T, data.n_users, data.n_items, dtype=dtype)
+        graph = with_transpose(graph)
+        x, weights = np.random.default_rng(0).normal(size=(2, graph.shape[0], 32)).astype(dtype)
+
+        def loss(values: Any, x: Any) -> Any:
+            return jnp.vdot(weights, jnp.sin(propagate(dataclasses.replace(graph, values=values), x)))
+
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        ours = {"value": jax.jit(propagate)(graph, x)}
+        ours["by values"], ours["by x"] = gradient(graph.values, x)
+        ours["second"] = jax.jit(lambda v, x: jax.jvp(jax.grad(loss, 1), (v, x), (jnp.zeros_like(v), x))[1])(
+            graph.values, x
+        )
+        repeated = {np.asarray(gradient(graph.values, x)[1]).tobytes() for _ in range(RUNS)}
+        dense = _dense(graph, x, weights)
+    found = {name: _deviation(array, dense[name]) for name, array in ours.items()}
+    return {"deviation": found, "distinct": len(repeated), "entries": graph.nnz}
+
+
+def _dense(graph: Any, x: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The same in NumPy and float64, derivatives by hand."""
+    rows, columns = np.repeat(np.arange(graph.shape[0]), np.diff(graph.row_starts)), np.asarray(graph.columns)
+    matrix = np.zeros(graph.shape)
+    matrix[rows, columns] = graph.values
+    x, weights = x.astype(np.float64), weights.astype(np.float64)
+    y = matrix @ x
+    pull = weights * np.cos(y)
+    return {
+        "value": y,
+        "by values": np.sum(pull[rows] * x[columns], axis=1),
+        "by x": matrix.T @ pull,
+        "second": matrix.T @ (-weights * np.sin(y) * y),  # along x itself
+    }
+
+
+def _deviation(ours: Any, expected: np.ndarray) -> float:
+    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
