@@ -264,7 +264,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong column": (lambda d: write(d, header="userID\tproduct\tx_label\n"), "no itemID column among"),
     "negative id": (replaced(3, (1, -1, 0)), "line 5: itemID -1 is negative"),
     "huge id": (replaced(3, (1, 10**12, 0)), "line 5: itemID 1000000000000 is above"),
-    "gap in ids": (replaced(5, (1, 9, 2)), "never occurs though the largest is 9"),
+    "id beyond the features": (replaced(5, (1, 9, 2)), "has 4 rows and the dataset 10 items"),
     "id that is no number": (replaced(3, (1, "x", 0)), "line 5: itemID is 'x'"),
     "NaN feature": (spoil_nan, "row 2, column 3 is NaN"),
     "feature rows": (lambda d: np.save(d / "image_feat.npy", np.zeros((3, 5))), "has 3 rows and the dataset 4 items"),

@@ -127,6 +127,35 @@ def test_raw_ratings_and_their_graph_in_one_command(
     assert main([*command, "--overwrite"]) == 0  # without the option, nothing is built
 
 
+def test_what_was_read_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [f"i{(u + k) % 9};u{u};x" for u in range(12) for k in range(6)]
+    (tmp_path / "raw.dat").write_text("\n".join(rows) + "\n", encoding="utf-16")
+    command = ["prepare", str(tmp_path / "raw.dat"), str(tmp_path / "new"), "--separator", ";", "--encoding", "utf-16"]
+    assert main([*command, "--columns", "item,user,-"]) == 0
+    out = capfd.readouterr().out
+    for words in ("user taken from", "column 2 (as --columns says)", "rows read", "drawn"):
+        assert words in out
+    assert load_interactions(tmp_path / "new").n_users == 12
+
+
+def test_info_names_the_models_that_cannot_train(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (dataset / "image_feat.npy").unlink()
+    table = np.load(dataset / "text_feat.npy")
+    table[2] = 0
+    np.save(dataset / "text_feat.npy", table)
+    assert main(["info", str(dataset)]) == 0
+    notes = [
+        line
+        for line in " ".join(capfd.readouterr().out.split()).split("note: ")[1:]
+        if "needs" in line or "compares" in line
+    ]
+    assert [note.split()[0] for note in notes] == ["dragon", "freedom", "slmrec"]
+    assert "row 2 of text_feat.npy is all zero" in notes[1]
+    assert "needs image and text features and there are no image features; add image_feat.npy" in notes[2]
+    assert main(["models"]) == 0
+    assert "image or text" in capfd.readouterr().out
+
+
 # Mistakes
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -145,6 +174,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "option of raw ratings": (["tiny", "--user-graph", "--k-core", "5"], "--k-core is for raw ratings"),
     "flag of raw ratings": (["tiny", "--user-graph", "--overwrite"], "--overwrite is for raw ratings"),
     "k without graph": (["raw.csv", "new", "--user-k", "5"], "--user-k is of the user graph, which is not asked for"),
+    "a name outside": (["raw.csv", "new", "--name", "../x"], "--name '../x' cannot name a dataset"),
+    "a negative seed": (["raw.csv", "new", "--seed", "-1"], "seed is -1; it must be a whole number from 0"),
+    "no core": (["raw.csv", "new", "--k-core", "0"], "k_core is 0; it must be at least 3"),
+    "an unknown encoding": (["raw.csv", "new", "--encoding", "rot13"], "encoding 'rot13' is unknown"),
     "k of zero": (["tiny", "--user-graph", "--user-k", "0"], "--user-k"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,7 +115,8 @@ def prepare(
     if source.is_dir():
         source = interaction_file(source, None)
     inputs = [source, *(Path(path) for pair in features.values() for path in pair)]
-    _check_destination(file, features, inputs, overwrite)
+    beside = [modality for modality in MODALITIES if (source.parent / f"{modality}_feat.npy").exists()]
+    _check_destination(file, [*features, *beside], inputs, overwrite)
 
     given = {
         role: column for role, column in (("user", user), ("item", item), ("rating", rating)) if column is not None
@@ -210,7 +211,7 @@ def _dataset_files(destination: Path) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def _check_destination(file: Path, features: Mapping[str, object], inputs: Sequence[Path], overwrite: bool) -> None:
+def _check_destination(file: Path, features: Collection[str], inputs: Sequence[Path], overwrite: bool) -> None:
     """Nothing that is read is replaced, nothing is replaced unasked, and no feature follows the ids of another dataset."""
     destination = file.parent
     if destination.exists() and not destination.is_dir():

@@ -85,6 +85,10 @@ def read_ratings(source: Source) -> Ratings:
     kind = suffixes[-1] if suffixes else ""
     separator = source.separator or {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t"}.get(kind)
     if kind in (".json", ".jsonl") and source.separator is None:
+        if source.columns is not None or source.header is not None:
+            raise UserError(
+                f"{file} is no table but JSON lines, whose keys are names; leave --columns and --header out."
+            )
         ratings = _read_json_lines(source)
     elif separator is not None:
         ratings = _read_table(source, Form(separator, source.encoding))

@@ -127,7 +127,8 @@ def records(file: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
                 start = reader.line_num + 1
         except csv.Error as error:
             raise UserError(
-                f'{file} line {start}: the quotation marks do not match ({error}); write a mark inside of a field as "".'
+                f'{file} line {start}: the quotation marks do not match ({error}); write a mark inside of a field as "" '
+                "and none elsewhere."
             ) from None
 
 

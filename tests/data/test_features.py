@@ -64,3 +64,10 @@ def test_rows_of_zeros_are_items_without_a_feature() -> None:
     np.testing.assert_allclose(filled[[0, 3]], np.tile(table[[1, 2, 4]].mean(axis=0), (2, 1)))
     np.testing.assert_array_equal(filled[[1, 2, 4]], table[[1, 2, 4]])
     np.testing.assert_array_equal(fill_zero_rows(np.zeros((2, 2))), np.zeros((2, 2)))
+
+
+def test_a_link_to_nowhere_is_no_missing_feature(tmp_path: Path) -> None:
+    (tmp_path / "image_feat.npy").symlink_to(tmp_path / "annex")
+    with pytest.raises(UserError, match=r"image_feat\.npy cannot be read \(No such file"):
+        read_features(tmp_path / "image_feat.npy", 4)
+    assert read_features(tmp_path / "text_feat.npy", 4) is None
