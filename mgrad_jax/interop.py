@@ -39,8 +39,8 @@ def load_torch_state(model: Recommender, state: Mapping[str, Any] | str | Path) 
     Args:
         model: created with the sizes of the checkpoint; its parameters are replaced, in its own dtype.
         state: arrays (NumPy, JAX or PyTorch) by published name, or a file: `.npz`, or `.pth`/`.pt` where torch is
-            installed. A dict that holds the arrays under "state_dict", "model_state_dict" or "model" does as well, and so
-            do names that DataParallel has prefixed. Tensors may be of any real type, quantised or sparse.
+            installed. A dict that holds the arrays under "state_dict", "model_state_dict" or "model" does as well, and
+            so do names that DataParallel has prefixed. Tensors may be of any real type, quantised or sparse.
 
     Returns:
         The same model.
@@ -141,15 +141,15 @@ def _dense(tensor: Any) -> Any:
 
 
 def _converted(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-    """A parameter in the model's dtype; values that are no real numbers, or none that fit there, are refused by name."""
+    """A parameter in the model's dtype; values that are no real numbers, or do not fit there, are refused by name."""
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise UserError(f"{name} of the checkpoint has values of type {array.dtype}; save it as float32.")
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
     if not np.isfinite(converted).all():
         raise UserError(
-            f"{name} of the checkpoint has values that are NaN, infinite or too large for {converted.dtype}; load one of "
-            "an earlier epoch."
+            f"{name} of the checkpoint has values that are NaN, infinite or too large for {converted.dtype}; load one "
+            "of an earlier epoch."
         )
     return converted
 

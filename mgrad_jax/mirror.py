@@ -46,12 +46,11 @@ GradFn: TypeAlias = Callable[[Any, int], Any]
 
 _CLIP_EPSILON = 1e-6
 
-# States, by the name of their class, that hold updates back until several have come together, or now and then.
-_WITHHOLDING = {
+# States, by the name of their class, of what holds updates back until several have come together.
+_ACCUMULATING = {
     "MultiStepsState": "optax.MultiSteps",
     "ApplyEvery": "optax.apply_every",
     "AccumulateAvgUpdatesState": "optax.experimental.accumulate_avg_updates",
-    "ConditionallyMaskState": "optax.conditionally_mask",
 }
 # States of forms that step along the gradient of their own `grad_fn`, whatever gradient comes in.
 _OWN_GRADIENT = ("MirroredState", "SAMState", "SSAMState")
@@ -715,12 +714,12 @@ def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = 
     - ``optax.contrib.sam`` without ``opaque_mode`` takes the two passes for its own two steps;
     - there are several mirrors that do not ask for the second pass of the same batches, or that scale the same gradient.
 
-    Without a mirror nothing is refused.
+    Without a mirror nothing is refused, but for `optax.lookahead` over parameters that are not its pair.
 
     Args:
         opt_state: any optimizer state, also traced.
         optimizer: where the state is traced, the intervals that this optimizer was built with are compared instead.
-        params: parameters for its ``init``, which is traced and not run.
+        params: the parameters of the loop, needed with ``optimizer``.
 
     Raises:
         ValueError: one sentence, with the remedy.
@@ -737,14 +736,25 @@ def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = 
         optax.apply_every accumulates or holds back update
     """
     nodes = _nodes(opt_state)
+    paired = params is None or isinstance(params, optax.LookaheadParams)
+    if not paired and any(isinstance(node, optax.LookaheadState) for node in nodes):
+        raise ValueError(
+            "optax.lookahead trains a pair of parameters, optax.LookaheadParams.init_synced(params), of which this "
+            "loop has one only: give the pair to mirror_step, or leave optax.lookahead out."
+        )
     if not any(isinstance(node, MirrorState | MirroredState) for node in nodes):
         return
     for node in nodes:
-        if (name := type(node).__name__) in _WITHHOLDING:
+        if (name := type(node).__name__) in _ACCUMULATING:
             raise ValueError(
-                f"{_WITHHOLDING[name]} accumulates or holds back updates, and a second pass would have to repeat all "
+                f"{_ACCUMULATING[name]} accumulates or holds back updates, and a second pass would have to repeat all "
                 "mini-batches, of which this loop sees one at a time. Accumulate inside the loss, or loop over the "
-                "mini-batches yourself and once more while `second_pass_pending` is true."
+                "mini-batches yourself and once more if `second_pass_pending` is true."
+            )
+        if isinstance(node, optax.ConditionallyMaskState):
+            raise ValueError(
+                "optax.conditionally_mask counts passes, so that it may drop one pass of a mirror batch and keep the "
+                "other: train in two stages, the first without it or without the mirror."
             )
         if isinstance(node, optax.contrib.SAMState) and node.cache is not None:
             raise ValueError(
@@ -1079,10 +1089,9 @@ def _check_agreement(opt_state: Any, optimizer: Any = None, params: Any = None) 
         The common (interval, steps_per_epoch, phase, second); None where they are traced, or there is no mirror.
     """
     states = _mirror_states(opt_state)
-    outside_masks = jax.tree.leaves(
-        opt_state, is_leaf=lambda node: isinstance(node, MirrorState | MirroredState | optax.MaskedState)
-    )
-    if sum(isinstance(node, MirrorState) for node in outside_masks) > 1:
+    kinds = (MirrorState, MirroredState, optax.MaskedState)
+    unmasked = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    if len(states) > 1 and any(isinstance(node, MirrorState) for node in unmasked):
         raise ValueError(
             "One optimizer holds several mirrors for the same parameters, whose factors multiply: keep one."
         )

@@ -54,7 +54,8 @@ def nnx_step(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[...
             wanted = nnx.DiffState(0, optimizer.wrt)
             out, grads = nnx.value_and_grad(loss_fn, argnums=wanted, has_aux=has_aux)(model, *args, **kwargs)
             # From the state after the pass: the random streams have moved on.
-            graph, _, rest = nnx.split(model, optimizer.wrt, ...)
+            parts: tuple[Any, ...] = nnx.split(model, optimizer.wrt, ...)
+            graph, _, rest = parts
 
             def value_fn(params: Any) -> jax.Array:
                 value = loss_fn(nnx.merge(graph, params, rest), *args, **kwargs)

@@ -92,9 +92,10 @@ def test_groups_out_of_step_are_refused():
 
 
 def test_two_mirrors_over_the_same_parameters_are_refused():
-    twice = optax.chain(mirror_gradient(), mirror_gradient(), optax.sgd(0.1))
-    with pytest.raises(ValueError, match="several mirrors for the same parameters"):
-        train(twice, pair(), 1)
+    groups = optax.partition({"x": link(mirror_gradient()), "y": optax.sgd(0.1)}, LABELS)
+    for tx in (link(optax.chain(mirror_gradient(), replay())), optax.chain(mirror_gradient(), groups)):
+        with pytest.raises(ValueError, match="several mirrors for the same parameters"):
+            train(tx, pair(), 1)
     with pytest.raises(ValueError, match="leave mirror_gradient out"):
         mirrored(link(mirror_gradient())).init(pair())
 
@@ -441,6 +442,12 @@ def test_lookahead_trains_with_the_gradient_of_its_fast_parameters():
             fast = slow
     for pair in (inside, outside, opaque):
         np.testing.assert_allclose([pair.fast[0], pair.slow[0]], [fast, slow], rtol=1e-6)
+
+
+def test_lookahead_without_its_pair_gets_a_sentence():
+    tx = optax.lookahead(optax.sgd(0.1), 3, 0.5)
+    with pytest.raises(ValueError, match=r"pair of parameters, optax\.LookaheadParams\.init_synced"):
+        train(tx, jnp.ones(2), 1)
 
 
 def test_what_hands_no_grad_fn_on_gets_a_sentence():

@@ -126,6 +126,7 @@ def test_what_no_loop_can_drive_is_refused():
     for tx, words in (
         (optax.chain(mirror_gradient(), optax.apply_every(2)), r"optax\.apply_every"),
         (optax.chain(mirror_gradient(), mirror_gradient(), optax.sgd(0.1)), "several mirrors"),
+        (optax.lookahead(optax.sgd(0.1), 3, 0.5), "pair of parameters"),
     ):
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         with pytest.raises(ValueError, match=words):

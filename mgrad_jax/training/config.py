@@ -41,6 +41,20 @@ _INT32 = 2**31 - 1
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # What the run itself knows and no argument may say.
 _GIVEN = ("optimizer", "steps_per_epoch")
+# The most that a setting usually is; beyond, it is named where a training diverges.
+_USUAL = {
+    "learning_rate": 0.5,
+    "alpha1": 10.0,
+    "alpha2": 10.0,
+    "weight_decay": 1.0,
+    "momentum": 0.999,
+    "rho": 5.0,
+    "epsilon": 10.0,
+    "weight": 100.0,
+    "reg_weight": 100.0,
+    "cl_weight": 100.0,
+    "ssl_alpha": 100.0,
+}
 
 
 @dataclass(frozen=True)
@@ -218,6 +232,21 @@ class RunConfig:
         }
         training = details.get(self.training, self.training)
         return f"{self.model} with {training}, {self.optimizer}, learning rate {self.learning_rate:g}"
+
+    @property
+    def suspicion(self) -> str:
+        """A sentence on the settings that are far from what is usual, for a training that diverged; mostly empty."""
+        own = dataclasses.asdict(models.make_config(self.model, dict(self.hyper_parameters)))
+        values: dict[str, Any] = {**own, **self.optimizer_args, **self.flat_minima_args, **(self.adversarial or {})}
+        values |= {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "max_norm": self.max_norm}
+        if self.training == "mirror":
+            values |= {"alpha1": self.alpha1, "alpha2": self.alpha2}
+        odd = [f"{name} {values[name]:g}" for name, most in _USUAL.items() if (values.get(name) or 0) > most]
+        if self.training == "mirror" and self.alpha2 >= self.alpha1:
+            odd.append(f"alpha2 {self.alpha2:g} beside alpha1 {self.alpha1:g}, at which mirror batches ascend")
+        if self.learning_rate_decay[0] > 1:
+            odd.append(f"learning_rate_decay {self.learning_rate_decay[0]:g}, with which the rate grows")
+        return f" Far from what is usual: {', '.join(odd)}." if odd else ""
 
     def create_model(self, data: Interactions, *, training: bool = True) -> models.Recommender:
         """The run's model before training.

@@ -90,15 +90,16 @@ def with_decay(
     own = [np.float32(state.per_epoch) for state in _decay_states(optimizer.init(params))]
     if any(per_epoch != factors[1] for per_epoch in own):
         raise UserError(
-            f"learning_rate_decay is {decay}, but the optimizer's own decay multiplies its learning rate by {own[0]:g} an "
-            "epoch; leave one of them out."
+            f"learning_rate_decay is {decay}, but the optimizer's own decay multiplies its learning rate by {own[0]:g} "
+            "per epoch; leave one of them out."
         )
     if own:
         return optimizer
     if _acts_on_its_updates(optimizer, params):
         raise UserError(
-            "learning_rate_decay cannot reach the learning rate inside this optimizer, which evaluates the loss or keeps "
-            f"parameters by itself; put decayed(optimizer, rate_factors({decay})) of mgrad_jax.training.decay inside it."
+            "learning_rate_decay cannot reach the learning rate inside this optimizer, which evaluates the loss or "
+            f"keeps parameters by itself; put decayed(optimizer, rate_factors({decay})), of mgrad_jax.training.decay, "
+            "inside it."
         )
     return decayed(optimizer, factors)
 
@@ -140,7 +141,7 @@ def _decay_states(opt_state: Any) -> list[DecayState]:
 
 
 def _acts_on_its_updates(optimizer: optax.GradientTransformation, params: Any) -> bool:
-    """Whether an optimizer evaluates the loss or its gradient where it goes, or keeps other parameters than it is given."""
+    """Whether an optimizer evaluates the loss or its gradient where it goes, or keeps parameters of its own."""
     if isinstance(optimizer, Wrapping):
         return _acts_on_its_updates(optimizer.inner, params)
     signs: list[Any] = []

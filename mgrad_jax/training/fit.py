@@ -23,6 +23,7 @@ from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.models import Recommender
 from mgrad_jax.training.checkpoint import Checkpoints
 from mgrad_jax.training.decay import with_decay
+from mgrad_jax.training.diagnosis import Diagnosis
 from mgrad_jax.training.epoch import (
     EpochLog,
     EpochPlan,
@@ -36,7 +37,7 @@ from mgrad_jax.training.epoch import (
 
 
 class TrainingDiverged(UserError):
-    """The loss or the scores became NaN or infinite; the last good checkpoint is kept."""
+    """The loss or the scores became NaN or infinite; the message says when, why, and which checkpoints there are."""
 
 
 class EpochReport(NamedTuple):
@@ -185,8 +186,8 @@ def fit(
         batch_size: interactions a batch; the last, partial batch is kept.
         metric: what selects the best epoch, on validation only.
         ks: cut-offs of the metrics.
-        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), inside the forms
-            that are opaque. A `tx` that brings the same decay along stays as it is.
+        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), also inside
+            opaque forms. A `tx` that brings the same decay along stays as it is.
         evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
@@ -202,6 +203,7 @@ def fit(
     _check_options(data, epochs, patience, batch_size, metric, ks)
     tx = with_decay(tx, learning_rate_decay, nnx.state(model, nnx.Param))
     run = _start(model, data, tx, batch_size, seed, ks, evaluate)
+    run.diagnosis.checkpoints = None if checkpoints is None else checkpoints.directory
     if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
         run.restore(checkpoints, ks)
     history: list[EpochReport] = []
@@ -231,7 +233,7 @@ class _Run:
     state: TrainState
     best: _Scoring
     key: jax.Array
-    description: str
+    diagnosis: Diagnosis
     progress: Progress = field(default_factory=Progress)
 
     def epoch(self, metric: str) -> EpochReport:
@@ -246,7 +248,7 @@ class _Run:
         scoring = _scoring(self.state)
         valid, test, finite = jax.device_get(self.programs.evaluate(scoring))
         if not finite:
-            raise TrainingDiverged(self._diverged("the scores", max(self.plan.schedule)))
+            raise TrainingDiverged(self._diverged("the scores", len(self.plan.schedule) - 1))
         evaluated = time.perf_counter()
         first = self.plan.first_passes
         valid, test = _floats(valid), _floats(test)
@@ -282,12 +284,14 @@ class _Run:
     def _check_losses(self, losses: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
-            raise TrainingDiverged(self._diverged("the loss", self.plan.schedule[bad[0]]))
+            raise TrainingDiverged(self._diverged("the loss", bad[0]))
 
-    def _diverged(self, what: str, batch: int) -> str:
+    def _diverged(self, what: str, number: int) -> str:
+        """What to say where a value is not finite after this pass of the epoch under way."""
+        updated = what == "the scores" or number > 0 or self.progress.epoch > 0
         return (
-            f"epoch {self.progress.epoch + 1}, batch {batch}: {what} became NaN or infinite ({self.description}); "
-            "lower the learning rate or alpha1 and alpha2, or clip the gradient. The last good checkpoint is kept."
+            f"epoch {self.progress.epoch + 1}, batch {self.plan.schedule[number]}: {what} became NaN or infinite; "
+            f"{self.diagnosis.cause(updated)}. {self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
         )
 
 
@@ -334,8 +338,7 @@ def _start(
     plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale")
     programs = _compile(parts, tx, plan, state, data, ks)
     best = jax.tree.map(jnp.copy, _scoring(state))
-    description = f"{model.name}, {model.config}, batch size {batch_size}, seed {seed}"
-    return _Run(programs, plan, state, best, jax.random.key(seed), description)
+    return _Run(programs, plan, state, best, jax.random.key(seed), Diagnosis.of(model, data))
 
 
 def _compile(
@@ -398,8 +401,8 @@ def _check_optimizer(opt_state: Any) -> None:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.LookaheadState))
     if any(isinstance(node, optax.LookaheadState) for node in nodes):
         raise UserError(
-            "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, as "
-            "optax.contrib.schedule_free does."
+            "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, "
+            "as optax.contrib.schedule_free does."
         )
 
 

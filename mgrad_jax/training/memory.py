@@ -1,8 +1,8 @@
 """How much memory a training needs, by its parts, and whether the device has it: before anything is allocated.
 
 The sizes are those of the large arrays that every run of the kind holds at the same time, worked out from the
-configuration and the data. They are a little below what a run takes (programs, libraries and small arrays are left out),
-so that what fits is never refused.
+configuration and the data. They are a little below what a run takes (programs, libraries and small arrays are left
+out), so that what fits is never refused.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def check_memory(
     if needed <= available:
         return
     name, largest = max(parts.items(), key=lambda item: item[1].size)
-    defaults = {f.name: f.default for f in dataclasses.fields(models.model_class(model).config_class)} | _USUAL
+    defaults: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(models.model_class(model).config_class)
+    } | _USUAL
     values = {name: max(value) if name == "ks" else value for name, value in settings.items()}
     # The setting that is furthest from what is usual is the one that makes the difference.
     setting = max(largest.settings, key=lambda s: values[s] / max(defaults[s], 1) if s in values else -1)

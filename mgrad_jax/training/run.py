@@ -127,7 +127,7 @@ def _fit(
             on_epoch=on_epoch,
         )
     except TrainingDiverged as error:
-        raise TrainingDiverged(f"{config.summary}: {error}") from None
+        raise TrainingDiverged(f"{config.summary}: {error}{config.suspicion}") from None
     except KeyboardInterrupt:
         checkpoints.close()
         raise RunInterrupted(config.directory, checkpoints.latest_epoch() or 0) from None

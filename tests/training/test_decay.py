@@ -96,7 +96,7 @@ def test_the_same_decay_twice_is_applied_once_and_another_one_is_refused() -> No
     tx = optax.chain(mirror_gradient(), decayed(optax.sgd(0.1), rate_factors(DECAY)))
     assert with_decay(tx, DECAY, PARAMS) is tx
     with pytest.raises(
-        UserError, match=r"learning_rate_decay is .* the optimizer's own decay multiplies .* by 0.5 an epoch"
+        UserError, match=r"learning_rate_decay is .* the optimizer's own decay multiplies .* by 0.5 per epoch"
     ):
         with_decay(tx, (0.9, 1.0), PARAMS)
 
