@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -82,7 +81,7 @@ def run_program(arguments: list[str], **options: Any) -> subprocess.CompletedPro
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
 
 
-def test_a_closed_or_abandoned_stdout_ends_nothing(tmp_path: Path) -> None:
+def test_a_closed_or_abandoned_stdout_ends_nothing() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
