@@ -59,7 +59,7 @@ def compile_passes(
 
     carry = start()
     program = jax.jit(partial(_passes, parts, tx, schedule), donate_argnums=0)
-    arguments = (parts.epoch_state, parts.constants, batches, jax.random.key(0), np.float32(1.0))
+    arguments = (parts.epoch_state, parts.constants, batches, jax.random.key(0))
     started = time.perf_counter()
     traced = program.trace(carry, *arguments)
     compiled = traced.lower().compile()
@@ -82,9 +82,8 @@ def _passes(
     constants: Any,
     batches: Batch,
     key: jax.Array,
-    rate_factor: jax.Array,
 ) -> Any:
-    step = partial(_pass, parts.graphdef, tx, epoch_state, constants, key, rate_factor, batches)
+    step = partial(_pass, parts.graphdef, tx, epoch_state, constants, key, batches)
     numbers = jnp.arange(len(schedule), dtype=jnp.int32)
     return jax.lax.scan(step, carry, (jnp.asarray(schedule), numbers))
 

@@ -9,38 +9,52 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mgrad_jax.iterates import evaluation_params
     from mgrad_jax.mirror import (
         MirrorState,
+        close_batch,
         mirror_gradient,
         mirror_step,
         mirrored,
         replay,
         replayed,
+        schedule_over_passes,
         second_pass_pending,
     )
+    from mgrad_jax.nnx_loop import nnx_step
+    from mgrad_jax.same_batch import checked
     from mgrad_jax.sharpness_aware import SSAMState, sam, ssam_d, ssam_f
 
 __all__ = [
     "MirrorState",
     "SSAMState",
+    "checked",
+    "close_batch",
+    "evaluation_params",
     "mirror_gradient",
     "mirror_step",
     "mirrored",
+    "nnx_step",
     "replay",
     "replayed",
     "sam",
+    "schedule_over_passes",
     "second_pass_pending",
     "ssam_d",
     "ssam_f",
 ]
-_SHARPNESS_AWARE = ("SSAMState", "sam", "ssam_d", "ssam_f")
+_ELSEWHERE = {
+    "checked": "mgrad_jax.same_batch",
+    "evaluation_params": "mgrad_jax.iterates",
+    "nnx_step": "mgrad_jax.nnx_loop",
+    **dict.fromkeys(("SSAMState", "sam", "ssam_d", "ssam_f"), "mgrad_jax.sharpness_aware"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "mgrad_jax.sharpness_aware" if name in _SHARPNESS_AWARE else "mgrad_jax.mirror"
-    value = getattr(importlib.import_module(module), name)
+    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "mgrad_jax.mirror")), name)
     globals()[name] = value
     return value
 

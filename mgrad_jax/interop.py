@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, shown
 from mgrad_jax.models import Recommender
 
-# What NumPy and PyTorch raise over a file that is damaged or of another kind.
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, struct.error, pickle.UnpicklingError)
+# Where trainers keep the state_dict beside an optimizer's, a number of epochs and the like.
+_PLACES = ("state_dict", "model_state_dict", "model")
+# What torch.nn.DataParallel and torch.compile put before every name.
+_PREFIXES = ("module.", "_orig_mod.")
+_SAVE_ALONE = "save the state_dict alone, torch.save(model.state_dict(), file), and give that file"
 
 
 def torch_state(model: Recommender) -> dict[str, np.ndarray]:
@@ -37,34 +39,51 @@ def load_torch_state(model: Recommender, state: Mapping[str, Any] | str | Path) 
     Args:
         model: created with the sizes of the checkpoint; its parameters are replaced, in its own dtype.
         state: arrays (NumPy, JAX or PyTorch) by published name, or a file: `.npz`, or `.pth`/`.pt` where torch is
-            installed (a state_dict, or a dict that holds one under "state_dict").
+            installed. A dict that holds the arrays under "state_dict", "model_state_dict" or "model" does as well, and
+            so do names that DataParallel has prefixed. Tensors may be of any real type, quantised or sparse.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: names that are missing, unexpected or of another shape, all in one sentence; a file that cannot be read.
-            The model is unchanged then.
+        UserError: names that are missing, unexpected or of another shape, all in one sentence; values that are complex,
+            not finite or no numbers; a file that cannot be read. The model is unchanged then.
     """
-    arrays = _read(Path(state)) if isinstance(state, str | Path) else state
     parameters = list(_named_parameters(model))
-    ignored = set(model.ignored_names)
     expected = {name: _transposed(path, np.asarray(variable[...])).shape for path, name, variable in parameters}
-    given = {name: np.asarray(_host(array)) for name, array in arrays.items() if name not in ignored}
-    missing = sorted(expected.keys() - given.keys())
-    unexpected = sorted(given.keys() - expected.keys())
-    misshaped = [
-        f"{name} has shape {given[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in given and given[name].shape != shape
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
-    complaints = [f"{kind}: {', '.join(names)}" for kind, names in found.items() if names]
-    if complaints:
-        raise UserError(f"the checkpoint does not fit {model.name} ({'; '.join(complaints)}); load the matching one.")
-    for path, name, variable in parameters:
-        variable[...] = jnp.asarray(_transposed(path, given[name]), variable[...].dtype)
+    arrays = _state_dict(_read(Path(state)) if isinstance(state, str | Path) else state, expected)
+    given = {name: _host(name, array) for name, array in arrays.items() if name not in model.ignored_names}
+    _check_fit(model.name, expected, given)
+    values = {
+        name: _converted(name, _transposed(path, given[name]), variable[...].dtype)
+        for path, name, variable in parameters
+    }
+    for _, name, variable in parameters:
+        variable[...] = jnp.asarray(values[name])
     return model
+
+
+def _check_fit(model: str, expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray]) -> None:
+    """Name everything that does not fit, in one sentence."""
+    found = {
+        "missing": sorted(expected.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - expected.keys()),
+        "misshaped": [
+            f"{name} has shape {given[name].shape} instead of {shape}"
+            for name, shape in expected.items()
+            if name in given and given[name].shape != shape
+        ],
+    }
+    complaints = [f"{kind}: {_listed(names)}" for kind, names in found.items() if names]
+    if complaints:
+        raise UserError(f"the checkpoint does not fit {model} ({'; '.join(complaints)}); load the matching one.")
+
+
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _named_parameters(model: Recommender) -> list[tuple[str, str, nnx.Variable[Any]]]:
@@ -79,28 +98,97 @@ def _transposed(path: str, array: np.ndarray) -> np.ndarray:
     return array.T if path.rpartition(".")[2] == "kernel" else array
 
 
-def _host(array: Any) -> Any:
-    """A PyTorch tensor on the host; anything else as it is."""
-    return array.detach().cpu().numpy() if hasattr(array, "detach") else array
+def _state_dict(state: Any, expected: Iterable[str]) -> dict[str, Any]:
+    """The arrays by published name, wherever in a checkpoint they are; what is no array stays behind."""
+    if not isinstance(state, Mapping):
+        raise UserError(f"the checkpoint holds a {type(state).__name__} and no state_dict; {_SAVE_ALONE}.")
+    if not set(expected) & {str(name) for name in state}:
+        nested = next((state[place] for place in _PLACES if isinstance(state.get(place), Mapping)), None)
+        if nested is not None:
+            return _state_dict(nested, expected)
+    named = {str(name): value for name, value in state.items()}
+    arrays = {name: value for name, value in named.items() if _is_array(value) or name in set(expected)}
+    for prefix in _PREFIXES:
+        if arrays and all(name.startswith(prefix) for name in arrays):
+            return _state_dict({name.removeprefix(prefix): value for name, value in arrays.items()}, expected)
+    return arrays
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") or hasattr(value, "detach")
+
+
+def _host(name: str, array: Any) -> np.ndarray:
+    """A tensor as a NumPy array on the host; one that has no numbers is refused by name."""
     try:
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
+        return np.asarray(_dense(array) if hasattr(array, "detach") else array)
+    except Exception as error:  # frameworks raise whatever they like over what they cannot convert
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} of the checkpoint cannot be read ({shown(reason)}); {_SAVE_ALONE}.") from None
+
+
+def _dense(tensor: Any) -> Any:
+    """A PyTorch tensor as NumPy has them: on the host, every value in its place, in a type that NumPy knows."""
+    tensor = tensor.detach().cpu()
+    if getattr(tensor, "is_quantized", False):
+        tensor = tensor.dequantize()
+    if not str(getattr(tensor, "layout", "strided")).endswith("strided"):
+        tensor = tensor.to_dense()
+    try:
+        return tensor.numpy()
+    except TypeError:  # bfloat16 and the types of 8 bits
+        return tensor.float().numpy()
+
+
+def _converted(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A parameter in the model's dtype; values that are no real numbers, or do not fit there, are refused by name."""
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise UserError(f"{name} of the checkpoint has values of type {array.dtype}; save it as float32.")
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if not np.isfinite(converted).all():
+        raise UserError(
+            f"{name} of the checkpoint has values that are NaN, infinite or too large for {converted.dtype}; load one "
+            "of an earlier epoch."
+        )
+    return converted
+
+
+def _read(file: Path) -> Any:
+    suffix = file.suffix.lower()
+    if suffix not in (".npz", ".pth", ".pt"):
+        raise UserError(f"{file} ends in '{file.suffix}'; give a .npz, .pth or .pt file.")
+    try:
+        return _read_npz(file) if suffix == ".npz" else _read_torch(file)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        # PyTorch's own words advise to load whatever the file holds, code included.
+        raise UserError(f"{file} is damaged, or holds other objects than tensors; {_SAVE_ALONE}.") from None
+    except Exception as error:  # readers of foreign formats raise whatever they trip over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{file} cannot be read as a checkpoint ({reason[:200]}); check the path and the file."
+        ) from None
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    with file.open("rb") as stream:
+        if stream.read(2) != b"PK":
+            raise ValueError("it is no archive of arrays")
+        stream.seek(0)
+        try:
+            with np.load(stream, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        if file.suffix in (".pth", ".pt"):
-            return _read_torch(file)
-    except _UNREADABLE as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{file} cannot be read as a checkpoint ({reason}); check the path and the file.") from None
-    raise UserError(f"{file} ends in '{file.suffix}'; give a .npz, .pth or .pt file.")
+        except ValueError as error:
+            if "allow_pickle" not in str(error):
+                raise
+            raise ValueError("it holds Python objects beside arrays") from None
 
 
-def _read_torch(file: Path) -> Mapping[str, Any]:
+def _read_torch(file: Path) -> Any:
     try:
         import torch
     except ImportError:
         raise UserError(f"{file} needs PyTorch to be read; install torch, or save the arrays as .npz.") from None
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+    return torch.load(file, map_location="cpu", weights_only=True)

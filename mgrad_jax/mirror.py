@@ -5,13 +5,17 @@ scaled by ``alpha1``, and one against the gradient taken afresh at the moved par
 order in the step size that is gradient descent with a penalty on the squared gradient norm, which prefers flat minima.
 
 ======================  ==============================================================================================
-`mirror_gradient`       visible form: a link of `optax.chain`; the loop makes the second pass when the state asks for it
 `mirror_step`           one jit-able training step for any loss and any optimizer; makes the second pass itself
 `mirrored`              opaque form: wraps a whole optimizer, both updates inside one call of ``update``
+`mirror_gradient`       visible form: a link of `optax.chain`; the loop makes the second pass when the state asks for it
 `replay`, `replayed`    the control with equally many updates: the second pass repeats the batch with factor +1
 `second_pass_pending`   does the state ask for a second pass over the same batch?
-`pass_schedule`         the batch of every pass of one epoch, for a scan without conditions
+`close_batch`           ends a batch whose second pass did not happen
+`schedule_over_passes`  a schedule over batches for what counts updates, such as the optimizer behind the mirror
+`pass_schedule`         the batch of every pass of the next batches, for a scan without conditions
 `restart_epoch`         numbers the batches from 0 again
+`check_loop`            can a loop that makes the passes use this optimizer?
+`update_with`           calls an ``update`` with those extra arguments that it accepts
 ======================  ==============================================================================================
 
 This file needs JAX and Optax only, so that it can be copied into any project.
@@ -28,6 +32,8 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -40,6 +46,32 @@ GradFn: TypeAlias = Callable[[Any, int], Any]
 
 _CLIP_EPSILON = 1e-6
 
+# States, by the name of their class, of what holds updates back until several have come together.
+_ACCUMULATING = {
+    "MultiStepsState": "optax.MultiSteps",
+    "ApplyEvery": "optax.apply_every",
+    "AccumulateAvgUpdatesState": "optax.experimental.accumulate_avg_updates",
+}
+# States of forms that step along the gradient of their own `grad_fn`, whatever gradient comes in.
+_OWN_GRADIENT = ("MirroredState", "SAMState", "SSAMState")
+
+_MIRROR_OUTSIDE = (
+    "The mirror stands before an optimizer that takes its gradient from `grad_fn`, where the factors alpha1 and -alpha2 do "
+    "not reach it: put the mirror inside, for example sam(optax.chain(mirror_gradient(), optimizer)) with mirror_step."
+)
+_FORM_OUTSIDE = (
+    "An optimizer that evaluates the gradient again (mirrored, sam) stands inside optax.masked or optax.partition, where it "
+    "sees one group of the parameters, but `grad_fn` needs all of them: put it outside, mirrored(optax.partition(...)), "
+    "or use mirror_gradient in the group's chain, with mirror_step."
+)
+PASS_GRAD_FN = (
+    "pass `grad_fn=`, a function of (params, index). What hands no such argument on, as optax.lookahead does not, goes "
+    "inside the form; in place of flax's TrainState.apply_gradients use mirror_step(loss_fn, tx)."
+)
+
+# Where `_declared` collects what the mirrors of one optimizer were built with.
+_made: ContextVar[list[tuple[int, int]] | None] = ContextVar("_made", default=None)
+
 
 class MirrorState(NamedTuple):
     """State of `mirror_gradient` and `replay`.
@@ -51,6 +83,10 @@ class MirrorState(NamedTuple):
         second: the next update is the second pass over the current batch. Shape (), bool.
         interval: every how many batches one is mirrored. Shape (), int32.
         steps_per_epoch: batches in an epoch; 0 where the numbering never restarts by itself. Shape (), int32.
+
+    A restored state brings its position along (``count``, ``phase``, ``second``); factors and ``max_norm`` are those of
+    the transformation that goes on with it. Its ``interval`` and ``steps_per_epoch`` have to be the transformation's:
+    ``update`` refuses others wherever it knows the values, outside `jax.jit`; inside, those of the state hold.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as optax's own states do
@@ -68,6 +104,33 @@ class MirroredState(NamedTuple):
     """
 
     inner_state: Any
+
+
+class Wrapping(optax.GradientTransformationExtraArgs):
+    """What an opaque form returns: an optimizer around another, which can be had around a changed one as well.
+
+    For who adds to an optimizer what has to act before the form does, such as a decay of its learning rate.
+
+    Attributes:
+        inner: the optimizer inside.
+        around: builds the same form around another optimizer.
+    """
+
+    inner: optax.GradientTransformation
+    around: Callable[[optax.GradientTransformation], Wrapping]
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: optax.GradientTransformation,
+        around: Callable[[optax.GradientTransformation], Wrapping],
+        init_fn: Callable[..., Any],
+        update_fn: Callable[..., Any],
+    ) -> Wrapping:
+        """The form with these two functions, built by ``around(optimizer)``."""
+        form = cls(init_fn, update_fn)
+        form.inner, form.around = optimizer, around
+        return form
 
 
 def mirror_gradient(
@@ -93,7 +156,8 @@ def mirror_gradient(
         \theta'' = \theta - \eta \nabla \left[ (\alpha_1 - \alpha_2) L(\theta)
         + \tfrac{1}{2} \eta \alpha_1 \alpha_2 \lVert \nabla L(\theta) \rVert^2 \right] + O(\eta^3).
 
-    The training loop makes the second pass whenever `second_pass_pending` says so; `mirror_step` is such a loop body.
+    The training loop makes the second pass whenever `second_pass_pending` says so: train with `mirror_step`, which does.
+    A loop that calls ``update`` once a batch ascends instead: it takes the next batch for the second pass.
 
     Args:
         alpha1: factor of the first pass over a mirror batch; a number, a scalar array (also traced: one program can
@@ -120,18 +184,38 @@ def mirror_gradient(
         UserWarning: if ``alpha1 <= alpha2``, where both values are known.
 
     Notes:
+        - What stands behind the mirror counts passes, not batches: a learning-rate schedule, Adam's bias correction,
+          the patience of ``optax.contrib.reduce_on_plateau``, the period of `optax.lookahead`. A decay meant for N
+          batches ends after N passes, at interval 1 half-way through: `schedule_over_passes` stretches it. A schedule
+          of alpha, handed to this function, counts batches.
         - `optax.inject_hyperparams` needs ``static_args=("interval", "steps_per_epoch")``. A schedule handed to it
-          counts passes; a schedule handed to this function counts batches.
+          counts passes.
         - In `optax.MultiSteps`, ``MultiSteps(chain(mirror_gradient(), adam(lr)), k)``, a batch is k mini-batches,
           and the second pass replays the same k mini-batches.
         - In `optax.partition` or `optax.masked` the second pass steps every optimizer again, with a factor of 1 where
           there is no mirror; ``max_norm`` sees the masked-in gradients only.
-        - `optax.apply_if_finite` belongs outside the chain: a rejected first pass then skips the batch.
+        - `optax.apply_if_finite` belongs outside the chain: a rejected first pass then skips the batch. A rejected
+          second one leaves its batch open, which `close_batch` ends.
+        - ``update`` ignores extra arguments. To test a loop of your own, wrap the mirror in `mgrad_jax.checked`.
 
     Examples:
+        With `mirror_step`:
+
         >>> import jax, jax.numpy as jnp, optax
-        >>> from mgrad_jax import mirror_gradient, second_pass_pending
+        >>> from mgrad_jax import close_batch, mirror_gradient, mirror_step, second_pass_pending
         >>> tx = optax.chain(mirror_gradient(alpha1=1.0, alpha2=0.2, interval=3), optax.sgd(0.1))
+        >>> step = jax.jit(mirror_step(lambda p, batch: 0.5 * batch * p**2, tx))
+        >>> params = jnp.array(1.0)
+        >>> state = tx.init(params)
+        >>> for batch in (1.0, 2.0, 3.0):
+        ...     params, state, loss = step(params, state, batch)
+        ...     print(f"batch {batch:.0f}: {params:.4f}")
+        batch 1: 0.9180
+        batch 2: 0.7344
+        batch 3: 0.5141
+
+        The same in a loop that calls ``update`` itself, at most twice a batch:
+
         >>> params = jnp.array(1.0)
         >>> state = tx.init(params)
         >>> for batch in (1.0, 2.0, 3.0):
@@ -142,6 +226,7 @@ def mirror_gradient(
         ...         print(f"batch {batch:.0f}: {params:.4f}")
         ...         if not second_pass_pending(state):
         ...             break
+        ...     state = close_batch(state)  # in case the second pass was refused
         batch 1: 0.9000
         batch 1: 0.9180
         batch 2: 0.7344
@@ -222,7 +307,8 @@ def mirrored(
 
     Returns:
         A transformation with a `MirroredState`. ``update`` raises ValueError without ``params`` or ``grad_fn``.
-        Further arguments go to ``optimizer``, in both passes; ``grad``, if given, is renewed for the second.
+        Further arguments go to ``optimizer``, those of them that it accepts, in both passes; ``grad``, if given, is
+        renewed for the second.
 
     Raises:
         ValueError: as `mirror_gradient`.
@@ -231,10 +317,14 @@ def mirrored(
         UserWarning: as `mirror_gradient`.
 
     Notes:
-        Nesting: gradient processing goes inside, ``mirrored(optax.chain(optax.clip(1.0), optax.adam(lr)))``, so that
-        the second gradient is processed too; so does `optax.apply_if_finite`, which looks only at the gradient that
-        comes in. `optax.masked` and `optax.partition` go inside as well, since ``grad_fn`` returns the whole
-        gradient. In ``optax.MultiSteps(mirrored(...), k)`` let ``grad_fn`` be the gradient over all k mini-batches.
+        - Nesting: gradient processing goes inside, ``mirrored(optax.chain(optax.clip(1.0), optax.adam(lr)))``, so that
+          the second gradient is processed too; so does `optax.apply_if_finite`, which looks only at the gradient that
+          comes in. `optax.masked`, `optax.partition` and `optax.lookahead` go inside as well, since ``grad_fn`` returns
+          the whole gradient, or is not handed on. In ``optax.MultiSteps(mirrored(...), k)`` let ``grad_fn`` be the
+          gradient over all k mini-batches.
+        - The optimizer inside counts passes, as in `mirror_gradient`: give a learning-rate schedule through
+          `schedule_over_passes`.
+        - A ``value`` that is handed over is renewed for the second pass where ``value_fn(params)`` comes with it.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -328,6 +418,105 @@ def second_pass_pending(opt_state: Any) -> jax.Array:
     return pending
 
 
+def close_batch(opt_state: Any) -> Any:
+    """End a batch: if its second pass did not happen, the next update belongs to the next batch all the same.
+
+    A pass may be refused, by `optax.apply_if_finite`, a loss scaler or ``should_skip_update_fn`` of `optax.MultiSteps`.
+    The state then still asks for the second pass, and would take the next batch for it. A loop that makes at most two
+    passes a batch and calls this function after them neither runs for ever nor mistakes a batch.
+
+    Args:
+        opt_state: any optimizer state, also a stack of states.
+
+    Returns:
+        The same state, its batch counted where the second pass was outstanding. What `optax.MultiSteps` around a mirror
+        has accumulated is dropped: a pass that is not complete at the end of its batch. A batch that is over, a batch
+        whose first pass was refused and the opaque form stay as they are.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from mgrad_jax import close_batch, mirror_gradient, second_pass_pending
+        >>> tx = optax.apply_if_finite(optax.chain(mirror_gradient(interval=3), optax.sgd(0.1)), 5)
+        >>> params = jnp.array(1.0)
+        >>> state = tx.init(params)
+        >>> for gradient in (2.0, jnp.nan):  # the two passes of one batch
+        ...     updates, state = tx.update(jnp.array(gradient), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(second_pass_pending(state)), bool(second_pass_pending(close_batch(state)))
+        (True, False)
+
+    References:
+        Zhong et al., https://arxiv.org/abs/2402.11262: Algorithm 1.
+    """
+    kinds = (MirrorState, MirroredState, optax.MultiStepsState)
+
+    def close(node: Any) -> Any:
+        if isinstance(node, MirrorState):
+            return _close_batch(node)
+        if isinstance(node, optax.MultiStepsState) and _mirror_states(node):
+            emptied = {name: jax.tree.map(jnp.zeros_like, getattr(node, name)) for name in ("mini_step", "acc_grads")}
+            return node._replace(inner_opt_state=close_batch(node.inner_opt_state), **emptied)
+        return node
+
+    return jax.tree.map(close, opt_state, is_leaf=lambda node: isinstance(node, kinds))
+
+
+def schedule_over_passes(
+    schedule: Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike],
+    interval: int = 3,
+    steps_per_epoch: int | None = None,
+) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    r"""Turn a schedule over batches into one over passes, for what stands behind a mirror.
+
+    A mirror batch makes two updates, so a counter behind `mirror_gradient` or inside `mirrored` is ahead of the batches:
+    a learning rate that is to decay over N batches would have done so after N passes, at interval 1 half-way through.
+    With P passes an epoch of J batches (:math:`P = J + \lceil J / \beta \rceil`), pass t belongs to batch
+
+    .. math::
+        \lfloor t / P \rfloor J + \lfloor u / (\beta + 1) \rfloor \beta + \max(u \bmod (\beta + 1) - 1, 0),
+        \qquad u = t \bmod P,
+
+    and without epochs the same holds with u = t.
+
+    Args:
+        schedule: an Optax schedule, called with the number of completed batches.
+        interval: that of the mirror.
+        steps_per_epoch: that of the mirror; also where the loop calls `restart_epoch` after so many batches.
+
+    Returns:
+        A schedule of the number of completed updates. It is exact as long as every pass of the mirror is made.
+
+    Raises:
+        ValueError: if ``interval`` or ``steps_per_epoch`` is not a positive Python integer.
+
+    Examples:
+        >>> import optax
+        >>> from mgrad_jax import mirror_gradient, schedule_over_passes
+        >>> decay = optax.linear_schedule(0.6, 0.0, transition_steps=6)  # over 6 batches
+        >>> rate = schedule_over_passes(decay, interval=3)
+        >>> tx = optax.chain(mirror_gradient(interval=3), optax.adam(rate))
+        >>> [round(float(rate(count)), 1) for count in range(8)]
+        [0.6, 0.6, 0.5, 0.4, 0.3, 0.3, 0.2, 0.1]
+
+    References:
+        Zhong et al., https://arxiv.org/abs/2402.11262: Algorithm 1.
+    """
+    _check_positive_int("interval", interval)
+    if steps_per_epoch is not None:
+        _check_positive_int("steps_per_epoch", steps_per_epoch)
+
+    def over_passes(count: jax.typing.ArrayLike) -> Any:
+        within = jnp.asarray(count)
+        completed = jnp.zeros_like(within)
+        if steps_per_epoch is not None:
+            passes = steps_per_epoch + -(-steps_per_epoch // interval)
+            completed, within = within // passes * steps_per_epoch, within % passes
+        cycles, position = within // (interval + 1), within % (interval + 1)
+        return schedule(completed + cycles * interval + jnp.maximum(position - 1, 0))
+
+    return over_passes
+
+
 def restart_epoch(opt_state: Any) -> Any:
     """Number the batches from 0 again: the next one is a mirror batch, as at the start of every published epoch.
 
@@ -360,22 +549,25 @@ def restart_epoch(opt_state: Any) -> Any:
 
 
 def pass_schedule(opt_state: Any, n_batches: int) -> np.ndarray:
-    r"""List the batch of every pass of one epoch, which starts at batch 0.
+    r"""List the batch of every pass over the next batches, as the state will ask for them.
 
-    A mirror batch appears twice, so the list has :math:`J + \lceil J / \beta \rceil` entries. A `jax.lax.scan` over it
-    has no condition left; under `jax.vmap` a condition would compute both of its branches on every batch.
+    A mirror batch appears twice, so that an epoch from batch 0 on has :math:`J + \lceil J / \beta \rceil` entries. A
+    `jax.lax.scan` over the list has no condition left; under `jax.vmap` a condition would compute both of its branches
+    on every batch.
 
     Args:
-        opt_state: concrete optimizer state; a stack of states (from `jax.vmap`) counts as one where they agree.
-        n_batches: batches in the epoch.
+        opt_state: concrete optimizer state; a stack of states (from `jax.vmap`) counts as one where they agree. The
+            list goes on from where it stands: to begin an epoch at batch 0, pass ``restart_epoch(opt_state)``, and
+            begin the epoch with that state.
+        n_batches: how many batches.
 
     Returns:
-        int32 array of batch numbers. ``0 .. n_batches - 1`` without a `MirrorState`, and for `mirrored`, which makes
-        both passes by itself.
+        int32 array of numbers from 0 to ``n_batches - 1``, 0 being the next batch. Each once without a `MirrorState`,
+        and for `mirrored`, which makes both passes by itself.
 
     Raises:
-        ValueError: if the state is traced, if ``n_batches`` is no positive integer or contradicts the state's
-            ``steps_per_epoch``, or if two schedules in one state differ.
+        ValueError: if the state is traced, or between the two passes of a batch; if ``n_batches`` is no positive
+            integer or contradicts the state's ``steps_per_epoch``; or if the mirrors in one state disagree.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -389,26 +581,24 @@ def pass_schedule(opt_state: Any, n_batches: int) -> np.ndarray:
         Zhong et al., https://arxiv.org/abs/2402.11262: Algorithm 1.
     """
     _check_positive_int("n_batches", n_batches)
-    schedules: set[tuple[int, int]] = set()
-    for state in _mirror_states(opt_state):
-        fields = _array(state.interval), _array(state.steps_per_epoch)
-        if any(isinstance(field, jax.core.Tracer) for field in fields):
-            raise ValueError("The state is traced: call pass_schedule outside jax.jit, and pass its result in.")
-        schedules |= {(int(interval), int(steps)) for interval, steps in zip(*map(np.ravel, fields), strict=True)}
-    if len(schedules) > 1:
-        raise ValueError(
-            f"One optimizer state holds several mirror schedules, as (interval, steps_per_epoch): {sorted(schedules)}. "
-            "Give all of them the same, or train them apart."
-        )
     batches = np.arange(n_batches, dtype=np.int32)
-    if not schedules:
+    if not _mirror_states(opt_state):
         return batches
-    ((interval, steps),) = schedules
+    agreed = _check_agreement(opt_state)
+    if agreed is None:
+        raise ValueError("The state is traced: call pass_schedule outside jax.jit, and pass its result in.")
+    interval, steps, phase, second = agreed
+    if second:
+        raise ValueError(
+            "The state is between the two passes of a batch: make the second one, or end the batch with close_batch "
+            "(restart_epoch begins a new epoch)."
+        )
     if steps not in (0, n_batches):
         raise ValueError(
             f"The optimizer was built with steps_per_epoch={steps}, but the epoch has {n_batches} batches."
         )
-    return np.repeat(batches, np.where(batches % interval == 0, 2, 1))
+    numbers = (phase + batches) % (steps or interval)
+    return np.repeat(batches, np.where(numbers % interval == 0, 2, 1))
 
 
 def mirror_step(
@@ -419,25 +609,29 @@ def mirror_step(
     r"""Build a training step that makes the second pass of Mirror Gradient where the optimizer asks for it.
 
     The step evaluates the gradient, updates, and, if `second_pass_pending`, does so once more on the same batch at
-    the moved parameters. It serves any optimizer: a plain one takes one pass and traces no second; an opaque one
-    (`mirrored`, ``optax.contrib.sam(opaque_mode=True)``) is handed its ``grad_fn``.
+    the moved parameters. A plain optimizer takes one pass and traces no second; an opaque one (`mirrored`,
+    ``optax.contrib.sam(opaque_mode=True)``) is handed its ``grad_fn``, a line search its ``value_fn``.
 
     Args:
         loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``.
-        optimizer: an Optax optimizer; ``update`` is also given ``value``, ``grad``, ``value_fn(params)`` and
-            ``grad_fn(params, index)``, those of them that it accepts. (``optax.contrib.sam`` refuses arguments that it
-            does not know, so it cannot be a link of a chain here.)
+        optimizer: an Optax optimizer; ``update`` is also given ``value``, ``grad``, ``value_fn(params)`` (``obj_fn`` is
+            the same), ``grad_fn(params, index)`` and the ``batch``, those of them that it accepts (`update_with`).
         has_aux: ``loss_fn`` returns ``(scalar, aux)``.
 
     Returns:
         ``step(params, opt_state, *args, key=None, **kwargs) -> (params, opt_state, loss)``, to be wrapped in
         `jax.jit`. ``loss`` (``(loss, aux)`` with ``has_aux``) is that of the first pass, which the published trainer
         adds up. With a ``key``, ``loss_fn`` is given ``key=jax.random.fold_in(key, pass_index)`` with the
-        pass index 0 or 1, so each pass draws its own dropout.
+        pass index 0 or 1, so each pass draws its own dropout. With `optax.lookahead` the parameters are its pair, and
+        the gradient is that of the fast ones.
 
     Raises:
-        ValueError: by the step, if the optimizer is mirrored and accumulates gradients with `optax.MultiSteps`: the
-            second pass would have to repeat all mini-batches, and the step sees only one.
+        ValueError: by the step, if `check_loop` refuses the optimizer.
+
+    Notes:
+        What stands behind the mirror decides what is left of it. A line search starts uphill in the second pass, and
+        moves hardly or not at all. Where only the sign or the direction of a gradient counts (lion, sign_sgd), the
+        factor cancels, so that the second pass undoes the first.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -462,7 +656,7 @@ def mirror_step(
     def step(
         params: Any, opt_state: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        _refuse_accumulation(opt_state)
+        check_loop(opt_state, optimizer, params)
 
         def loss_of(params: Any, pass_index: int) -> Any:
             keyed = {} if key is None else {"key": jax.random.fold_in(key, pass_index)}
@@ -475,29 +669,151 @@ def mirror_step(
 
             def grad_fn(params: Any, index: int) -> Any:
                 grads = jax.grad(loss_of, has_aux=has_aux)(params, pass_index + 1 + index)
-                return grads[0] if has_aux else grads
+                return _fast(grads[0] if has_aux else grads)
 
             out, grads = jax.value_and_grad(loss_of, has_aux=has_aux)(params, pass_index)
+            grads = _fast(grads)
             extra_args = {
                 "value": out[0] if has_aux else out,
                 "grad": grads,
                 "value_fn": value_fn,
+                "obj_fn": value_fn,
                 "grad_fn": grad_fn,
+                "batch": (args, kwargs),
             }
-            updates, opt_state = optimizer.update(grads, opt_state, params, **_accepted(optimizer.update, extra_args))
+            updates, opt_state = update_with(optimizer.update, grads, opt_state, params, **extra_args)
             return optax.apply_updates(params, updates), opt_state, out
 
         def second_pass(params: Any, opt_state: Any) -> tuple[Any, Any]:
             params, opt_state, _ = one_pass(params, opt_state, 1)
             # A wrapper such as optax.apply_if_finite may have refused the update; the batch is over all the same.
-            return params, _map_mirror_states(_close_batch, opt_state)
+            return params, close_batch(opt_state)
 
         params, opt_state, out = one_pass(params, opt_state, 0)
-        if _mirror_states(opt_state):
+        if states := _mirror_states(opt_state):
+            if any(_array(state.second).dtype != jnp.bool_ for state in states):
+                raise ValueError(
+                    "A wrapper around the mirror rewrites its state, as optax.lookahead does with reset_state=True: put "
+                    "the mirror outside, optax.chain(mirror_gradient(), wrapper(optimizer))."
+                )
             params, opt_state = _when(second_pass_pending(opt_state), second_pass, params, opt_state)
         return params, opt_state, out
 
     return step
+
+
+def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = None, params: Any = None) -> None:
+    """Refuse an optimizer that no loop of two passes over a batch can drive rightly, by what its state holds.
+
+    A loop that sees one batch at a time, such as `mirror_step`, cannot make the passes of a mirror where
+
+    - updates are held back: by `optax.MultiSteps`, `optax.apply_every`, `optax.conditionally_mask` and their like. The
+      first pass then moves nothing, or two passes over one batch count as two batches;
+    - a form behind the mirror takes its gradient from ``grad_fn`` (`mirrored`, sharpness-aware minimization): the
+      factors do not reach the gradient that it steps along. ``sam(optax.chain(mirror_gradient(), optimizer))`` is right;
+    - ``optax.contrib.sam`` without ``opaque_mode`` takes the two passes for its own two steps;
+    - there are several mirrors that do not ask for the second pass of the same batches, or that scale the same gradient.
+
+    Without a mirror nothing is refused, but for `optax.lookahead` over parameters that are not its pair.
+
+    Args:
+        opt_state: any optimizer state, also traced.
+        optimizer: where the state is traced, the intervals that this optimizer was built with are compared instead.
+        params: the parameters of the loop, needed with ``optimizer``.
+
+    Raises:
+        ValueError: one sentence, with the remedy.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from mgrad_jax import mirror_gradient
+        >>> from mgrad_jax.mirror import check_loop
+        >>> check_loop(optax.apply_every(2).init(jnp.zeros(2)))
+        >>> try:
+        ...     check_loop(optax.chain(mirror_gradient(), optax.apply_every(2)).init(jnp.zeros(2)))
+        ... except ValueError as error:
+        ...     print(str(error)[:50])
+        optax.apply_every accumulates or holds back update
+    """
+    nodes = _nodes(opt_state)
+    paired = params is None or isinstance(params, optax.LookaheadParams)
+    if not paired and any(isinstance(node, optax.LookaheadState) for node in nodes):
+        raise ValueError(
+            "optax.lookahead trains a pair of parameters, optax.LookaheadParams.init_synced(params), of which this "
+            "loop has one only: give the pair to mirror_step, or leave optax.lookahead out."
+        )
+    if not any(isinstance(node, MirrorState | MirroredState) for node in nodes):
+        return
+    for node in nodes:
+        if (name := type(node).__name__) in _ACCUMULATING:
+            raise ValueError(
+                f"{_ACCUMULATING[name]} accumulates or holds back updates, and a second pass would have to repeat all "
+                "mini-batches, of which this loop sees one at a time. Accumulate inside the loss, or loop over the "
+                "mini-batches yourself and once more if `second_pass_pending` is true."
+            )
+        if isinstance(node, optax.ConditionallyMaskState):
+            raise ValueError(
+                "optax.conditionally_mask counts passes, so that it may drop one pass of a mirror batch and keep the "
+                "other: train in two stages, the first without it or without the mirror."
+            )
+        if isinstance(node, optax.contrib.SAMState) and node.cache is not None:
+            raise ValueError(
+                "optax.contrib.sam takes the two passes of a mirror for its own two steps: give it opaque_mode=True "
+                "and put the mirror inside, sam(optax.chain(mirror_gradient(), optimizer), ...)."
+            )
+    kinds = ("MirrorState", *_OWN_GRADIENT)
+    outermost = {
+        type(node).__name__ for node in jax.tree.leaves(opt_state, is_leaf=lambda n: type(n).__name__ in kinds)
+    }
+    if "MirrorState" in outermost and outermost & set(_OWN_GRADIENT):
+        raise ValueError(_MIRROR_OUTSIDE)
+    _check_agreement(opt_state, optimizer, params)
+
+
+def update_with(update: Callable[..., Any], *args: Any, **extra_args: Any) -> Any:
+    """Call an optimizer's ``update`` with those of these extra arguments that it accepts.
+
+    Not every one in Optax ignores the others: ``optax.contrib.sam`` takes ``grad_fn`` alone, a line search hands what it
+    does not know to ``value_fn``, and `optax.chain` hands everything to every link. Which of them refuses what is not
+    written anywhere, so an argument that is refused by name is left out and the call made again; nothing has happened
+    until then, since updates are pure.
+
+    Args:
+        update: ``optimizer.update``, or another function that ends up there, such as that of ``nnx.Optimizer``.
+        *args: its positional arguments: gradients, state and parameters.
+        **extra_args: what to offer.
+
+    Returns:
+        What ``update`` returns.
+
+    Raises:
+        ValueError: if one link needs an argument that another refuses.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from mgrad_jax.mirror import update_with
+        >>> tx = optax.chain(optax.polyak_sgd(), optax.scale_by_backtracking_linesearch(5))
+        >>> loss, params = lambda p: p**2, jnp.array(1.0)
+        >>> offered = {"value": 1.0, "grad": 2 * params, "value_fn": loss, "grad_fn": lambda p, index: 2 * p}
+        >>> updates, state = update_with(tx.update, 2 * params, tx.init(params), params, **offered)
+        >>> float(loss(params + updates)) < 1.0
+        True
+    """
+    given = _accepted(update, extra_args)
+    while True:
+        try:
+            return update(*args, **given)
+        except TypeError as error:
+            words = str(error).split("Did you mean")[0]  # what newer Pythons suggest is not what was refused
+            named = {name for name in extra_args if f"'{name}'" in words}
+            if "unexpected keyword argument" not in words.lower() or not named & given.keys():
+                if "missing" in words and named - given.keys():
+                    raise ValueError(
+                        f"One link of the optimizer needs {sorted(named)}, which another link refuses; write the one "
+                        f"that refuses so that it takes **extra_args (mgrad_jax.sam does, optax.contrib.sam does not)."
+                    ) from error
+                raise
+        given = {name: value for name, value in given.items() if name not in named}
 
 
 def _mirror(
@@ -543,6 +859,8 @@ def _two_passes(
 
     def init_fn(params: Any) -> MirrorState:
         del params
+        if (made := _made.get()) is not None:
+            made.append((int(interval), int(steps_per_epoch or 0)))
         return MirrorState(
             count=jnp.zeros([], jnp.int32),
             phase=jnp.zeros([], jnp.int32),
@@ -553,14 +871,17 @@ def _two_passes(
 
     def update_fn(updates: Any, state: MirrorState, params: Any = None, **extra_args: Any) -> tuple[Any, MirrorState]:
         del params, extra_args
+        _check_made_with(state, interval, steps_per_epoch or 0)
         is_mirror = state.phase % state.interval == 0
         ends_batch = state.second | ~is_mirror
-        first, second = first_factor(state.count), second_factor(state.count)
-        factor = jnp.where(is_mirror, jnp.where(state.second, second, first), 1.0)
-        updates = _scale(factor, updates)
-        if max_norm is not None:
-            clip = jnp.minimum(1.0, max_norm / (_global_norm(updates) + _CLIP_EPSILON))
-            updates = _scale(jnp.where(ends_batch, clip, 1.0), updates)
+        # Factors and gradients may differ in dtype; the result has the gradient's, whatever the caller's promotion is.
+        with jax.numpy_dtype_promotion("standard"):
+            first, second = first_factor(state.count), second_factor(state.count)
+            factor = jnp.where(is_mirror, jnp.where(state.second, second, first), 1.0)
+            updates = _scale(factor, updates)
+            if max_norm is not None:
+                clip = jnp.minimum(1.0, max_norm / (_global_norm(updates) + _CLIP_EPSILON))
+                updates = _scale(jnp.where(ends_batch, clip, 1.0), updates)
         following = _next_batch(state)
         return updates, state._replace(
             count=jnp.where(ends_batch, following.count, state.count),
@@ -571,14 +892,18 @@ def _two_passes(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _opaque(
-    scaling: optax.GradientTransformationExtraArgs, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+def _opaque(scaling: optax.GradientTransformationExtraArgs, optimizer: optax.GradientTransformation) -> Wrapping:
     """Run both passes of the visible form inside one update."""
-    visible = optax.with_extra_args_support(optax.chain(scaling, optimizer))
+    visible = optax.chain(scaling, optimizer)
 
     def init_fn(params: Any) -> MirroredState:
-        return MirroredState(visible.init(params))
+        scaling_state, optimizer_state = visible.init(params)
+        if _mirror_states(optimizer_state):
+            raise ValueError(
+                "mirrored(optimizer) makes both passes by itself: leave mirror_gradient out of its optimizer."
+            )
+        check_loop((scaling_state, optimizer_state))
+        return MirroredState((scaling_state, optimizer_state))
 
     def update_fn(
         updates: Any,
@@ -591,23 +916,41 @@ def _opaque(
         if params is None:
             raise ValueError("A mirrored optimizer moves the parameters between its two passes: pass `params`.")
         if grad_fn is None:
-            raise ValueError(
-                "A mirrored optimizer evaluates the gradient again: pass `grad_fn=`, a function of (params, index)."
-            )
+            raise ValueError(f"A mirrored optimizer evaluates the gradient again: {PASS_GRAD_FN}")
 
         def second_pass(first: Any, inner_state: Any) -> tuple[Any, Any]:
             moved = optax.apply_updates(params, first)
-            grads = grad_fn(moved, 0)
-            renewed = {**extra_args, "grad": grads} if "grad" in extra_args else extra_args
-            second, inner_state = visible.update(grads, inner_state, moved, grad_fn=grad_fn, **renewed)
+            grads = gradient_again(grad_fn, moved, 0)
+            renewed = dict(extra_args)
+            if "grad" in extra_args:
+                renewed["grad"] = grads
+            if "value" in extra_args and "value_fn" in extra_args:
+                renewed["value"] = extra_args["value_fn"](moved)
+            second, inner_state = update_with(visible.update, grads, inner_state, moved, grad_fn=grad_fn, **renewed)
             return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), first, second), inner_state
 
-        first, inner_state = visible.update(updates, state.inner_state, params, grad_fn=grad_fn, **extra_args)
+        first, inner_state = update_with(
+            visible.update, updates, state.inner_state, params, grad_fn=grad_fn, **extra_args
+        )
         pending = inner_state[0].second
         total, inner_state = _when(pending, second_pass, first, inner_state)
         return total, MirroredState(inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Wrapping.of(optimizer, partial(_opaque, scaling), init_fn, update_fn)
+
+
+def gradient_again(grad_fn: GradFn, params: Any, index: int) -> Any:
+    """``grad_fn(params, index)``, for an opaque form; says what is wrong where the form sees one group of them only."""
+    try:
+        grads = grad_fn(params, index)
+    except Exception as error:
+        if _is_masked(params):
+            raise ValueError(_FORM_OUTSIDE) from error
+        raise
+    structure: Any = jax.tree.structure(params)
+    if _is_masked(params) and jax.tree.structure(grads) != structure:
+        raise ValueError(_FORM_OUTSIDE)
+    return grads
 
 
 def _when(pending: jax.Array, function: Callable[..., tuple[Any, Any]], *operands: Any) -> tuple[Any, Any]:
@@ -629,7 +972,10 @@ def _next_batch(state: MirrorState) -> MirrorState:
 
 def _close_batch(state: MirrorState) -> MirrorState:
     """Move on to the next batch if the second pass is still outstanding."""
-    return jax.tree.map(lambda done, kept: jnp.where(state.second, done, kept), _next_batch(state), state)
+    fields, structure = jax.tree.flatten(state)  # a framework may have wrapped them in variables
+    kept = MirrorState(*fields)
+    closed = jax.tree.map(lambda done, open: jnp.where(kept.second, done, open), _next_batch(kept), kept)
+    return jax.tree.unflatten(structure, closed)
 
 
 def _scale(factor: jax.Array, updates: Any) -> Any:
@@ -711,14 +1057,95 @@ def _map_mirror_states(function: Callable[[MirrorState], MirrorState], opt_state
     )
 
 
-def _holds(opt_state: Any, kinds: type | tuple[type, ...]) -> bool:
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
-    return any(isinstance(node, kinds) for node in nodes)
+def _nodes(opt_state: Any) -> list[Any]:
+    """Every named tuple in a state, those inside others included."""
+    found: list[Any] = []
+
+    def look(node: Any) -> bool:
+        if hasattr(node, "_fields"):
+            found.append(node)
+        return False
+
+    jax.tree.leaves(opt_state, is_leaf=look)
+    return found
 
 
-def _refuse_accumulation(opt_state: Any) -> None:
-    if _holds(opt_state, optax.MultiStepsState) and _holds(opt_state, (MirrorState, MirroredState)):
+def _value(leaf: Any) -> np.ndarray | None:
+    """The value of a state's field; None where it is traced or lies on other hosts."""
+    leaf = _array(leaf)
+    if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return None
+    return np.asarray(leaf)
+
+
+def _check_agreement(opt_state: Any, optimizer: Any = None, params: Any = None) -> tuple[int, int, int, bool] | None:
+    """The one check that all mirrors in one optimizer state go together; a loop makes its passes for all at once.
+
+    Args:
+        opt_state: any optimizer state, also a stack of states.
+        optimizer, params: where the state is traced, what the optimizer was built with is compared instead.
+
+    Returns:
+        The common (interval, steps_per_epoch, phase, second); None where they are traced, or there is no mirror.
+    """
+    states = _mirror_states(opt_state)
+    kinds = (MirrorState, MirroredState, optax.MaskedState)
+    unmasked = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    if len(states) > 1 and any(isinstance(node, MirrorState) for node in unmasked):
         raise ValueError(
-            "mirror_step cannot repeat the mini-batches of optax.MultiSteps: it sees one at a time. Accumulate inside "
-            "`loss_fn`, or loop over the mini-batches yourself and once more while `second_pass_pending` is true."
+            "One optimizer holds several mirrors for the same parameters, whose factors multiply: keep one."
         )
+    fields = [[_value(field) for field in state[1:]] for state in states]
+    if any(value is None for field in fields for value in field):
+        made = _declared(optimizer, params) if optimizer is not None and len(states) > 1 else []
+        _refuse_several("schedules, as (interval, steps_per_epoch)", set(made))
+        return None
+    columns = ([np.ravel(np.asarray(value)).tolist() for value in state] for state in fields)
+    rows = {row for state in columns for row in zip(*state, strict=True)}
+    _refuse_several("schedules, as (interval, steps_per_epoch)", {row[2:] for row in rows})
+    _refuse_several("positions, as (phase, second)", {row[:2] for row in rows})
+    if not rows:
+        return None
+    ((phase, second, interval, steps),) = rows
+    return interval, steps, phase, second
+
+
+def _refuse_several(what: str, found: set[tuple[Any, ...]]) -> None:
+    if len(found) > 1:
+        raise ValueError(
+            f"One optimizer state holds several mirror {what}: {sorted(found)}. "
+            "Give all of them the same, or train them apart."
+        )
+
+
+def _declared(optimizer: optax.GradientTransformation, params: Any) -> list[tuple[int, int]]:
+    """(interval, steps_per_epoch) of every mirror that an optimizer was built with."""
+    made: list[tuple[int, int]] = []
+    token = _made.set(made)
+    try:
+        jax.eval_shape(lambda params: optimizer.init(params), params)  # a new function: nothing of it is cached
+    finally:
+        _made.reset(token)
+    return made
+
+
+def _check_made_with(state: MirrorState, interval: int, steps_per_epoch: int) -> None:
+    for name, given, held in (
+        ("interval", interval, _value(state.interval)),
+        ("steps_per_epoch", steps_per_epoch, _value(state.steps_per_epoch)),
+    ):
+        if held is not None and np.any(held != given):
+            raise ValueError(
+                f"The optimizer state was made with {name}={held}, this transformation with {given}: build it with the "
+                "state's, or begin with a new state. (0 stands for no steps_per_epoch.)"
+            )
+
+
+def _is_masked(params: Any) -> bool:
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return any(isinstance(node, optax.MaskedNode) for node in nodes)
+
+
+def _fast(grads: Any) -> Any:
+    """The gradient that `optax.lookahead` wants, of the fast parameters alone; any other gradient as it is."""
+    return grads.fast if isinstance(grads, optax.LookaheadParams) else grads

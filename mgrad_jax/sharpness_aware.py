@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -30,7 +31,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from mgrad_jax.mirror import GradFn
+from mgrad_jax.mirror import PASS_GRAD_FN, GradFn, Wrapping, gradient_again, update_with
 from mgrad_jax.selection import largest
 
 Renew: TypeAlias = Callable[["SSAMState", jax.Array, Any, Any, dict[str, Any]], Any]
@@ -55,9 +56,7 @@ class SSAMState(NamedTuple):
     inner_state: Any
 
 
-def sam(
-    optimizer: optax.GradientTransformation, rho: jax.typing.ArrayLike = 0.05
-) -> optax.GradientTransformationExtraArgs:
+def sam(optimizer: optax.GradientTransformation, rho: jax.typing.ArrayLike = 0.05) -> Wrapping:
     r"""Wrap an optimizer in sharpness-aware minimization, through `optax.contrib.sam`.
 
     With :math:`g` the gradient of the batch and :math:`\Phi` one update of the optimizer,
@@ -95,24 +94,27 @@ def sam(
         Foret et al., https://arxiv.org/abs/2010.01412: Algorithm 1, Eqs. 2 and 3.
     """
     _check_rho(rho)
-    base = optax.with_extra_args_support(optimizer)
     unit = optax.stateless(lambda updates, params: _scaled_to(1.0, updates, _SAM_EPSILON))
     ascent = optax.chain(unit, optax.sgd(rho))
 
     def form(extra_args: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
         # optax.contrib.sam hands no extra arguments on, so the optimizer it gets already has them.
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            return base.update(updates, state, params, **_renewed(extra_args, updates))
+            return update_with(optimizer.update, updates, state, params, **_renewed(extra_args, updates))
 
-        return optax.contrib.sam(optax.GradientTransformation(base.init, update), ascent, opaque_mode=True)
+        return optax.contrib.sam(optax.GradientTransformation(optimizer.init, update), ascent, opaque_mode=True)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, *, grad_fn: GradFn | None = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         _check_call(params, grad_fn)
-        return form({**extra_args, "grad_fn": grad_fn}).update(updates, state, params, grad_fn=grad_fn)
+        assert grad_fn is not None
+        whole = form({**extra_args, "grad_fn": grad_fn})
+        # The perturbation is at least float32, whatever the parameters are.
+        with jax.numpy_dtype_promotion("standard"):
+            return whole.update(updates, state, params, grad_fn=partial(gradient_again, grad_fn))
 
-    return optax.GradientTransformationExtraArgs(form({}).init, update_fn)
+    return Wrapping.of(optimizer, lambda other: sam(other, rho), form({}).init, update_fn)
 
 
 def ssam_f(
@@ -300,8 +302,8 @@ def ssam_d(
         stay, grow = _exchange(alive.size, sparsity, drop_rate, refresh_epochs, epochs)
         now = jnp.minimum(epoch // refresh_epochs, len(stay) - 1)
         drawn = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch), alive.shape)
-        staying = largest((steepness + _SSAM_EPSILON) * alive, jnp.asarray(stay)[now])
-        growing = largest((drawn + _SSAM_EPSILON) * ~alive, jnp.asarray(grow)[now])
+        staying = largest(jnp.where(alive, steepness + _SSAM_EPSILON, 0), jnp.asarray(stay)[now])
+        growing = largest(jnp.where(alive, 0, drawn + _SSAM_EPSILON), jnp.asarray(grow)[now])
         return _unflatten(staying | growing, state.mask)
 
     return _sparse(optimizer, rho, refresh_epochs, steps_per_epoch, seed, random_mask, renew)
@@ -315,13 +317,12 @@ def _sparse(
     seed: int,
     first_mask: Callable[[jax.Array, Any], Any],
     renew: Renew,
-) -> optax.GradientTransformationExtraArgs:
+) -> Wrapping:
     """The machinery of `ssam_f` and `ssam_d`, which differ in their masks only."""
     _check_rho(rho)
     _check_count("refresh_epochs", refresh_epochs)
     _check_count("steps_per_epoch", steps_per_epoch)
     _check_count("seed", seed, least=0)
-    base = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Any) -> SSAMState:
         # The key is state, not a constant: members of one vmapped program have seeds of their own.
@@ -330,7 +331,7 @@ def _sparse(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key_data(following),
             mask=first_mask(first, params),
-            inner_state=base.init(params),
+            inner_state=optimizer.init(params),
         )
 
     def update_fn(
@@ -340,9 +341,11 @@ def _sparse(
         assert grad_fn is not None
         ascent = _scaled_to(rho, updates, _SSAM_EPSILON)
         ascent = jax.tree.map(lambda step, chosen: jnp.where(chosen, step, 0), ascent, state.mask)
-        grads = grad_fn(optax.apply_updates(params, ascent), 0)
-        descent, inner_state = base.update(
-            grads, state.inner_state, params, grad_fn=grad_fn, **_renewed(extra_args, grads)
+        with jax.numpy_dtype_promotion("standard"):  # the perturbation is at least float32, whatever the parameters are
+            perturbed = optax.apply_updates(params, ascent)
+        grads = gradient_again(grad_fn, perturbed, 0)
+        descent, inner_state = update_with(
+            optimizer.update, grads, state.inner_state, params, grad_fn=grad_fn, **_renewed(extra_args, grads)
         )
         epoch, batch = state.count // steps_per_epoch, state.count % steps_per_epoch
         mask = _refresh(
@@ -352,7 +355,10 @@ def _sparse(
         )
         return descent, SSAMState(optax.safe_increment(state.count), state.key, mask, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def around(other: optax.GradientTransformation) -> Wrapping:
+        return _sparse(other, rho, refresh_epochs, steps_per_epoch, seed, first_mask, renew)
+
+    return Wrapping.of(optimizer, around, init_fn, update_fn)
 
 
 def _refresh(due: jax.Array, renew: Callable[[], Any], mask: Any) -> Any:
@@ -417,14 +423,16 @@ def _unflatten(flat: jax.Array, like: Any) -> Any:
 
 
 def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def _scaled_to(length: jax.typing.ArrayLike, updates: Any, epsilon: float) -> Any:
     """Updates of this global norm, but for epsilon; at least float32, in which squares neither overflow nor vanish."""
     updates = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), updates)
-    norm = optax.tree.norm(updates)
-    return jax.tree.map(lambda leaf: length * leaf / (norm + epsilon), updates)
+    with jax.numpy_dtype_promotion("standard"):
+        norm = optax.tree.norm(updates)
+        return jax.tree.map(lambda leaf: length * leaf / (norm + epsilon), updates)
 
 
 def _renewed(extra_args: dict[str, Any], grads: Any) -> dict[str, Any]:
@@ -436,9 +444,7 @@ def _check_call(params: Any, grad_fn: GradFn | None) -> None:
     if params is None:
         raise ValueError("A sharpness-aware optimizer perturbs the parameters: pass `params`.")
     if grad_fn is None:
-        raise ValueError(
-            "A sharpness-aware optimizer evaluates the gradient again: pass `grad_fn=`, a function of (params, index)."
-        )
+        raise ValueError(f"A sharpness-aware optimizer evaluates the gradient again: {PASS_GRAD_FN}")
 
 
 def _check_rho(rho: Any) -> None:

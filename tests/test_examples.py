@@ -7,13 +7,19 @@ import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+from mgrad_jax import second_pass_pending
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path, capsys):
+    if path.stem == "equinox_mlp":
+        pytest.importorskip("equinox")  # the extra `test` installs it
     with jax.numpy_rank_promotion("allow"):
         runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
@@ -23,4 +29,20 @@ def test_example_runs(path, capsys):
 
 
 def test_there_are_examples():
-    assert {"plain_optax", "flax_nnx", "scan_and_vmap"} <= {path.stem for path in EXAMPLES}
+    loops = {"plain_optax", "flax_nnx", "flax_linen", "equinox_mlp", "own_loop", "scan_and_vmap"}
+    assert loops <= {path.stem for path in EXAMPLES}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_under_sixty_lines(path):
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_loops_of_the_readme_run_and_train():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Mirror Gradient for any Optax optimizer")[1].split("\n## ")[0]
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(block, names)
+        assert names["loss_fn"](names["params"], jnp.eye(2)) < 1.0
+        assert not second_pass_pending(names["opt_state"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import pickle
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import recorded_parameters, tiny
@@ -85,6 +89,108 @@ def test_tensors_are_taken_to_the_host() -> None:
     assert same(interop.torch_state(source), interop.torch_state(target))
 
 
+class OddTensor(Tensor):
+    """A PyTorch tensor that `numpy()` refuses until it is dense, dequantised or of a type that NumPy knows."""
+
+    def __init__(self, array: np.ndarray, kind: str) -> None:
+        super().__init__(array)
+        self.kind = kind
+        self.is_quantized = kind == "quantized"
+        self.layout = "torch.sparse_coo" if kind == "sparse" else "torch.strided"
+
+    def dequantize(self) -> Tensor:
+        return Tensor(self.array)
+
+    to_dense = dequantize
+
+    def float(self) -> Tensor:
+        return Tensor(self.array)
+
+    def numpy(self) -> np.ndarray:
+        raise TypeError(f"Got unsupported ScalarType {self.kind}")
+
+
+@pytest.mark.parametrize("kind", ["BFloat16", "quantized", "sparse"])
+def test_tensors_that_numpy_does_not_know_are_read(kind: str) -> None:
+    source, target = vbpr(1), vbpr(2)
+    interop.load_torch_state(target, {name: OddTensor(x, kind) for name, x in interop.torch_state(source).items()})
+    assert same(interop.torch_state(source), interop.torch_state(target))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32", "uint8"])
+def test_any_real_type_is_read(dtype: str) -> None:
+    target = vbpr(2)
+    state = {
+        name: np.ones(x.shape).astype(np.dtype(jnp.dtype(dtype))) for name, x in interop.torch_state(target).items()
+    }
+    interop.load_torch_state(target, state)
+    for array in interop.torch_state(target).values():
+        assert array.dtype == np.float32
+        assert (array == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda x: x.astype(complex), "u_embedding of the checkpoint has values of type complex128"),
+        (lambda x: x.astype(bool), "u_embedding of the checkpoint has values of type bool"),
+        (lambda x: x.astype(str), "u_embedding of the checkpoint has values of type <U32"),
+        (lambda x: x.astype(np.float16).view("V2"), "u_embedding of the checkpoint has values of type |V2"),
+        (lambda x: x * np.nan, "u_embedding of the checkpoint has values that are NaN, infinite"),
+        (lambda x: np.full(x.shape, 1e300), "values that are NaN, infinite or too large for float32"),
+        (lambda x: OddTensor(x, "meta"), "u_embedding of the checkpoint cannot be read"),
+    ],
+    ids=["complex", "bool", "text", "raw bytes", "NaN", "too large", "no values"],
+)
+def test_values_that_are_no_parameters_are_refused_by_name_and_nothing_changes(change: Any, sentence: str) -> None:
+    model = vbpr()
+    before = interop.torch_state(model)
+    tensor = change(before["u_embedding"])
+    if isinstance(tensor, OddTensor):
+        tensor.float = tensor.numpy  # type: ignore[assignment]
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        interop.load_torch_state(model, {**before, "u_embedding": tensor})
+    assert same(before, interop.torch_state(model))
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model_state_dict", "model"])
+def test_the_state_is_found_beside_what_a_trainer_keeps(place: str) -> None:
+    source, target = vbpr(1), vbpr(2)
+    state = {f"module.{name}": Tensor(x) for name, x in interop.torch_state(source).items()}
+    beside = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "_metadata": {"": {"version": 1}}}
+    interop.load_torch_state(target, {**beside, place: {**state, "_metadata": {}}})
+    assert same(interop.torch_state(source), interop.torch_state(target))
+
+
+def test_what_holds_no_state_is_a_sentence() -> None:
+    content: Any
+    for content in ([1, 2], None, np.ones(3)):
+        with pytest.raises(UserError, match="and no state_dict; save the state_dict alone"):
+            interop.load_torch_state(vbpr(), content)
+    with pytest.raises(UserError, match=r"does not fit vbpr \(missing: i_embedding, .* and 1 more"):
+        interop.load_torch_state(vbpr(), {})
+    many = {**interop.torch_state(vbpr()), **{f"layer.{i}" * 20: np.ones(1) for i in range(500)}}
+    with pytest.raises(UserError, match="and 497 more") as caught:
+        interop.load_torch_state(vbpr(), many)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "error", [pickle.UnpicklingError("Weights only load failed. In PyTorch 2.6, ..."), IndexError()]
+)
+def test_what_torch_refuses_is_a_sentence_without_its_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(file: Path, **options: Any) -> Any:
+        assert options["weights_only"]
+        raise error
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    with pytest.raises(UserError, match=r"save the state_dict alone|cannot be read as a checkpoint") as caught:
+        interop.load_torch_state(vbpr(), tmp_path / "vbpr.pth")
+    assert "Weights only" not in str(caught.value)
+
+
 def test_all_misfits_are_listed_in_one_sentence_and_nothing_changes() -> None:
     model = vbpr()
     before = interop.torch_state(model)
@@ -104,6 +210,7 @@ def test_all_misfits_are_listed_in_one_sentence_and_nothing_changes() -> None:
     [
         ("absent.npz", None, "absent.npz cannot be read as a checkpoint"),
         ("text.npz", b"no archive", "text.npz cannot be read as a checkpoint"),
+        ("cut.npz", b"PK\x03\x04", "cut.npz cannot be read as a checkpoint"),
         ("weights.bin", b"", "weights.bin ends in '.bin'; give a .npz, .pth or .pt file."),
     ],
 )

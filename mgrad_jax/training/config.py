@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from mgrad_jax.mirror import mirror_gradient, replay
 from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.sharpness_aware import sam, ssam_d, ssam_f
+from mgrad_jax.training.decay import decayed, rate_factors
+from mgrad_jax.training.memory import check_memory, estimate
 
 # Sharpness-aware trainings, and the constructor of each in `mgrad_jax.sharpness_aware`.
 _SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
@@ -33,6 +36,20 @@ FLAT_MINIMA = tuple(_SHARPNESS_AWARE)
 TRAININGS = ("mirror", "plain", "replay", *FLAT_MINIMA)
 # What the run itself knows and no argument may say.
 _GIVEN = ("optimizer", "steps_per_epoch")
+# The most that a setting usually is; beyond, it is named where a training diverges.
+_USUAL = {
+    "learning_rate": 0.5,
+    "alpha1": 10.0,
+    "alpha2": 10.0,
+    "weight_decay": 1.0,
+    "momentum": 0.999,
+    "rho": 5.0,
+    "epsilon": 10.0,
+    "weight": 100.0,
+    "reg_weight": 100.0,
+    "cl_weight": 100.0,
+    "ssl_alpha": 100.0,
+}
 
 
 @dataclass(frozen=True)
@@ -186,14 +203,50 @@ class RunConfig:
         training = details.get(self.training, self.training)
         return f"{self.model} with {training}, {self.optimizer}, learning rate {self.learning_rate:g}"
 
-    def create_model(self, data: Interactions) -> models.Recommender:
-        """The run's model before training."""
+    @property
+    def suspicion(self) -> str:
+        """A sentence on the settings that are far from what is usual, for a training that diverged; mostly empty."""
+        own = dataclasses.asdict(models.make_config(self.model, dict(self.hyper_parameters)))
+        values: dict[str, Any] = {**own, **self.optimizer_args, **self.flat_minima_args, **(self.adversarial or {})}
+        values |= {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "max_norm": self.max_norm}
+        if self.training == "mirror":
+            values |= {"alpha1": self.alpha1, "alpha2": self.alpha2}
+        odd = [f"{name} {values[name]:g}" for name, most in _USUAL.items() if (values.get(name) or 0) > most]
+        if self.training == "mirror" and self.alpha2 >= self.alpha1:
+            odd.append(f"alpha2 {self.alpha2:g} beside alpha1 {self.alpha1:g}, at which mirror batches ascend")
+        if self.learning_rate_decay[0] > 1:
+            odd.append(f"learning_rate_decay {self.learning_rate_decay[0]:g}, with which the rate grows")
+        return f" Far from what is usual: {', '.join(odd)}." if odd else ""
+
+    def create_model(self, data: Interactions, *, training: bool = True) -> models.Recommender:
+        """The run's model before training.
+
+        Args:
+            data: what it is built for.
+            training: whether it will be trained, which takes more memory than the model.
+
+        Raises:
+            UserError: the data lack what the model needs, or the device has not the memory that it takes.
+        """
+        config = models.make_config(self.model, dict(self.hyper_parameters))
+        tx = self.transformation(data) if training else optax.identity()
+        parts = estimate(self.model, config, data, tx, batch_size=self.batch_size, ks=self.ks)
+        settings = {**dataclasses.asdict(config), "batch_size": self.batch_size, "ks": self.ks}
+        check_memory(parts if training else {"parameters": parts["parameters"].shrunk(2)}, self.model, settings)
         feature_dtype = jnp.dtype(self.feature_dtype)
         model = models.create(self.model, data, seed=self.seed, feature_dtype=feature_dtype, **self.hyper_parameters)
         return model if self.adversarial is None else adversarial(model, **self.adversarial)
 
+    @functools.cached_property
+    def rate_factors(self) -> Any:
+        """The factor on the learning rate in each epoch, None where the rate stays as it is."""
+        return rate_factors(tuple(self.learning_rate_decay))
+
     def _optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args)
+        optimizer = make_optimizer(
+            self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args
+        )
+        return decayed(optimizer, self.rate_factors)
 
     def transformation(self, data: Interactions | None = None) -> optax.GradientTransformation:
         """The Optax chain of the run; `ssam-f` and `ssam-d` need the data, whose batches their masks are renewed by."""

@@ -21,8 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.sampling import UserHistory, sample_negatives, shuffle, user_history
-from mgrad_jax.mirror import restart_epoch
+from mgrad_jax.iterates import evaluation_params
+from mgrad_jax.mirror import restart_epoch, update_with
 from mgrad_jax.models import EpochState, Recommender
+from mgrad_jax.training.decay import next_epoch
 
 
 class TrainState(NamedTuple):
@@ -32,7 +34,7 @@ class TrainState(NamedTuple):
         params: the model's `nnx.Param` variables.
         opt_state: state of the Optax chain.
         epoch_state: the model's `EpochState` variables.
-        stale_params: parameters before the epoch's last update (only with `evaluate="stale"`, else None).
+        stale_params: those one evaluates before the epoch's last update (only with `evaluate="stale"`, else None).
     """
 
     params: nnx.State
@@ -105,7 +107,6 @@ def run_epoch(
     constants: nnx.State,
     train: TrainingData,
     key: Array,
-    rate_factor: Float[Array, ""] | float = 1.0,
 ) -> tuple[TrainState, EpochLog]:
     """Train one epoch: resample, shuffle, draw negatives, scan over the passes.
 
@@ -115,7 +116,6 @@ def run_epoch(
         constants: the model's frozen variables and scalar hyper-parameters.
         train: training interactions.
         key: the epoch's key; everything random in the epoch follows from it.
-        rate_factor: factor on the learning rate in this epoch.
     """
     resample_key, order_key, negative_key, pass_key = jax.random.split(key, 4)
     model = nnx.merge(graphdef, state.params, state.epoch_state, constants)
@@ -123,18 +123,18 @@ def run_epoch(
         getattr(model, name).set_value(value)
     epoch_state = nnx.state(model, EpochState)
     samples = _samples(train, model.uses_negatives, order_key, negative_key)
-    step = partial(_pass, graphdef, tx, epoch_state, constants, pass_key, rate_factor)
+    step = partial(_pass, graphdef, tx, epoch_state, constants, pass_key)
 
     carry = (state.params, restart_epoch(state.opt_state))
     stale = None
     logs = []
     for batches, indices, numbers, is_last in _segments(samples, plan):
         if is_last and plan.keep_stale:
-            stale = carry[0]
+            stale = evaluation_params(carry[1], carry[0])
         carry, log = jax.lax.scan(partial(step, batches), carry, (jnp.asarray(indices), jnp.asarray(numbers)))
         logs.append(log)
     log = jax.tree.map(lambda *parts: jnp.concatenate(parts), *logs)
-    return TrainState(carry[0], carry[1], epoch_state, stale), log
+    return TrainState(carry[0], next_epoch(carry[1]), epoch_state, stale), log
 
 
 def _samples(train: TrainingData, negatives: bool, order_key: Array, negative_key: Array) -> Batch:
@@ -174,7 +174,6 @@ def _pass(
     epoch_state: nnx.State,
     constants: nnx.State,
     pass_key: Array,
-    rate_factor: Float[Array, ""] | float,
     batches: Batch,
     carry: tuple[nnx.State, optax.OptState],
     position: tuple[Int[Array, ""], Int[Array, ""]],
@@ -203,17 +202,21 @@ def _pass(
         sample_key = jax.random.fold_in(jax.random.fold_in(key, 2**30 - 1), index)
         return jax.grad(loss_fn, has_aux=True)(params, sample_key, sample)[0]
 
+    def value_fn(params: nnx.State) -> Array:
+        return loss_fn(params)[0]
+
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = optax.with_extra_args_support(tx).update(
+    updates, opt_state = update_with(
+        tx.update,
         grads,
         opt_state,
         params,
         value=loss,
         grad=grads,
-        value_fn=lambda p: loss_fn(p)[0],
+        value_fn=value_fn,
+        obj_fn=value_fn,
         grad_fn=grad_fn,
         sample_grad_fn=sample_grad_fn,
         n_samples=batches.users.size,
     )
-    updates = jax.tree.map(lambda u: u * jnp.asarray(rate_factor, u.dtype), updates)
     return (optax.apply_updates(params, updates), opt_state), EpochLog(loss, parts)

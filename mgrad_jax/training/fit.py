@@ -20,14 +20,18 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.metrics import METRICS
 from mgrad_jax.evaluation.ranking import Ranker, make_ranker, rank_metrics
-from mgrad_jax.mirror import pass_schedule
+from mgrad_jax.iterates import evaluation_params
+from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.models import Recommender
 from mgrad_jax.signals import held_back, let_through
 from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
+from mgrad_jax.training.decay import with_decay
+from mgrad_jax.training.diagnosis import Diagnosis
 from mgrad_jax.training.epoch import (
     EpochLog,
     EpochPlan,
     SplitModel,
+    TrainingData,
     TrainState,
     run_epoch,
     split_model,
@@ -36,7 +40,7 @@ from mgrad_jax.training.epoch import (
 
 
 class TrainingDiverged(UserError):
-    """The loss or the scores became NaN or infinite; the last good checkpoint is kept."""
+    """The loss or the scores became NaN or infinite; the message says when, why, and which checkpoints there are."""
 
 
 class EpochReport(NamedTuple):
@@ -146,7 +150,7 @@ _Evaluation = tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]
 class _Programs(NamedTuple):
     """The two compiled programs of a run and the seconds their compilation took."""
 
-    train: Callable[[TrainState, jax.Array, np.float32], tuple[TrainState, EpochLog]]
+    train: Callable[[TrainState, jax.Array], tuple[TrainState, EpochLog]]
     evaluate: Callable[[_Scoring], _Evaluation]
     seconds: float
 
@@ -176,14 +180,17 @@ def fit(
     Args:
         model: from `mgrad_jax.models.create`.
         data: from `mgrad_jax.data.load_interactions`; the dataset the model was created with.
-        tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms work too.
+        tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms and line searches work too. Where an
+            optimizer means other parameters than the trained ones for evaluation (`mgrad_jax.evaluation_params`), those
+            are evaluated and kept.
         epochs: the most epochs to run.
         patience: stop when more than this many epochs in a row bring no improvement.
         seed: of shuffling, negatives, dropout and resampling.
         batch_size: interactions a batch; the last, partial batch is kept.
         metric: what selects the best epoch, on validation only.
         ks: cut-offs of the metrics.
-        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s).
+        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), also inside
+            opaque forms. A `tx` that brings the same decay along stays as it is.
         evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
@@ -192,12 +199,16 @@ def fit(
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
 
     Raises:
-        UserError: an option out of range, data without validation or test interactions.
+        UserError: an option out of range, data without validation or test interactions, a learning rate that the decay
+            cannot reach.
+        ValueError: an optimizer that no loop of two passes can drive (`mgrad_jax.mirror.check_loop`).
         TrainingDiverged: a loss or score became NaN or infinite.
     """
     _check_options(data, epochs, patience, batch_size, metric, ks)
+    tx = with_decay(tx, learning_rate_decay, nnx.state(model, nnx.Param))
     with let_through():
-        run = _start(model, data, tx, batch_size, seed, ks, learning_rate_decay, evaluate)
+        run = _start(model, data, tx, batch_size, seed, ks, evaluate)
+    run.diagnosis.checkpoints = None if checkpoints is None else checkpoints.directory
     best_is_lost = False
     if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
         best_is_lost = not run.restore(checkpoints, ks)
@@ -236,24 +247,22 @@ class _Run:
     state: TrainState
     best: _Scoring
     key: jax.Array
-    decay: tuple[float, float]
-    description: str
+    diagnosis: Diagnosis
     progress: Progress = field(default_factory=Progress)
 
     def epoch(self, metric: str) -> EpochReport:
         """Train and evaluate one epoch; a value that is not finite ends the run before anything is overwritten."""
         number = self.progress.epoch
         started = time.perf_counter()
-        factor = np.float32(self.decay[0] ** (number / self.decay[1]))
         key = jax.random.fold_in(self.key, number)
-        self.state, log = self.programs.train(self.state._replace(stale_params=None), key, factor)
+        self.state, log = self.programs.train(self.state._replace(stale_params=None), key)
         log = jax.device_get(log)
         trained = time.perf_counter()
         self._check_losses(log.losses)
         scoring = _scoring(self.state)
         valid, test, finite = jax.device_get(self.programs.evaluate(scoring))
         if not finite:
-            raise TrainingDiverged(self._diverged("the scores", max(self.plan.schedule)))
+            raise TrainingDiverged(self._diverged("the scores", len(self.plan.schedule) - 1))
         evaluated = time.perf_counter()
         first = self.plan.first_passes
         valid, test = _floats(valid), _floats(test)
@@ -308,12 +317,14 @@ class _Run:
     def _check_losses(self, losses: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
-            raise TrainingDiverged(self._diverged("the loss", self.plan.schedule[bad[0]]))
+            raise TrainingDiverged(self._diverged("the loss", bad[0]))
 
-    def _diverged(self, what: str, batch: int) -> str:
+    def _diverged(self, what: str, number: int) -> str:
+        """What to say where a value is not finite after this pass of the epoch under way."""
+        updated = what == "the scores" or number > 0 or self.progress.epoch > 0
         return (
-            f"epoch {self.progress.epoch + 1}, batch {batch}: {what} became NaN or infinite ({self.description}); "
-            "lower the learning rate or alpha1 and alpha2, or clip the gradient. The last good checkpoint is kept."
+            f"epoch {self.progress.epoch + 1}, batch {self.plan.schedule[number]}: {what} became NaN or infinite; "
+            f"{self.diagnosis.cause(updated)}. {self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
         )
 
 
@@ -349,19 +360,18 @@ def _start(
     batch_size: int,
     seed: int,
     ks: Sequence[int],
-    decay: tuple[float, float],
     evaluate: str,
 ) -> _Run:
     """Put model and data on the device and compile the two programs."""
     parts = split_model(model)
     # The state is donated to each epoch; without a copy the first one would take the model's own arrays with it.
     state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+    _check_optimizer(state.opt_state)
     schedule = pass_schedule(state.opt_state, -(-len(data.train) // batch_size))
     plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale")
     programs = _compile(parts, tx, plan, state, data, ks)
     best = jax.tree.map(jnp.copy, _scoring(state))
-    description = f"{model.name}, {model.config}, batch size {batch_size}, seed {seed}"
-    return _Run(programs, plan, state, best, jax.random.key(seed), decay, description)
+    return _Run(programs, plan, state, best, jax.random.key(seed), Diagnosis.of(model, data))
 
 
 def _compile(
@@ -379,9 +389,9 @@ def _compile(
 
     @partial(jax.jit, donate_argnums=0)
     def train_epoch(
-        state: TrainState, constants: nnx.State, train: TrainingData, key: jax.Array, factor: jax.Array
+        state: TrainState, constants: nnx.State, train: TrainingData, key: jax.Array
     ) -> tuple[TrainState, EpochLog]:
-        return run_epoch(parts.graphdef, tx, plan, state, constants, train, key, factor)
+        return run_epoch(parts.graphdef, tx, plan, state, constants, train, key)
 
     @jax.jit
     def evaluate(scoring: _Scoring, constants: nnx.State, rankers: tuple[Ranker, Ranker]) -> _Evaluation:
@@ -389,19 +399,19 @@ def _compile(
         valid, test = (rank_metrics(ranker, users, items) for ranker in rankers)
         return valid, test, jnp.isfinite(users.sum() + items.sum())
 
-    key, factor = jax.random.key(0), np.float32(1.0)
-    trainer = train_epoch.lower(state, parts.constants, train, key, factor).compile()
+    trainer = train_epoch.lower(state, parts.constants, train, jax.random.key(0)).compile()
     evaluator = evaluate.lower(_scoring(state), parts.constants, rankers).compile()
     return _Programs(
-        lambda state, key, factor: trainer(state, parts.constants, train, key, factor),
+        lambda state, key: trainer(state, parts.constants, train, key),
         lambda scoring: evaluator(scoring, parts.constants, rankers),
         time.perf_counter() - started,
     )
 
 
 def _scoring(state: TrainState) -> _Scoring:
-    """What evaluation scores with: the final parameters of the epoch, or the stale ones where they are kept."""
-    return _Scoring(state.params if state.stale_params is None else state.stale_params, state.epoch_state)
+    """What evaluation scores with: as of the end of the epoch, or before its last update where that is kept."""
+    stale = state.stale_params
+    return _Scoring(evaluation_params(state.opt_state, state.params) if stale is None else stale, state.epoch_state)
 
 
 def _metric_names(ks: Sequence[int]) -> list[str]:
@@ -416,6 +426,17 @@ def _blank_checkpoint(state: TrainState, ks: Sequence[int]) -> dict[str, Any]:
 
 def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _check_optimizer(opt_state: Any) -> None:
+    """Refuse what the loop cannot drive, or has no parameters to evaluate with."""
+    check_loop(opt_state)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.LookaheadState))
+    if any(isinstance(node, optax.LookaheadState) for node in nodes):
+        raise UserError(
+            "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, "
+            "as optax.contrib.schedule_free does."
+        )
 
 
 def _check_options(

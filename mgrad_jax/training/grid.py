@@ -111,8 +111,9 @@ def _structure(config: RunConfig) -> str:
     hyper = {name: values["hyper_parameters"][name] for name in static}
     shared = {name: value for name, value in values.items() if name not in _NO_STRUCTURE}
     planned = config.epochs if follows_epochs(values) else None
-    # Weight decay is an extra transformation, so whether there is any is structure; how much is a traced number.
-    return repr({**shared, "hyper_parameters": hyper, "decays": config.weight_decay > 0, "planned": planned})
+    # These decays are transformations of their own, so whether there is one is structure; how much is a traced number.
+    links = {"weight decay": config.weight_decay > 0, "rate decay": config.rate_factors is not None}
+    return repr({**shared, "hyper_parameters": hyper, "links": links, "planned": planned})
 
 
 def _hyper(config: RunConfig) -> models.ModelConfig:

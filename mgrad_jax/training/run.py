@@ -210,7 +210,7 @@ class _Run:
                 on_epoch=on_epoch,
             )
         except TrainingDiverged as error:
-            raise TrainingDiverged(f"{config.summary}: {error}") from None
+            raise TrainingDiverged(f"{config.summary}: {error}{config.suspicion}") from None
         finally:
             self.checkpoints.close()
 
@@ -303,7 +303,7 @@ def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
     interactions = load_interactions(config.data)
     if not is_digest_of(settings.get("data_digest"), interactions):
         raise UserError(f"{config.data} is not the data of {directory}; give the ones it was trained on with --data.")
-    model = config.create_model(interactions)
+    model = config.create_model(interactions, training=False)
     checkpoints = Checkpoints(directory / "checkpoint")
     place, notes = checkpoints.read_notes("best")
     if notes:

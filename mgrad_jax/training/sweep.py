@@ -27,11 +27,13 @@ from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_ranker, rank_metrics
-from mgrad_jax.mirror import pass_schedule
+from mgrad_jax.iterates import evaluation_params
+from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import EpochPlan, SplitModel, TrainState, run_epoch, split_model, training_data
 from mgrad_jax.training.fit import Progress
 from mgrad_jax.training.grid import TRACED, group_members, no_advice
+from mgrad_jax.training.memory import available_bytes
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,9 @@ class _Own(NamedTuple):
 
 
 class _Standing(NamedTuple):
-    """How far a member is: its epoch, from 0, the factor on its learning rate there, its best selection metric so far."""
+    """How far a member is: its epoch, from 0, and its best selection metric so far."""
 
     epoch: Any
-    rate_factor: Any
     best: Any
 
 
@@ -113,6 +114,7 @@ class _Group:
         self._loaded: dict[int, tuple[TrainState, _Own]] = {0: self._load(parts, first)}
         state, _ = self._loaded[0]
         self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._loaded[0])
+        check_loop(state.opt_state)
         schedule = pass_schedule(state.opt_state, -(-len(data.train) // first.batch_size))
         self.plan = EpochPlan(first.batch_size, tuple(int(i) for i in schedule), first.evaluate == "stale")
         self.train_data = training_data(data)
@@ -139,6 +141,8 @@ class _Group:
 
     def _load(self, parts: SplitModel, member: RunConfig) -> tuple[TrainState, _Own]:
         numbers = {name: jnp.asarray(getattr(member, name), jnp.float32) for name in TRACED if getattr(member, name)}
+        if member.rate_factors is not None:
+            numbers["rate_factors"] = jnp.asarray(member.rate_factors)
         tx = _transformation(member, numbers, self.data)
         # A copy, for the state is donated and must share no buffer with the constants.
         state = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
@@ -152,13 +156,16 @@ class _Group:
     def train(
         self, state: TrainState, own: _Own, standing: _Standing, shared: list[Any], train: Any
     ) -> tuple[TrainState, nnx.State | None, _Outcome]:
-        """One epoch of one member: the new state, the stale parameters if wanted, the outcome."""
+        """One epoch of one member: the new state, the parameters to evaluate where they are others, the outcome."""
         tx = _transformation(self.members[0], own.numbers, self.data)
         key = jax.random.fold_in(own.key, standing.epoch)
         constants = self._constants(own, shared)
-        state, log = run_epoch(self.graphdef, tx, self.plan, state, constants, train, key, standing.rate_factor)
+        state, log = run_epoch(self.graphdef, tx, self.plan, state, constants, train, key)
         outcome = _Outcome(jnp.sum(log.losses[self.plan.first_passes]), jnp.all(jnp.isfinite(log.losses)))
-        return state._replace(stale_params=None), state.stale_params, outcome
+        evaluated = state.stale_params
+        if evaluated is None and (found := evaluation_params(state.opt_state, state.params)) is not state.params:
+            evaluated = found
+        return state._replace(stale_params=None), evaluated, outcome
 
     def evaluate(
         self,
@@ -207,17 +214,19 @@ class _Lanes:
         if self.width == 1:
             standing = _lane(standing, 0)
         started = time.perf_counter()
-        self.state, stale, outcome = self.programs.train(self.state, self.own, standing, group.shared, group.train_data)
+        self.state, evaluated, outcome = self.programs.train(
+            self.state, self.own, standing, group.shared, group.train_data
+        )
         outcome = jax.device_get(outcome)
         trained = time.perf_counter()
-        params = self.state.params if stale is None else stale
+        params = self.state.params if evaluated is None else evaluated
         scores = jax.device_get(
             self.programs.evaluate(params, self.state.epoch_state, self.own, standing, group.shared, group.rankers)
         )
-        evaluated = time.perf_counter()
+        ended = time.perf_counter()
         if self.width == 1:
             outcome, scores = jax.tree.map(np.atleast_1d, (outcome, scores))
-        return outcome, scores, trained - started, evaluated - trained
+        return outcome, scores, trained - started, ended - trained
 
     def put(self, lane: int, member: tuple[TrainState, _Own]) -> None:
         """Replace a lane's member."""
@@ -268,7 +277,7 @@ def _compile(group: _Group, width: int) -> _Programs:
         if width == 1
         else jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), group.shapes)
     )
-    standing = _standing([0] * width, [1.0] * width, [0.0] * width)
+    standing = _standing([0] * width, [0.0] * width)
     if width == 1:
         standing = _lane(standing, 0)
     trainer = jax.jit(train, donate_argnums=0).lower(state, own, standing, group.shared, group.train_data).compile()
@@ -278,15 +287,14 @@ def _compile(group: _Group, width: int) -> _Programs:
     return _Programs(trainer, evaluator, time.perf_counter() - started)
 
 
-def _standing(epochs: Sequence[int], factors: Sequence[float], best: Sequence[float]) -> _Standing:
+def _standing(epochs: Sequence[int], best: Sequence[float]) -> _Standing:
     # The best value in JAX's own precision, that of the metrics it is compared with.
-    return _Standing(np.asarray(epochs, np.int32), np.asarray(factors, np.float32), jnp.asarray(best, float))
+    return _Standing(np.asarray(epochs, np.int32), jnp.asarray(best, float))
 
 
 def _compile_what_fits(group: _Group, wanted: int) -> tuple[int, _Programs]:
     """Compile for as many members, at most those wanted, as fit into the device's memory side by side; by halving."""
-    stats = jax.devices()[0].memory_stats() or {}
-    limit = 0.9 * stats.get("bytes_limit", math.inf)
+    limit = 0.9 * available_bytes()
     while True:
         programs = _compile(group, wanted)
         if wanted == 1 or max(_bytes(program) for program in programs[:2]) <= limit:
@@ -420,13 +428,11 @@ class _GroupRun:
     def _standing(self) -> _Standing:
         """How far every lane is; no metric is better than the best of an idle one."""
         n_lanes = len(self.slots)
-        epochs, factors, best = [0] * n_lanes, [1.0] * n_lanes, [math.inf] * n_lanes
+        epochs, best = [0] * n_lanes, [math.inf] * n_lanes
         for lane, slot in enumerate(self.slots):
             if slot is not None:
                 epochs[lane], best[lane] = slot.progress.epoch, slot.progress.best_value
-                g, s = self.group.members[slot.index].learning_rate_decay
-                factors[lane] = g ** (slot.progress.epoch / s)
-        return _standing(epochs, factors, best)
+        return _standing(epochs, best)
 
     def _record(self, slot: _Slot, outcome: _Outcome, scores: _Scores) -> bool:
         """Count the epoch of one member; returns whether it was its last one."""

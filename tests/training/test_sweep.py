@@ -107,6 +107,9 @@ def test_stale_evaluation_decay_clipping_and_a_partial_batch() -> None:
         VBPR, evaluate="stale", learning_rate_decay=(0.5, 1.0), max_norm=0.01, batch_size=200, epochs=3, patience=9
     )
     members = expand_grid(base, {"seed": [1, 2]})
+    # Each member has a decay of its own in the same program.
+    members[0] = dataclasses.replace(members[0], learning_rate_decay=(0.9, 2.0))
+    assert group_members(members) == [[0, 1]]
     results = sweep(DATA, members, slots=2)
     assert_equal(results[1], single(members[1]))
 
@@ -181,6 +184,8 @@ def test_structure_makes_groups() -> None:
     grid = {"dropout": [0.8, 0.9], "reg_weight": [0.0, 1e-3], "weight_decay": [0.0, 1e-3, 1e-2], "seed": [1, 2]}
     groups = group_members(expand_grid(freedom, grid))
     assert [len(group) for group in groups] == [4, 8, 4, 8]  # dropout, and whether there is weight decay
+    rates = [dataclasses.replace(VBPR, learning_rate_decay=decay) for decay in ((1.0, 50.0), (0.9, 1.0), (0.5, 2.0))]
+    assert group_members(rates) == [[0], [1, 2]]  # whether there is a decay of the learning rate
     metrics = [dataclasses.replace(VBPR, metric=metric) for metric in ("recall@5", "ndcg@20", "recall@5")]
     assert group_members(metrics) == [[0, 2], [1]]  # the program scores test by the metric on validation
 
