@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pandas as pd
 import yaml
 
 from mgrad_jax import models
@@ -29,7 +30,6 @@ from mgrad_jax.files import locked, write_whole, written_whole
 from mgrad_jax.training.config import TRAININGS, RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
 from mgrad_jax.training.grid import UNUSED
-from mgrad_jax.training.history import History
 from mgrad_jax.training.run import load_run, train_run
 
 STUDY_FILE = "study.yaml"
@@ -251,12 +251,21 @@ def _train(cell: Cell, seed: int, config: RunConfig, data: Interactions, report:
         except TrainingDiverged as error:
             # One setting that diverges is a finding, and no reason to lose the others.
             write_whole(diverged, f"{error}\n")
-    history = History(directory / "history.csv").rows()
+    history = _history(directory / "history.csv")
     evaluations = gradient_evaluations(config, len(data.train), len(history))
     if result is None:
         return Run(cell, seed, directory, None, history, evaluations, np.zeros(0, np.int64), {})
     users, metrics = _user_metrics(directory, result)
     return Run(cell, seed, directory, result, history, evaluations, users, metrics)
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's `history.csv`; none where it diverged before it had finished an epoch."""
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        return []
+    return table.to_dict("records")  # type: ignore[return-value]  # columns are text
 
 
 def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
