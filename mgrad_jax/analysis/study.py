@@ -262,7 +262,7 @@ def _train(cell: Cell, seed: int, config: RunConfig, data: Interactions, report:
 def _history(path: Path) -> list[dict[str, float]]:
     """The rows of a run's `history.csv`; none where it diverged before it had finished an epoch."""
     try:
-        table = pd.read_csv(path, float_precision="round_trip")
+        table = pd.read_csv(path)
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return []
     return table.to_dict("records")  # type: ignore[return-value]  # columns are text
