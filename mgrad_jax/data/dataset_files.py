@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mgrad_jax.errors import UserError
-from mgrad_jax.files import LOCK_NAME, locked, sync_directory, unwritable
+from mgrad_jax.files import locked, sync_directory, unwritable
 
 _INCOMING = ".incoming"
 _MARK = ".replacing"
@@ -34,30 +34,15 @@ def check_whole(directory: Path) -> None:
 def writing(directory: Path) -> Iterator[None]:
     """Hold a dataset directory for this process, and complete what an earlier one has begun.
 
-    Nothing of the lock stays behind; a directory that is made here and stays empty goes again.
-
     Raises:
         UserError: another process holds it, or it cannot be written.
     """
-    made = not directory.exists()
     try:
         with locked(directory):
-            lock = directory / LOCK_NAME
-            # The last holder may have removed the file that was waited for.
-            if not lock.is_file() or lock.read_text().strip() != str(os.getpid()):
-                raise UserError(f"{directory} is in use by another process; wait for it and start again.")
-            try:
-                _complete(directory)
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    lock.unlink()
+            _complete(directory)
+            yield
     except OSError as error:
         raise unwritable(directory, error) from None
-    finally:
-        if made:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
 
 
 def replace_files(directory: Path, contents: Mapping[str, Callable[[Path], object]], old: Sequence[str]) -> None:

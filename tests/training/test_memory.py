@@ -44,13 +44,11 @@ def test_the_state_is_that_of_the_optimizer(optimizer: str) -> None:
 
 
 TOO_LARGE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "width": ("vbpr", {"embedding_dim": 10**12}, {}, "lower embedding_dim \\(now 1000000000000\\)"),
-    "latent width": ("grcn", {"latent_embedding": 10**12}, {}, "lower latent_embedding"),
+    "width": ("vbpr", {"embedding_dim": 10**9}, {}, "lower embedding_dim \\(now 1000000000\\)"),
+    "latent width": ("grcn", {"latent_embedding": 10**9}, {}, "lower latent_embedding"),
     "width of image features": ("mmgcn", {"dim_latent": 10**9}, {}, "lower dim_latent"),
     "user graph": ("dualgnn", {"user_k": 10**7}, {}, "lower user_k"),
-    "layers": ("lightgcn", {"n_layers": 10**9}, {}, "lower n_layers"),
-    "layers of the item graph": ("freedom", {"n_mm_layers": 10**9}, {}, "lower n_mm_layers"),
-    "cut-offs": ("vbpr", {}, {"ks": (5, 10**13)}, "for evaluation: .* lower ks \\(now 10000000000000\\)"),
+    "cut-offs": ("vbpr", {}, {"ks": (5, 2**31 - 1)}, "for evaluation: .* lower ks \\(now 2147483647\\)"),
 }
 
 
@@ -66,7 +64,7 @@ def test_what_cannot_fit_is_refused_by_size_and_setting(case: str) -> None:
 
 def test_a_batch_counts_as_far_as_there_are_interactions() -> None:
     config = RunConfig("slmrec", "demo")
-    whole = dataclasses.replace(config, batch_size=10**15)
+    whole = dataclasses.replace(config, batch_size=2**31 - 1)
     assert parts(whole)["batch"].size == parts(dataclasses.replace(config, batch_size=len(DATA.train)))["batch"].size
     check_memory(parts(whole), "slmrec", {})
 
@@ -75,7 +73,7 @@ def test_a_batch_counts_as_far_as_there_are_interactions() -> None:
 def test_large_published_data_fit_into_24_gigabytes(model: str) -> None:
     users, items, pairs = 192_403, 63_001, 1_689_188
     one = np.zeros((1, 2), np.int32)
-    data = Interactions("electronics", users, items, np.broadcast_to(one, (1, 2)), one, one)
+    data = Interactions("electronics", users, items, one, one[:0], one[:0])
     shapes = {"image": (items, 4096), "text": (items, 384)}
     tables = {name: np.broadcast_to(np.float32(1), shape) for name, shape in shapes.items()}
     object.__setattr__(data, "features", tables)
