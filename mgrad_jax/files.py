@@ -193,10 +193,12 @@ def locked(directory: Path) -> Iterator[Lock]:
         remove_leftovers(directory)
         yield lock
     finally:
-        if lock.is_in_place():
-            with contextlib.suppress(OSError):
-                path.unlink()
-        os.close(descriptor)
+        try:
+            if lock.is_in_place():
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        finally:
+            os.close(descriptor)
         with contextlib.suppress(OSError):  # not empty
             for place in made:
                 place.rmdir()

@@ -335,7 +335,9 @@ def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 def test_missing_option_and_unknown_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert_one_sentence(main(["train", "--data", "demo"]), capfd.readouterr(), "--model")
-    assert_one_sentence(main(["trian"]), capfd.readouterr(), "choose one of train, sweep, evaluate, recommend,")
+    assert_one_sentence(
+        main(["trian"]), capfd.readouterr(), "choose one of train, sweep, evaluate, recommend, compare,"
+    )
 
 
 def test_unwritable_output(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from small_study import compare
 from mgrad_jax.cli import main
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compile the same programs once, as the command line does."""
     options = {
@@ -30,7 +30,7 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     reset_cache()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def study(compilation_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study: VBPR on the demo data, plain and mirror asked for, two seeds, two epochs."""
     out = tmp_path_factory.mktemp("studies") / "study"

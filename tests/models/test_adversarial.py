@@ -454,7 +454,7 @@ def test_a_sweep_trains_the_same_as_single_runs() -> None:
         ([*MODEL, "--adversarial", "epsilon=0.1"], "adversarial training lacks its weight; give epsilon and weight."),
         ([*MODEL, "--adversarial", "epsilon=0.1,weight=1,size=2"], "no argument 'size'; choose among epsilon, weight."),
         ([*MODEL, "--adversarial", "epsilon=0.1,weight=0"], "weight is 0; it must be a positive number."),
-        ([*MODEL, "--adversarial", "epsilon=high,weight=1"], "epsilon is high; it must be a positive number."),
+        ([*MODEL, "--adversarial", "epsilon=high,weight=1"], "epsilon is 'high'; it must be a positive number."),
         ([*MODEL, "--adversarial", "strong"], "--adversarial strong is not of the form key=value"),
         (["--model", "lightgcn", "--data", "demo", *AMR], "lightgcn reads no features in training"),
     ],

@@ -68,4 +68,7 @@ def test_the_command_line_keeps_the_type_in_the_run(tmp_path, capfd: pytest.Capt
     assert load_run(out).model.item_features.get_value().dtype == jnp.bfloat16
     capfd.readouterr()
     assert main([*arguments, "--feature-dtype", "float8"]) == 2
-    assert "unknown feature dtype 'float8'; choose one of float32, bfloat16." in capfd.readouterr().err
+    assert (
+        "unknown feature dtype 'float8'; choose one of float32, bfloat16 (did you mean float32?)."
+        in capfd.readouterr().err
+    )

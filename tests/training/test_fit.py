@@ -160,7 +160,7 @@ def test_the_truth_about_checkpoints_is_told(tmp_path: Path) -> None:
         ({"alpha1": 1e6}, "alpha1 1e+06"),
         ({"alpha1": 0.1, "alpha2": 0.2}, "alpha2 0.2 beside alpha1 0.1, at which mirror batches ascend"),
         ({"adversarial": {"epsilon": 1e6, "weight": 1.0}}, "epsilon 1e+06"),
-        ({"learning_rate_decay": (2.0, 1.0)}, "learning_rate_decay 2, with which the rate grows"),
+        ({"learning_rate_decay": (2.0, 50.0)}, "learning_rate_decay 2, with which the rate grows"),
         ({"training": "sam", "alpha1": 1e6}, ""),
         ({}, ""),
     ],

@@ -18,6 +18,7 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.training import numerics
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import group_members
+from mgrad_jax.training.identity import differences, run_settings
 from mgrad_jax.training.numerics import MATMUL_PRECISIONS, as_configured, make_deterministic
 from mgrad_jax.training.record import result_record
 
@@ -91,37 +92,40 @@ def test_the_command_line_sets_the_flag_before_jax_computes_and_records_both() -
 
 def test_the_result_says_how_it_was_computed() -> None:
     config = RunConfig("vbpr", "demo", matmul_precision="high", deterministic=True)
-    record = result_record(config, demo_interactions(), epochs_run=1, best_epoch=1, valid={}, test={}, seconds={})
+    data = demo_interactions()
+    ends = {"epochs_run": 1, "best_epoch": 1, "valid": {}, "test": {}, "seconds": {}}
+    record = result_record(config, data, run_settings(config, data), **ends)
     assert (record["matmul_precision"], record["deterministic"]) == ("high", True)
 
 
-@pytest.mark.parametrize("kind", ["run", "sweep"])
-def test_what_was_begun_before_the_settings_existed_goes_on(
-    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from mgrad_jax.training import run, sweep_run
+def test_a_run_from_before_the_settings_existed_is_the_same_run() -> None:
+    settings = run_settings(RunConfig("vbpr", "demo"), demo_interactions())
+    old = {name: value for name, value in settings.items() if name not in ("matmul_precision", "deterministic")}
+    assert differences(old, settings) == ""
+    changed = differences(old, {**settings, "matmul_precision": "default"})
+    assert changed == "matmul_precision was 'highest' and is 'default'"
+
+
+def test_a_sweep_begun_before_the_settings_existed_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mgrad_jax.training import sweep_run
 
     def trained(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt  # the settings were accepted
 
-    monkeypatch.setattr(run, "fit", trained)
     monkeypatch.setattr(sweep_run, "sweep", trained)
 
     def begin(precision: str, resume: bool) -> None:
-        config = RunConfig("vbpr", "demo", matmul_precision=precision, out=str(tmp_path))
-        if kind == "run":
-            run.train_run(config, resume=resume)
-        else:
-            sweep_run.train_sweep(sweep_run.SweepConfig(config, out=str(tmp_path)), resume=resume)
+        config = RunConfig("vbpr", "demo", matmul_precision=precision)
+        sweep_run.train_sweep(sweep_run.SweepConfig(config, out=str(tmp_path)), resume=resume)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(sweep_run.SweepInterrupted):
         begin("highest", resume=False)
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
     old = {name: value for name, value in settings.items() if name not in ("matmul_precision", "deterministic")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     with pytest.raises(UserError, match=r"matmul_precision was '?highest'? and is '?default'?"):
         begin("default", resume=True)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(sweep_run.SweepInterrupted):
         begin("highest", resume=True)
 
 
