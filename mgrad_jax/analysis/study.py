@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -143,6 +144,10 @@ class Study:
 
     def configs(self) -> dict[tuple[Cell, int], RunConfig]:
         """The configuration of every run, by cell and seed."""
+        return self._configs
+
+    @functools.cached_property
+    def _configs(self) -> dict[tuple[Cell, int], RunConfig]:
         return {(cell, seed): self._config(cell, seed) for cell in self.cells() for seed in self.seeds}
 
     def _config(self, cell: Cell, seed: int) -> RunConfig:
@@ -340,7 +345,7 @@ def estimate(study: Study) -> Iterator[Estimate]:
         if key not in measured:
             measured[key] = _measure(study._config(cell._replace(method="plain", interval=None), study.seeds[0]), data)
         compilation, gradient, evaluation = measured[key]
-        configs = [study._config(cell, seed) for seed in study.seeds]
+        configs = [study.configs()[cell, seed] for seed in study.seeds]
         runs = sum(not _is_finished(config.directory) for config in configs)
         epoch = float(gradient_evaluations(configs[0], len(data.train), 1)[0]) * gradient + evaluation
         patience, epochs = configs[0].patience, configs[0].epochs

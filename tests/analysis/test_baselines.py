@@ -12,6 +12,8 @@ from mgrad_jax.analysis.baselines import NEIGHBOURS, SHRINKS, baselines, itemknn
 from mgrad_jax.data import Interactions, demo_interactions
 from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores, per_user_metrics
 
+pytestmark = pytest.mark.quick_compilation
+
 DATA = demo_interactions(n_users=60, n_items=40, n_groups=4)
 
 

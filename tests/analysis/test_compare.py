@@ -16,6 +16,7 @@ from small_study import compare
 from mgrad_jax.analysis import study as study_module
 from mgrad_jax.analysis.compare import compared, comparisons, label, verdicts
 from mgrad_jax.analysis.compare_report import comparison_table, means_table
+from mgrad_jax.analysis.runs import group_runs
 from mgrad_jax.analysis.study import Cell, Run, Study, StudyInterrupted, study_runs, train_study
 from mgrad_jax.cli import main
 from mgrad_jax.errors import UserError
@@ -96,6 +97,11 @@ def test_convergence_counts_gradients(study: Path) -> None:
     evaluations = {(row["method"], row["epoch"]): row["evaluations"] for row in read(study / "curves.csv")}
     assert [evaluations[m, "2"] for m in METHODS] == ["2", "4", "4"]
     assert all(row["reached"].endswith(" of 2") for row in read(study / "convergence.csv"))
+
+
+def test_a_finished_study_stands_for_its_runs(study: Path) -> None:
+    groups = group_runs([study])
+    assert {name: list(by_seed) for name, by_seed in groups["vbpr"].items()} == {m: [999, 1000] for m in METHODS}
 
 
 # --- stopping and resuming --------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.quick_compilation
 
 DATA = demo_interactions(n_users=40, n_items=30, n_groups=3)
 NAMES = models.names()
-SLOW = ("dragon", "dualgnn", "freedom", "mmgcn")  # to make
+SLOW = ("dragon", "dualgnn", "freedom", "grcn", "mmgcn")  # to make
 KEY = jax.random.key(3)
 GIVEN = {"own": {m: jnp.asarray(t) for m, t in DATA.features.items()}, "other": {}}
 
@@ -176,6 +176,7 @@ def test_scores_are_made_of_the_tables_and_features_that_a_model_names(name: str
                 np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_table_that_scores_are_not_made_of_changes_nothing() -> None:
     model = create("freedom")
     for path in ("image_embedding", "text_embedding"):
@@ -199,15 +200,21 @@ def test_rows_of_users_in_a_shared_table_stay() -> None:
     assert (noisy_items != items).all()
 
 
-@pytest.mark.parametrize("name", ["dualgnn", "dragon", "mmgcn"])
-def test_models_without_a_learned_table_say_what_to_do(name: str) -> None:
+def test_a_model_without_a_learned_table_says_what_to_do() -> None:
+    model = Factors(np.ones((2, 3)), np.ones((4, 3)))
+    model.item_embedding = Frozen(jnp.ones((4, 3)))  # as MMGCN's, which stays as it was drawn
     with pytest.raises(UserError, match=r"learns no table of items .*; change its features with --adjust"):
-        item_tables(create(name))
+        item_tables(model)
+
+
+@pytest.mark.parametrize("name", ["dualgnn", "dragon"])
+def test_models_made_of_features_name_no_table(name: str) -> None:
+    assert models.model_class(name).item_tables == ()
 
 
 def test_an_unknown_table_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no learned table 'items' with a row an item; choose among image_embedding"):
-        item_tables(create("bm3"), ["items"])
+    with pytest.raises(UserError, match="no learned table 'items' with a row an item; choose among item_embedding"):
+        item_tables(create("lightgcn"), ["items"])
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
