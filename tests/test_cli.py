@@ -83,8 +83,8 @@ def test_replay_is_named_in_the_result(tmp_path: Path) -> None:
     ("method", "arguments"),
     [
         ("sam", {"rho": 0.1}),
-        ("ssam-f", {"rho": 0.1, "sparsity": 0.5, "fisher_samples": 4}),
-        ("ssam-d", {"refresh_epochs": 1}),
+        pytest.param("ssam-f", {"rho": 0.1, "sparsity": 0.5, "fisher_samples": 4}, marks=pytest.mark.slow),
+        pytest.param("ssam-d", {"refresh_epochs": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_flat_minima(method: str, arguments: dict[str, float], tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert "Usage" in capfd.readouterr().out
 
 
-def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_cache: None) -> None:
     import jax
 
     from mgrad_jax.cli.cache import use_compilation_cache

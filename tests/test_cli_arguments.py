@@ -326,7 +326,7 @@ def test_a_cache_that_cannot_be_mended_is_named_once(
     assert f"rm -r {tmp_path}" in error
 
 
-def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch, without_cache: None) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

@@ -92,6 +92,7 @@ def test_member_equals_the_run_of_train(finished: Path, tmp_path: Path) -> None:
         assert member[split] == pytest.approx(run[split], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_table_and_settings_without_effect(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     grid = ["--grid", "training=plain,mirror", "--grid", "alpha2=0.1,0.2", "--epochs", "1", "--grid", "seed=3"]
@@ -107,6 +108,7 @@ def test_table_and_settings_without_effect(tmp_path: Path, capfd: pytest.Capture
     assert json.loads((out / "best.json").read_text())["test"]["recall@5"]["std"] is None
 
 
+@pytest.mark.slow
 def test_a_setting_that_diverges_is_not_the_best(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     command = [*overriding(["sweep", *BASE], ["--epochs", "1"]), "--out"]

@@ -254,6 +254,7 @@ def user_item_graph() -> SparseGraph:
     return mean_bipartite(users, items, *CASES["rectangular"].shape, dtype=jnp.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compilation
 @pytest.mark.usefixtures("x64")
 def test_attention_over_edges_equals_dense_attention_alone_and_under_vmap() -> None:

@@ -121,6 +121,7 @@ def again(out: Path) -> Study:
     return Study(out=str(out), **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_study_equals_an_unbroken_one(
     study: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_stopped_and_resumed_study_equals_an_unbroken_one(
     assert len(study_runs(out)) == 6
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_counted_and_the_others_are_kept(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +169,7 @@ def test_a_run_that_diverges_is_counted_and_the_others_are_kept(
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(
-    compilation_cache: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "study"
     assert main(compare(out, "--dry-run")) == 0

@@ -222,6 +222,7 @@ def test_the_loss_is_the_plain_one_here_and_at_moved_features(name: str) -> None
     assert set(names[1]) == {*names[0], "adversarial"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "bm3"])
 @pytest.mark.usefixtures("x64")
 def test_no_other_perturbation_as_large_hurts_more(name: str) -> None:
@@ -283,6 +284,7 @@ def test_without_weight_it_is_the_plain_model(name: str) -> None:
         np.testing.assert_allclose(gradient, expected_gradients[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_names_and_resampling_are_those_of_the_model(name: str) -> None:
     plain = create(name)
@@ -319,6 +321,7 @@ def test_a_jitted_mirror_step_trains_every_model(name: str) -> None:
         assert name in ("freedom", "slmrec") or not np.array_equal(old, new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vbpr", "freedom", "mmgcn"])
 def test_vmap_over_epsilon_equals_a_loop(name: str) -> None:
     model, batch = adversarial(create(name), EPSILON, WEIGHT), first_batch()

@@ -81,6 +81,7 @@ def test_scores_are_products_of_the_embeddings(name: str) -> None:
     np.testing.assert_allclose(model.scores(chosen), users[chosen] @ items.T, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.quick_compilation
 def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
@@ -127,6 +128,7 @@ def test_a_second_call_does_not_compile_again(name: str) -> None:
     assert traces == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_gradients_and_embeddings_lower_for_a_gpu(name: str) -> None:
     """Without a GPU nothing can be run on one, but a primitive without a rule for it would be refused here."""

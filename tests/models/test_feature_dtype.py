@@ -32,6 +32,7 @@ def _tables(model: models.Recommender) -> list[jax.Array]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_tables_are_rounded_and_nothing_else(name: str) -> None:
     exact, narrow = (models.create(name, SMALL, embedding_dim=8, feature_dtype=t) for t in (None, jnp.bfloat16))
@@ -47,6 +48,7 @@ def test_tables_are_rounded_and_nothing_else(name: str) -> None:
         np.testing.assert_allclose(ours, theirs, atol=0.02 * float(jnp.abs(theirs).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vbpr", "freedom"])
 def test_a_model_trains_with_narrow_tables(name: str) -> None:
     model = models.create(name, SMALL, embedding_dim=8, feature_dtype=jnp.bfloat16)

@@ -43,6 +43,7 @@ def mmgcn(**changes: Any) -> Recommender:
     return interop.load_torch_state(model, recorded_parameters("mmgcn"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_mmgcn_adds_its_modalities() -> None:
     """Twice the recorded mean of two, and a loss that ranks by four times the recorded scores."""

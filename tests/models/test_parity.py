@@ -74,6 +74,7 @@ def test_equals_the_published_numbers_in_float64(name: str) -> None:
     compare_scores(name, model, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_equals_the_published_numbers_in_float32_on_our_graphs(name: str) -> None:
     model = build(name, jnp.float32)

@@ -319,6 +319,7 @@ def test_a_value_out_of_range_is_a_user_error(name: str, hyper_parameters: dict[
         models.create(name, tiny(), **hyper_parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layergcn", "lightgcn", "selfcf", "slmrec"])
 def test_losses_train_under_vmap_over_seeds(name: str) -> None:
     """Several models at once, as a grid trains them, give the losses they give one by one."""

@@ -71,11 +71,13 @@ def test_equals_the_published_numbers_in_float64(name: str, recorded_graph: bool
     compare(name, model, atol=1e-9, stored_float32=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_published_numbers_in_float32_on_our_graph(name: str) -> None:
     compare(name, build(name, jnp.float32), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.quick_compilation
@@ -112,6 +114,7 @@ def test_mmgcn_graph_is_the_published_one() -> None:
     np.testing.assert_allclose(dense_of(model.graph.get_value()), recorded("mmgcn")["graph/mean_adj"], atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_mmgcn_with_trained_tables_starts_from_the_published_numbers() -> None:
     """Nothing changes but that the tables have gradients, and those are the slopes of the loss."""

@@ -75,6 +75,7 @@ def test_own_graphs_are_the_published_ones(name: str) -> None:
         np.testing.assert_allclose(dense_of(model.item_graph.get_value()), numbers["graph/mm_adj"], atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_published_numbers_in_float32_on_our_graphs(name: str) -> None:
     compare(name, build(name, jnp.float32), atol=1e-5, rtol=1e-4)
@@ -124,6 +125,7 @@ def test_batch_users_see_the_same_neighbours_as_all_users(name: str) -> None:
     np.testing.assert_allclose(parts["bpr"], jnp.mean(jnp.logaddexp(0.0, -differences)) / np.log(2), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.quick_compilation

@@ -52,6 +52,7 @@ def test_both_forms_of_mirror_gradient_train_alike_at_a_decayed_rate() -> None:
     np.testing.assert_allclose(visible, opaque, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_at_the_rate_of_its_epoch(tmp_path: Path) -> None:
     options = {"learning_rate_decay": (0.3, 1.0), "patience": 9}
     tx = mirrored(optax.sgd(0.5))

@@ -27,6 +27,7 @@ def parts(config: RunConfig, data: Interactions = DATA) -> dict[str, Any]:
     return estimate(config.model, own, data, config.transformation(data), batch_size=config.batch_size, ks=config.ks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", models.names())
 def test_the_parameters_are_counted_exactly(model: str) -> None:
     config = RunConfig(model, "demo")

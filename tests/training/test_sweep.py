@@ -102,6 +102,7 @@ def test_plain_mirror_and_replay_are_groups_of_freedom() -> None:
         assert_equal(results[index], single(members[index]))
 
 
+@pytest.mark.slow
 def test_stale_evaluation_decay_clipping_and_a_partial_batch() -> None:
     base = dataclasses.replace(
         VBPR, evaluate="stale", learning_rate_decay=(0.5, 1.0), max_norm=0.01, batch_size=200, epochs=3, patience=9
@@ -114,6 +115,7 @@ def test_stale_evaluation_decay_clipping_and_a_partial_batch() -> None:
     assert_equal(results[1], single(members[1]))
 
 
+@pytest.mark.slow
 def test_bm3_with_weight_decay_and_other_learning_rates() -> None:
     base = dataclasses.replace(VBPR, model="bm3", interval=2, weight_decay=1e-3, epochs=2)
     members = expand_grid(base, {"learning_rate": [1e-2, 1e-3], "weight_decay": [1e-3, 1e-2]})
