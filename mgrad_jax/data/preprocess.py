@@ -114,8 +114,9 @@ def prepare(
     _check_modalities(features)
     if source.is_dir():
         source = interaction_file(source, None)
-    inputs = [source, *(Path(path) for pair in features.values() for path in pair)]
     beside = [modality for modality in MODALITIES if (source.parent / f"{modality}_feat.npy").exists()]
+    inputs = [source, *(Path(path) for pair in features.values() for path in pair)]
+    inputs += [source.parent / f"{modality}_feat.npy" for modality in beside]
     _check_destination(file, [*features, *beside], inputs, overwrite)
 
     given = {

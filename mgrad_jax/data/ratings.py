@@ -145,7 +145,7 @@ def _read_table(source: Source, form: Form) -> Ratings:
             f"{file} line {line} holds no field separated by {named(form.separator)}, but {named(other)}; "
             f"add --separator {shown(other)}."
         )
-    header = _has_header(source, line, first)
+    header = _has_header(source, form, line, first)
     if source.columns is not None:
         names, how = _named_columns(source, first, header), "as --columns says"
     elif header:
@@ -183,13 +183,21 @@ def _check_quotes(file: Path, ratings: Ratings) -> None:
         )
 
 
-def _has_header(source: Source, line: int, first: list[str]) -> bool:
+def _has_header(source: Source, form: Form, line: int, first: list[str]) -> bool:
     names = [name.strip() for name in first]
     if source.header is not None:
         return source.header
     if any(role_of(name, KNOWN) or name in source.given.values() for name in names):
         return True
-    if source.columns is not None or pd.to_numeric(pd.Series(names), errors="coerce").notna().any():
+    if pd.to_numeric(pd.Series(names), errors="coerce").notna().any():
+        return False
+    if source.columns is not None:
+        later = (column[1:] for column in _sample(source.file, form, len(first)))
+        if any(column and pd.to_numeric(pd.Series(column), errors="coerce").notna().all() for column in later):
+            raise UserError(
+                f"{source.file} line {line} ({few(names)}) holds no number and the lines below do; say with --header that "
+                "it names the columns, or with --no-header that it is data."
+            )
         return False
     raise UserError(
         f"{source.file} line {line} ({few(names)}) has neither a known column name nor a number; name its columns with "
@@ -208,6 +216,12 @@ def _named_columns(source: Source, first: list[str], header: bool) -> list[str]:
     kept = [name for name in names if name and name != "-"]
     if len(set(kept)) < len(kept):
         raise UserError(f"--columns names a column twice ({few(names)}); name each once.")
+    unknown = [name for name in kept if role_of(name, KNOWN) is None and name not in source.given.values()]
+    if unknown:
+        raise UserError(
+            f"--columns calls a column {shown(unknown[0], 30)}, which is not known; choose among user, item, rating, "
+            "timestamp and x_label, or '-' for others."
+        )
     for name, there in zip(names, first if header else [], strict=False):
         roles = role_of(name, KNOWN), role_of(there, KNOWN)
         if None not in roles and roles[0] != roles[1]:
@@ -345,6 +359,8 @@ def _json_object(line: str, first: bool) -> dict[str, Any]:
             raise _NotAnObject(_ARRAY) from None
         if first and line.lstrip().startswith("{") and line.strip() in ("{", "{}"):
             raise _NotAnObject(_ONE_A_LINE) from None
+        if line.lstrip().startswith("{'"):
+            raise _NotAnObject(_PYTHON) from None
         reason = getattr(error, "msg", "a number is too long")
         raise _NotAnObject(f"is not JSON ({reason}); correct or remove it") from None
     if not isinstance(row, dict):
@@ -353,6 +369,7 @@ def _json_object(line: str, first: bool) -> dict[str, Any]:
 
 
 _ONE_A_LINE = "is no JSON object; write one object a line, e.g. with `jq -c . FILE`"
+_PYTHON = "is a Python dictionary, not JSON; write json.dumps(ast.literal_eval(line)) of every line with Python"
 _ARRAY = "is no JSON object but begins an array; write one object a line, e.g. with `jq -c '.[]' FILE`"
 
 

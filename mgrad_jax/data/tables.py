@@ -6,6 +6,7 @@ a quotation mark in them is text.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import gzip
@@ -20,12 +21,20 @@ from typing import Any, TextIO
 import numpy as np
 import pandas as pd
 
-from mgrad_jax.data.filetypes import foreign
+from mgrad_jax.data.filetypes import beginning, foreign
 from mgrad_jax.errors import UserError, shown
 
 _BLOCK = 1 << 24  # characters read at a time
 # Stands for a separator of several characters, or of one that is not ASCII; itself it is refused in text.
 _STAND_IN = "\x1f"
+# UTF-32 before UTF-16: its mark begins with that of the other.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", "::": "double colons", " ": "spaces"}
 
 
@@ -66,8 +75,9 @@ def opened(file: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
     """
     try:
         with _binary(file) as stream:
-            _check_start(file, stream.peek(512)[:512], encoding)
-            yield io.TextIOWrapper(stream, encoding=_without_mark(encoding))
+            start = stream.peek(512)[:512]
+            _check_start(file, start, encoding)
+            yield io.TextIOWrapper(stream, encoding=_without_mark(start, encoding))
     except UnicodeError as error:
         reason = shown(error.reason if isinstance(error, UnicodeDecodeError) else str(error))[1:-1]
         raise UserError(
@@ -75,6 +85,10 @@ def opened(file: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
             "`mgrad-jax prepare` with --encoding, e.g. latin-1."
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        start = beginning(file)
+        if start and not start.startswith(b"\x1f\x8b"):
+            what, remedy = foreign(start) or ("plain", "rename it without .gz")
+            raise UserError(f"{file} is {what}, not compressed by gzip as its name says; {remedy}.") from None
         raise UserError(f"{file} cannot be read as gzip ({error}); it is damaged or cut off: get it again.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); check it and its permissions.") from None
@@ -84,20 +98,29 @@ def _binary(file: Path) -> Any:
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
-def _without_mark(encoding: str) -> str:
-    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+def _marked(start: bytes) -> str | None:
+    """The encoding whose byte order mark a file begins with."""
+    return next((name for mark, name in _MARKS if start.startswith(mark)), None)
+
+
+def _without_mark(start: bytes, encoding: str) -> str:
+    """The encoding's name under which Python skips the mark: it would be part of the first field otherwise."""
+    marked = _marked(start)
+    return {None: encoding, "utf-8": "utf-8-sig"}.get(marked, str(marked))
 
 
 def _check_start(file: Path, start: bytes, encoding: str) -> None:
-    """Refuse what is no text table, and UTF-16 taken for UTF-8, by the first bytes."""
+    """Refuse what is no text table, and text in another encoding than the one given, by the first bytes."""
     found = foreign(start)
     if found is not None:
         raise UserError(f"{file} is {found[0]}, not a text table; {found[1]}.")
-    wide = start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0\0" in (start[:4:2], start[1:4:2])
-    if wide and _without_mark(encoding) == "utf-8-sig":
+    given, marked = codecs.lookup(encoding).name, _marked(start)
+    if marked is None and given.startswith("utf-8") and b"\0\0" in (start[:4:2], start[1:4:2]):
+        marked = "utf-16"
+    if marked is not None and not given.startswith(marked):
         raise UserError(
-            f"{file} cannot be read as UTF-8 text: it looks like UTF-16; save it as UTF-8, e.g. with "
-            "`iconv -f UTF-16 -t UTF-8`, or give --encoding utf-16 to `mgrad-jax prepare`."
+            f"{file} cannot be read as {encoding.upper()} text: it looks like {marked.upper()}; save it as UTF-8, e.g. "
+            f"with `iconv -f {marked.upper()} -t UTF-8`, or give --encoding {marked} to `mgrad-jax prepare`."
         )
 
 

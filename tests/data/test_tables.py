@@ -256,3 +256,60 @@ def test_what_is_no_whole_number_is_refused(tmp_path: Path, value: str) -> None:
     file.write_text(file.read_text() + f"0\t{value}\t0\n")
     with pytest.raises(UserError, match=r"line 62: itemID is .*, not a whole number; correct the row"):
         load_interactions(tmp_path / "d")
+
+
+TEXT = "user,item\n" + "".join(f"u{u},i{(u + k) % 9}\n" for u in range(12) for k in range(6))
+
+
+@pytest.mark.parametrize(("written", "given"), [("utf-16", "utf-16-le"), ("utf-32", "utf-32"), ("utf-8-sig", "utf8")])
+def test_a_byte_order_mark_is_no_part_of_the_first_field(tmp_path: Path, written: str, given: str) -> None:
+    (tmp_path / "raw.csv").write_bytes(TEXT.encode(written))
+    assert prepare(tmp_path / "raw.csv", tmp_path / "new", encoding=given).users == 12
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "told"),
+    [("utf-32", "utf-8", "--encoding utf-32"), ("utf-16", "utf-8", "utf-16"), ("utf-8-sig", "latin-1", "utf-8")],
+)
+def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, written: str, given: str, told: str) -> None:
+    (tmp_path / "raw.csv").write_bytes(TEXT.encode(written))
+    with pytest.raises(UserError, match=told):
+        prepare(tmp_path / "raw.csv", tmp_path / "new", encoding=given)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(TEXT.encode(), "rename it without .gz"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")],
+)
+def test_what_only_seems_compressed_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "raw.csv.gz").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        prepare(tmp_path / "raw.csv.gz", tmp_path / "new")
+
+
+def test_columns_given_by_hand_do_not_turn_a_header_into_data(tmp_path: Path) -> None:
+    rows = [f"u{u},i{(u + k) % 9},{k}" for u in range(12) for k in range(6)]
+    (tmp_path / "raw.csv").write_text("\n".join(["who,what,n", *rows]) + "\n")
+    with pytest.raises(UserError, match=r"--header .* --no-header"):
+        prepare(tmp_path / "raw.csv", tmp_path / "new", columns=["user", "item", "-"])
+    assert prepare(tmp_path / "raw.csv", tmp_path / "new", columns=["user", "item", "-"], header=True).rows_read == 72
+    with pytest.raises(UserError, match="'ratng', which is not known"):
+        prepare(tmp_path / "raw.csv", tmp_path / "other", columns=["user", "item", "ratng"], header=True)
+
+
+def test_python_dictionaries_are_told_from_json(tmp_path: Path) -> None:
+    (tmp_path / "raw.json").write_text("{'reviewerID': 'a', 'asin': 'b'}\n")
+    with pytest.raises(UserError, match="Python dictionary"):
+        prepare(tmp_path / "raw.json", tmp_path / "new")
+
+
+def test_a_feature_file_that_is_read_is_not_replaced(tmp_path: Path) -> None:
+    golden = Path(__file__).parent.parent / "golden" / "tiny"
+    prepare(golden, tmp_path / "new")
+    (tmp_path / "source").mkdir()
+    for file in golden.iterdir():
+        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "source" / "text_feat.npy").unlink()
+    (tmp_path / "source" / "text_feat.npy").symlink_to(tmp_path / "new" / "text_feat.npy")
+    with pytest.raises(UserError, match="is read and would be replaced"):
+        prepare(tmp_path / "source", tmp_path / "new", overwrite=True)

@@ -183,3 +183,15 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
         assert saved.latest_epoch() > last
         assert saved.best_epoch() % 3 == 1
         last = saved.latest_epoch()
+
+
+def test_brackets_in_the_path_are_no_pattern(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "lr[0.1]")
+    checkpoints.save(1, state(1.0), is_best=True)
+    checkpoints.save(2, state(2.0), is_best=False)
+    checkpoints.close()
+    reopened = Checkpoints(tmp_path / "lr[0.1]")
+    for which, epoch in (("best", 1), ("latest", 2)):
+        found, restored = reopened.restore(state(0.0), which)  # type: ignore[arg-type]
+        assert found == epoch
+        assert_same(restored, state(float(epoch)))
