@@ -751,9 +751,10 @@ def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = 
                 "mini-batches, of which this loop sees one at a time. Accumulate inside the loss, or loop over the "
                 "mini-batches yourself and once more if `second_pass_pending` is true."
             )
-        if isinstance(node, optax.ConditionallyMaskState):
+        if isinstance(node, optax.ConditionallyMaskState | optax.ConditionallyTransformState):
+            name = "mask" if isinstance(node, optax.ConditionallyMaskState) else "transform"
             raise ValueError(
-                "optax.conditionally_mask counts passes, so that it may drop one pass of a mirror batch and keep the "
+                f"optax.conditionally_{name} counts passes, so that it may drop one pass of a mirror batch and keep the "
                 "other: train in two stages, the first without it or without the mirror."
             )
         if isinstance(node, optax.contrib.SAMState) and node.cache is not None:

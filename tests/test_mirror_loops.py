@@ -267,6 +267,7 @@ WITHHOLDING = {
     "optax.MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
     "optax.apply_every": lambda: optax.chain(optax.sgd(0.1), optax.apply_every(2)),
     "optax.conditionally_mask": lambda: optax.conditionally_mask(optax.sgd(0.1), lambda step: step % 2 == 1),
+    "optax.conditionally_transform": lambda: optax.conditionally_transform(optax.sgd(0.1), lambda step: step % 2 == 1),
     "optax.experimental.accumulate_avg_updates": lambda: optax.chain(
         aggregating.accumulate_avg_updates(2), optax.sgd(0.1)
     ),

@@ -168,9 +168,7 @@ def test_a_run_that_diverges_is_counted_and_the_others_are_kept(
     assert train_study(again(out), resume=True)[-1].result is None  # not tried once more
 
 
-def test_a_dry_run_lists_the_runs_and_writes_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     assert main(compare(out, "--dry-run")) == 0
     printed = capfd.readouterr().out

@@ -110,9 +110,7 @@ def test_changed_users_and_slots_are_told_apart(loaded: LoadedRun) -> None:
 
 
 @pytest.mark.slow
-def test_graphs_made_anew_of_the_same_features_change_nothing_and_of_others_do(
-    tmp_path: Path
-) -> None:
+def test_graphs_made_anew_of_the_same_features_change_nothing_and_of_others_do(tmp_path: Path) -> None:
     out = tmp_path / "freedom"
     command = ["train", "--model", "freedom", "--data", "demo", "--set", "embedding_dim=8", "--epochs", "1"]
     assert main([*command, "--out", str(out)]) == 0
