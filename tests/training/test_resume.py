@@ -9,14 +9,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pandas as pd
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
@@ -39,23 +36,6 @@ def result(out: Path) -> dict[str, Any]:
     read = json.loads((out / "result.json").read_text())
     assert set(read.pop("seconds")) == {"compile", "train", "evaluate"}
     return read
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile the same programs once, as the command line does."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
 
 
 @pytest.fixture(scope="module")

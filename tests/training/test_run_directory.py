@@ -6,16 +6,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mgrad_jax import files
 from mgrad_jax.errors import UserError
@@ -32,23 +30,6 @@ EPOCHS = 6
 def config(out: Path, **changes: Any) -> RunConfig:
     values = {"model": "lightgcn", "data": "demo", "training": "plain", "epochs": EPOCHS, "seed": 7, "out": str(out)}
     return RunConfig(**{**values, "hyper_parameters": {"embedding_dim": 4}, "learning_rate": 0.02, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile the same programs once."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
 
 
 @pytest.fixture(scope="module")
