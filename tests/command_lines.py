@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+# Seconds after which a process that should end is said to hang. Nothing takes long; a busy machine may need much of it.
+HANGS = 300.0
+
 
 def overriding(command: Sequence[str], options: Sequence[str]) -> list[str]:
     """A command with more options; those of the command that are given anew are left out, as none may be given twice."""
