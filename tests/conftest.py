@@ -51,7 +51,8 @@ def x64():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compile what is marked `quick_compilation` without LLVM's optimisations: half of the time of asking for equations.
+    """Compile what is marked `quick_compilation` without LLVM's optimisations: half of the time of asking for
+    equations.
 
     Before any fixture of the test, and with nothing compiled in the other way left: a helper that a test before has
     compiled differently rounds differently, which a run in another process would not.
@@ -81,7 +82,7 @@ def usual_signals() -> Iterator[None]:
 
 @pytest.fixture
 def start_command(usual_signals: None) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `mgrad-jax` in a process of its own, stderr piped, some lines of Python before it; none outlives the test."""
+    """Start `mgrad-jax` in a process of its own, after some lines of Python, stderr piped; none outlives the test."""
     program = "import sys\nfrom mgrad_jax.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     started = []
 

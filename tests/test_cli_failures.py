@@ -1,4 +1,4 @@
-"""The last net of the command line: what the machine refuses is one sentence, what the program gets wrong a traceback."""
+"""The last net of the command line: what the machine refuses is one sentence, a mistake in the program a traceback."""
 
 from __future__ import annotations
 
