@@ -16,7 +16,9 @@ os.environ["MGRAD_JAX_NO_CACHE"] = "1"
 
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
 # answer a hyper-parameter of the wrong type before the configuration's own sentence does.
-install_import_hook(["mgrad_jax.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype")
+install_import_hook(
+    ["mgrad_jax.models.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype"
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
