@@ -21,7 +21,9 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", 
 
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
 # answer a hyper-parameter of the wrong type before the configuration's own sentence does.
-install_import_hook(["mgrad_jax.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype")
+install_import_hook(
+    ["mgrad_jax.models.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype"
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
