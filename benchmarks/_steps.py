@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _report import program_memory
+from _machine import program_memory
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.sampling import sample_negatives, user_history
