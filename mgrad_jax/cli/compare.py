@@ -62,6 +62,9 @@ def compare(
     metric: Annotated[
         str, typer.Option(help="What selects the best epoch, on validation; tests go by it.")
     ] = "recall@5",
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep the parameters of every N-th epoch of every run, for `landscape`.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with an estimate of the time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, or extend it.")] = False,
 ) -> None:
@@ -90,6 +93,7 @@ def compare(
             "patience": patience,
             "batch_size": batch_size,
             "metric": metric,
+            **({} if keep_every is None else {"keep_every": keep_every}),
         },
     )
     shown = names("--metrics", metrics)

@@ -158,7 +158,7 @@ def _raw_ids(loaded: LoadedRun, kind: str) -> np.ndarray | None:
 _HEADERS = ("user", "userid", "user_id")
 
 
-def read_users(path: Path, n_users: int, names: np.ndarray | None) -> np.ndarray:
+def read_users(path: Path, n_users: int, names: np.ndarray | None = None) -> np.ndarray:
     """User ids from a file, one a line, each once, in the file's order.
 
     Args:
@@ -194,6 +194,9 @@ def read_users(path: Path, n_users: int, names: np.ndarray | None) -> np.ndarray
     if not ids:
         raise UserError(f"{path} names no user; write one user id a line.")
     return np.fromiter(ids, np.int64)
+
+
+_read_users = read_users  # its first name, which scripts still import
 
 
 def _user_id(text: str, n_users: int) -> int | None:

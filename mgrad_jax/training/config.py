@@ -79,6 +79,7 @@ class RunConfig:
         max_norm: clip gradients by global norm before a batch's last update; None: never.
         seed: of the initial parameters and of everything drawn in training.
         epochs, patience, batch_size, metric, ks, evaluate: see `mgrad_jax.training.fit`.
+        keep_every: keep the parameters of one epoch in how many (`mgrad_jax.training.kept`); None: of none.
         out: the run's directory; None: `runs/<model>-<data>-<training>-s<seed>`.
 
     Raises:
@@ -110,6 +111,7 @@ class RunConfig:
     ks: tuple[int, ...] = (5, 10, 20, 50)
     evaluate: str = "fresh"
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    keep_every: int | None = None
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -191,6 +193,8 @@ class RunConfig:
             )
         for name, least in (("seed", 0), ("epochs", 1), ("patience", 0), ("batch_size", 1)):
             _at_least(name, getattr(self, name), least, 2**32 - 1 if name == "seed" else _INT32)
+        if self.keep_every is not None:
+            _at_least("keep_every", self.keep_every, 1)
         if not self.ks:
             raise UserError("ks is empty; name at least one cut-off of the metrics.")
         for k in self.ks:
@@ -316,6 +320,8 @@ class RunConfig:
         values["adversarial"] = None if self.adversarial is None else dict(self.adversarial)
         values["learning_rate_decay"] = list(self.learning_rate_decay)
         values["ks"] = list(self.ks)
+        if self.keep_every is None:  # as in the files of runs that keep none
+            del values["keep_every"]
         return values
 
 
