@@ -80,7 +80,7 @@ class TrainingOptions:
         typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the model; repeatable."),
     ] = None
 
-    def config(self, out: str | None) -> RunConfig:
+    def config(self, out: str | None, start_from: str | None = None) -> RunConfig:
         """The configuration of a run with these options, checked; `out` is its directory."""
         from mgrad_jax.training.config import RunConfig
         from mgrad_jax.training.numerics import make_deterministic
@@ -97,6 +97,7 @@ class TrainingOptions:
             adversarial=None if perturbed is None else pairs("--adversarial", perturbed.split(",")),
             optimizer_args=pairs("--optimizer-arg", values.pop("optimizer_arg") or ()),
             hyper_parameters=pairs("--set", values.pop("hyper") or ()),
+            start_from=start_from,
             out=out,
             **values,
         )

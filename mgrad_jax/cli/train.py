@@ -26,6 +26,9 @@ def train(
     out: Annotated[
         str | None, typer.Option(help="The run's directory; runs/<model>-<data>-<training>-s<seed> by default.")
     ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Begin with the best parameters of this run of the same model.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
@@ -35,10 +38,10 @@ def train(
     if dry_run:
         from mgrad_jax.cli.dry_run import show_run
 
-        show_run(options.config(out), resume)
+        show_run(options.config(out, start_from), resume)
         return
     use_compilation_cache()
-    config = options.config(out)
+    config = options.config(out, start_from)
     result = train_and_tell(config, resume=resume)
     _print_result(result, config.directory)
 
