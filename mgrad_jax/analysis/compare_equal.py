@@ -68,7 +68,8 @@ def at_equal_updates(runs: Sequence[Run], metrics: Sequence[str], select: str) -
         key = cell.model, cell.optimizer
         budgets[key] = min([*totals, budgets.get(key, totals[0])])
     return {
-        cell: _at_budget(found, budgets[cell.model, cell.optimizer], metrics, select) for cell, found in finished.items()
+        cell: _at_budget(found, budgets[cell.model, cell.optimizer], metrics, select)
+        for cell, found in finished.items()
     }
 
 
@@ -149,7 +150,5 @@ def equal_verdicts(made: Sequence[EqualComparison], metric: str) -> list[str]:
             outcome = f"no difference shown, p = {c.adjusted:.2g} after Holm"
         outcome += f" ({c.test.note})" if c.adjusted is not None and c.test.note else ""
         names = " against ".join(label(cell, cells) for cell in (c.ours, c.other))
-        sentences.append(
-            f"{c.ours.model}: {names}, {metric} at equal updates {c.test.difference:+.4f}: {outcome}."
-        )
+        sentences.append(f"{c.ours.model}: {names}, {metric} at equal updates {c.test.difference:+.4f}: {outcome}.")
     return sentences

@@ -177,9 +177,7 @@ def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str
         epochs = _spread([run.result["best_epoch"] for run in finished.values() if run.result])
         lost = sum(run.cell == cell and run.result is None for run in runs)
         above = [
-            name
-            for name, values in baselines.items()
-            if spreads[0] and spreads[0].mean < _mean(values[metrics[0]], 0)
+            name for name, values in baselines.items() if spreads[0] and spreads[0].mean < _mean(values[metrics[0]], 0)
         ]
         notes = [f"below {', '.join(above)}"] if above else []
         notes += dict.fromkeys(run.note for run in runs if run.cell == cell and run.note)

@@ -424,9 +424,7 @@ def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarra
     return kept.pop("users"), kept
 
 
-def _candidate_metrics(
-    directory: Path, result: Mapping[str, Any], candidates: Candidates
-) -> dict[str, np.ndarray]:
+def _candidate_metrics(directory: Path, result: Mapping[str, Any], candidates: Candidates) -> dict[str, np.ndarray]:
     """Each user's metrics on the candidates at the best epoch, kept in `candidates.npz` beside the run."""
     path = directory / CANDIDATES_FILE
     kept = _read_users(path)

@@ -80,6 +80,9 @@ def compare(
     metric: Annotated[
         str, typer.Option(help="What selects the best epoch, on validation; tests go by it.")
     ] = "recall@5",
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep the parameters of every N-th epoch of every run, for `landscape`.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with an estimate of the time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, or extend it.")] = False,
 ) -> None:
@@ -109,6 +112,7 @@ def compare(
             "batch_size": batch_size,
             "metric": metric,
             **({} if adversarial is None else {"adversarial": pairs("--adversarial", adversarial.split(","))}),
+            **({} if keep_every is None else {"keep_every": keep_every}),
         },
         tune=values_by_name("--tune", tune or ()),
         candidates=candidates,

@@ -48,14 +48,17 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        str | None, typer.Option(help="Where the run's data lie now, if they were moved; the data of what needs no run.")
+        str | None,
+        typer.Option(help="Where the run's data lie now, if they were moved; the data of what needs no run."),
     ] = None,
     per_user: Annotated[
         Path | None, typer.Option(help="Also write each user's test metrics to this .csv or .parquet file.")
     ] = None,
     candidates: Annotated[
         Path | None,
-        typer.Option(metavar="NPY", help="Also rank held-out items among these candidates; `prepare --amr` writes them."),
+        typer.Option(
+            metavar="NPY", help="Also rank held-out items among these candidates; `prepare --amr` writes them."
+        ),
     ] = None,
     internal_ids: _InternalIds = False,
 ) -> None:
@@ -68,14 +71,20 @@ def evaluate(
 
     started = time.perf_counter()
     evaluated = _evaluated_baseline(str(run), data) if _is_baseline(run) else _evaluated_run(run, data)
-    means = {split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in evaluated.values.items()}
+    means = {
+        split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in evaluated.values.items()
+    }
     sampled = None
     if candidates is not None:
         sampled = candidate_metrics(read_candidates(candidates, evaluated.data), evaluated.scores)
     if per_user is not None:
         _write_users(per_user, evaluated, sampled, internal_ids)
     seconds = f"{time.perf_counter() - started:.1f} s"
-    notes = [*evaluated.notes, seconds] if _is_baseline(run) else [f"{evaluated.notes[0]}   {seconds}", *evaluated.notes[1:]]
+    notes = (
+        [*evaluated.notes, seconds]
+        if _is_baseline(run)
+        else [f"{evaluated.notes[0]}   {seconds}", *evaluated.notes[1:]]
+    )
     print_metrics(evaluated.title, notes, means["valid"], means["test"])
     if sampled is not None:
         rows = [[name, f"{float(values.mean()):.4f}"] for name, values in sampled[1].items()]
@@ -176,7 +185,9 @@ def recommend(
 
     loaded, notes = _open(run, data)
     n_users = loaded.data.n_users
-    names = {kind: None if internal_ids else _raw_ids(loaded.config.data, loaded.data, kind) for kind in ("user", "item")}
+    names = {
+        kind: None if internal_ids else _raw_ids(loaded.config.data, loaded.data, kind) for kind in ("user", "item")
+    }
     chosen = np.arange(n_users) if users is None else read_users(users, n_users, names["user"])
     vectors = loaded.vectors()
     items, scores = top_items(vectors[0], vectors[1], loaded.data.train, chosen, top_k)
@@ -238,7 +249,7 @@ def _raw_ids(source: str, data: Interactions, kind: str) -> np.ndarray | None:
 _HEADERS = ("user", "userid", "user_id")
 
 
-def read_users(path: Path, n_users: int, names: np.ndarray | None) -> np.ndarray:
+def read_users(path: Path, n_users: int, names: np.ndarray | None = None) -> np.ndarray:
     """User ids from a file, one a line, each once, in the file's order.
 
     Args:
@@ -274,6 +285,9 @@ def read_users(path: Path, n_users: int, names: np.ndarray | None) -> np.ndarray
     if not ids:
         raise UserError(f"{path} names no user; write one user id a line.")
     return np.fromiter(ids, np.int64)
+
+
+_read_users = read_users  # its first name, which scripts still import
 
 
 def _user_id(text: str, n_users: int) -> int | None:

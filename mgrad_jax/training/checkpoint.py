@@ -170,15 +170,17 @@ class Checkpoints:
         entries = self._entries()
         return entries[-1].best_epoch if entries else None
 
-    def check_space(self, n_bytes: int) -> None:
+    def check_space(self, n_bytes: int, besides: int = 0) -> None:
         """Raise a `UserError` where the disk has no room for the checkpoints of a state of so many bytes.
 
         Two are kept, and a third is there for a moment; those that are there already need no more room.
+        `besides` is what the run will write besides.
         """
         place = next(place for place in (self.directory, *self.directory.parents) if place.exists())
         with contextlib.suppress(OSError, AttributeError):  # not every system tells
             status = os.statvfs(place)
-            free, needed = status.f_bavail * status.f_frsize, n_bytes * max(1, 2 - len(self._entries()))
+            free = status.f_bavail * status.f_frsize
+            needed = n_bytes * max(1, 2 - len(self._entries())) + besides
             if free < needed:
                 raise UserError(
                     f"{place} has {free / 2**20:.1f} MiB of free space, and the run's checkpoints need "

@@ -93,6 +93,12 @@ def test_each_users_metrics_are_kept_with_the_run(study: Path) -> None:
         assert kept["recall@20"].mean() == pytest.approx(result["test"]["recall@20"], abs=1e-7)
 
 
+def test_every_run_keeps_the_parameters_that_are_asked_for(study: Path) -> None:
+    for run in (study / "runs").iterdir():
+        assert sorted(path.name for path in (run / "kept").iterdir()) == ["000001.npz", "000002.npz"]
+    assert {config.keep_every for config in again(study).configs().values()} == {1}
+
+
 def test_convergence_counts_gradients(study: Path) -> None:
     # 7,200 training pairs are one batch, and that is mirrored.
     evaluations = {(row["method"], row["epoch"]): row["evaluations"] for row in read(study / "curves.csv")}

@@ -68,7 +68,9 @@ def test_bad_files(tmp_path: Path) -> None:
         "has 59 rows and .* 60 users": items[:59],
         "no candidates beside": items[:, :1],
         "row 2, column 1 is 40, no item id": np.where((np.arange(60)[:, None] == 2) & (np.arange(12) == 1), 40, items),
-        "row 2, column 1 is 0.5, no item id": np.where((np.arange(60)[:, None] == 2) & (np.arange(12) == 1), 0.5, items),
+        "row 2, column 1 is 0.5, no item id": np.where(
+            (np.arange(60)[:, None] == 2) & (np.arange(12) == 1), 0.5, items
+        ),
         "holds out no item": np.full_like(items, -1),
         "row 0 has a held-out item and no candidates": np.where(np.arange(12) > 0, -1, items),
     }
