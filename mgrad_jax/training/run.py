@@ -47,6 +47,7 @@ from mgrad_jax.training.identity import (
 from mgrad_jax.training.kept import KeptParams
 from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.record import nothing_left, read_record, result_record
+from mgrad_jax.training.start import start_from
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -142,6 +143,8 @@ class _Run:
             finished = self._finished(settings)
             if finished is not None:
                 return finished
+        if self.config.start_from is not None:
+            start_from(model, self.config.start_from, self.config.data)
         with held_back(deliver=False):
             self._prepare(settings, data, model)
             outcome = self._fit(settings, data, model, progress)
