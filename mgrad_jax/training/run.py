@@ -143,8 +143,8 @@ class _Run:
             finished = self._finished(settings)
             if finished is not None:
                 return finished
-        if self.config.start_from is not None:
-            start_from(model, self.config.start_from, self.config.data)
+        if self.config.start_from is not None and self.checkpoints.latest_epoch() is None:
+            start_from(model, load_run(self.config.start_from, self.config.data).model, self.config.start_from)
         with held_back(deliver=False):
             self._prepare(settings, data, model)
             outcome = self._fit(settings, data, model, progress)
