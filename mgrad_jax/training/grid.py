@@ -21,7 +21,7 @@ TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
 AXES = (*TRACED, "seed", "training", "interval", "optimizer", "batch_size")
 MOST_MEMBERS = 10_000
 # What no compiled program depends on.
-_NO_STRUCTURE = (*TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay")
+_NO_STRUCTURE = (*TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay", "keep_every")
 
 
 def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
