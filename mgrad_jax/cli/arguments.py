@@ -10,6 +10,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from mgrad_jax.cli.config_file import words_of
 from mgrad_jax.errors import UserError, shown
 
 
@@ -18,6 +19,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check, then parse as typer does; that alone would take the last of two values in silence."""
+        args = _with_config(self.params, args)
         seen: dict[str, str] = {}
         numbers = _number_options(self.callback)
         for option, parameter, values in _given(self.params, args):
@@ -34,6 +36,17 @@ class Command(TyperCommand):
                 if parameter is not None and parameter.name in numbers:
                     check_plain(option, value)
         return super().parse_args(ctx, args)
+
+
+def _with_config(parameters: Sequence[Any], words: list[str]) -> list[str]:
+    """The words, before them the settings of the file in `--config` that they do not give."""
+    options = [(p, values) for _, p, values in _given(parameters, words) if p is not None]
+    files = [values[0] for p, values in options if p.name == "config" and values and values[0]]
+    if not files:
+        return words
+    keys = [f"{p.name} {value.partition('=')[0].strip()}" for p, values in options if p.multiple for value in values]
+    given = {*(p.name for p, _ in options), *keys}
+    return [*words_of(files[0], {p.name: p.opts[0] for p in parameters}, given), *words]
 
 
 def check_plain(what: str, text: str) -> None:

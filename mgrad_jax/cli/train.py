@@ -26,6 +26,10 @@ def train(
     out: Annotated[
         str | None, typer.Option(help="The run's directory; runs/<model>-<data>-<training>-s<seed> by default.")
     ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Take the settings of a run's config.yaml; options override them."),
+    ] = None,
     start_from: Annotated[
         str | None, typer.Option(metavar="RUN", help="Begin with the best parameters of this run of the same model.")
     ] = None,
@@ -38,6 +42,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model to its best validation epoch."""
+    del config  # its settings have become options (`mgrad_jax.cli.arguments`)
     of_run = {"start_from": start_from, "keep_every": keep_every}
     if dry_run:
         from mgrad_jax.cli.dry_run import show_run
@@ -45,9 +50,8 @@ def train(
         show_run(options.config(out, **of_run), resume)
         return
     use_compilation_cache()
-    config = options.config(out, **of_run)
-    result = train_and_tell(config, resume=resume)
-    _print_result(result, config.directory)
+    run = options.config(out, **of_run)
+    _print_result(train_and_tell(run, resume=resume), run.directory)
 
 
 def train_and_tell(config: RunConfig, *, resume: bool, go_on: Callable[[], str] | None = None) -> dict[str, Any]:
