@@ -23,6 +23,7 @@ from mgrad_jax.graph import (
 )
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.hyper_parameters import hyper
 
 STEPS = 2
 HIDDEN = 4
@@ -32,17 +33,8 @@ HIDDEN = 4
 class UserGraphConfig(ModelConfig):
     """Hyper-parameters that DualGNN and DRAGON share (the published width is always 64, `embedding_dim` here)."""
 
-    user_k: int = dataclasses.field(default=40, metadata={"help": "nearest users in the user graph, as published 40"})
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squares of preferences and modality weights", "traced": True}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.user_k < 1:
-            raise UserError(f"user_k is {self.user_k}; it must be at least 1.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
+    user_k: int = hyper(40, "nearest users in the user graph, as published 40", least=1)
+    reg_weight: float = hyper(1e-3, "weight of the squares of preferences and modality weights", traced=True, least=0)
 
 
 class UserGraphRecommender(Recommender):
@@ -177,9 +169,8 @@ def modality_weights(key: Array, rows: int, modalities: int, dtype: Any) -> Floa
 class DualGNNConfig(UserGraphConfig):
     """Hyper-parameters of DualGNN under their published names."""
 
-    separate_modalities: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "weigh a user's own image and text vectors, as the paper says and the code does not"},
+    separate_modalities: bool = hyper(
+        False, "weigh a user's own image and text vectors, as the paper says and the code does not"
     )
 
 

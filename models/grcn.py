@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import SparseGraph, edge_dot, edge_softmax, mean_bipartite, propagate, replace_values
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 ID_STEPS = 2
 
@@ -25,26 +25,14 @@ ID_STEPS = 2
 class GRCNConfig(ModelConfig):
     """Hyper-parameters of GRCN under their published names."""
 
-    latent_embedding: int = dataclasses.field(default=64, metadata={"help": "width of preferences and mapped features"})
-    n_layers: int = dataclasses.field(
-        default=3, metadata={"help": "routing steps of the preferences (read only with item_to_user_routing)"}
+    latent_embedding: int = hyper(64, "width of preferences and mapped features", least=1)
+    n_layers: int = hyper(
+        3, "routing steps of the preferences (read only with item_to_user_routing)", least=0, limit=MOST_LAYERS
     )
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squares of ids and preferences", "traced": True}
+    reg_weight: float = hyper(1e-3, "weight of the squares of ids and preferences", traced=True, least=0)
+    item_to_user_routing: bool = hyper(
+        False, "route items' features into preferences, as the paper says and the code does not"
     )
-    item_to_user_routing: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "route items' features into preferences, as the paper says and the code does not"},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latent_embedding < 1:
-            raise UserError(f"latent_embedding is {self.latent_embedding}; it must be at least 1.")
-        if self.n_layers < 0:
-            raise UserError(f"n_layers is {self.n_layers}; it must not be negative.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
 
 
 class GRCN(Recommender):

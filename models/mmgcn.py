@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import SparseGraph, mean_bipartite, propagate
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.hyper_parameters import hyper
 
 N_LAYERS = 3
 
@@ -25,26 +25,11 @@ N_LAYERS = 3
 class MMGCNConfig(ModelConfig):
     """Hyper-parameters of MMGCN under their published names."""
 
-    dim_latent: int = dataclasses.field(default=256, metadata={"help": "width the image features are mapped to"})
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squares of the random tables", "traced": True}
-    )
-    train_tables: bool = dataclasses.field(
-        default=False, metadata={"help": "learn the id and preference tables, which as published stay random"}
-    )
-    table_seed: int = dataclasses.field(default=999, metadata={"help": "seed of the id and preference tables"})
-    sum_modalities: bool = dataclasses.field(
-        default=False, metadata={"help": "add the modalities' vectors, as in the paper, and do not average them"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim_latent < 1:
-            raise UserError(f"dim_latent is {self.dim_latent}; it must be at least 1.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
-        if not 0 <= self.table_seed < 2**32:
-            raise UserError(f"table_seed is {self.table_seed}; it must be between 0 and 2**32 - 1.")
+    dim_latent: int = hyper(256, "width the image features are mapped to", least=1)
+    reg_weight: float = hyper(1e-3, "weight of the squares of the random tables", traced=True, least=0)
+    train_tables: bool = hyper(False, "learn the id and preference tables, which as published stay random")
+    table_seed: int = hyper(999, "seed of the id and preference tables", least=0, most=2**32 - 1)
+    sum_modalities: bool = hyper(False, "add the modalities' vectors, as in the paper, and do not average them")
 
 
 class _Layer(nnx.Module):

@@ -13,15 +13,14 @@ from jaxtyping import Array, Float, Int
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.hyper_parameters import hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class VBPRConfig(ModelConfig):
     """Hyper-parameters of VBPR under their published names."""
 
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the norms of the batch's vectors", "traced": True}
-    )
+    reg_weight: float = hyper(1e-3, "weight of the norms of the batch's vectors", traced=True, least=0)
 
 
 class VBPR(Recommender):
