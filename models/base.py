@@ -15,15 +15,18 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.features import rows_shown, zero_rows
+from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.hyper_parameters import check, hyper
 
+renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
 
-class Frozen(nnx.Variable):
+
+class Constant(nnx.Variable):
     """Constant arrays and graphs: an argument of every compiled function, never closed over, never trained."""
 
 
-class Scalar(nnx.Variable):
+class TracedHyperParameter(nnx.Variable):
     """A scalar hyper-parameter that is traced, so that one compiled program serves a whole grid of values."""
 
 
@@ -35,8 +38,8 @@ class EpochState(nnx.Variable):
 class ModelConfig:
     """Hyper-parameters every model has; subclasses add theirs, each declared with `hyper`, under their published names.
 
-    Types and ranges are checked however a configuration is made. A field declared `traced` becomes a `Scalar` attribute
-    of the model under the same name.
+    Types and ranges are checked however a configuration is made. A field declared `traced` becomes a
+    `TracedHyperParameter` of the model under the same name.
     """
 
     embedding_dim: int = hyper(64, "width of the embeddings", least=1)
@@ -94,7 +97,7 @@ class Recommender(nnx.Module):
         self.dtype = dtype
         for field in dataclasses.fields(config):
             if field.metadata.get("traced"):
-                setattr(self, field.name, Scalar(jnp.asarray(getattr(config, field.name), dtype)))
+                setattr(self, field.name, TracedHyperParameter(jnp.asarray(getattr(config, field.name), dtype)))
 
     @classmethod
     def needs_in_words(cls) -> str:

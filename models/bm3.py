@@ -15,7 +15,7 @@ from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -96,7 +96,7 @@ class BM3(Recommender):
             table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
             setattr(self, f"{modality}_trs", projection(table.shape[1]))
-        self.graph = Frozen(
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
 

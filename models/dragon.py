@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.graph import blend_graphs, knn_graph, propagate
-from mgrad_jax.models.base import Frozen, ModelConfig
+from mgrad_jax.models.base import Constant, ModelConfig
 from mgrad_jax.models.dualgnn import UserGraphConfig, UserGraphRecommender
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
@@ -73,7 +73,7 @@ class DRAGON(UserGraphRecommender):
         for modality in self.modalities:
             share = shares[modality] if len(self.modalities) > 1 else 1.0
             graphs.append((share, knn_graph(self.feature(data, modality), config.knn_k, dtype)))
-        self.item_graph = Frozen(blend_graphs(graphs))
+        self.item_graph = Constant(blend_graphs(graphs))
 
     def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         users, items = self._convolved()

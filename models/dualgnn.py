@@ -22,7 +22,7 @@ from mgrad_jax.graph import (
     sample_user_graph,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_normal
 from mgrad_jax.models.hyper_parameters import hyper
 
 STEPS = 2
@@ -84,18 +84,18 @@ class UserGraphRecommender(Recommender):
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         self.modalities = self.features_given(data)
         pairs = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
         dim = config.embedding_dim
         for modality in self.modalities:
             table = self.feature(data, modality)
             preference = nnx.Param(xavier_normal(rngs.params(), (data.n_users, dim), dtype))
-            setattr(self, f"{modality}_features", Frozen(table))
+            setattr(self, f"{modality}_features", Constant(table))
             setattr(self, f"{modality}_preference", preference)
             setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN * dim, rngs=rngs, dtype=dtype))
             setattr(self, f"{modality}_map", linear(HIDDEN * dim, dim, rngs=rngs, dtype=dtype))
         self.user_weights = nnx.Param(modality_weights(rngs.params(), data.n_users, len(self.modalities), dtype))
         graph = build_user_graph(data, config.user_k, cache=cache_directory(data), write=False)
-        self.user_graph = Frozen(jax.tree.map(jnp.asarray, graph))
+        self.user_graph = Constant(jax.tree.map(jnp.asarray, graph))
         self.user_sample = EpochState(sample_user_graph(rngs.params(), self.user_graph.get_value(), dtype))
 
     def use_user_graph(self, graph: UserGraph, key: Array) -> None:

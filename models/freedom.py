@@ -22,7 +22,7 @@ from mgrad_jax.graph import (
     prune_edges,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -99,13 +99,13 @@ class FREEDOM(Recommender):
             setattr(self, f"{modality}_trs", linear(table.shape[1], dim, rngs=rngs, dtype=dtype))
             share = shares[modality] if len(self.modalities) > 1 else 1.0
             graphs.append((share, knn_graph(table, config.knn_k, dtype)))
-        self.item_graph = Frozen(blend_graphs(graphs))
+        self.item_graph = Constant(blend_graphs(graphs))
         users, items = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(normalized_bipartite(users, items, data.n_users, data.n_items, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(users, items, data.n_users, data.n_items, dtype=dtype))
         if config.dropout > 0:
             edges = bipartite_edges(users, items, data.n_users, data.n_items, dtype=dtype)
             self.n_keep = int(edges.users.shape[0] * (1.0 - config.dropout))
-            self.edges = Frozen(edges)
+            self.edges = Constant(edges)
             self.pruned_graph = EpochState(prune_edges(rngs.params(), edges, self.n_keep))
 
     def resample(self, key: Array) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.graph import SparseGraph, edge_dot, edge_softmax, mean_bipartite, propagate, replace_values
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 ID_STEPS = 2
@@ -100,7 +100,7 @@ class GRCN(Recommender):
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         pairs = data.train[:, 0], data.train[:, 1]
         # Only the structure counts: rows are targets, columns sources; the entries are weighed in every pass.
-        self.graph = Frozen(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
+        self.graph = Constant(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
         self.modalities = self.features_given(data)
         n_nodes, width = data.n_users + data.n_items, config.latent_embedding
         self.id_embedding = nnx.Param(xavier_normal(rngs.params(), (n_nodes, config.embedding_dim), dtype))
@@ -108,7 +108,7 @@ class GRCN(Recommender):
         for modality in self.modalities:
             table = self.feature(data, modality)
             preference = nnx.Param(xavier_normal(rngs.params(), (data.n_users, width), dtype))
-            setattr(self, f"{modality}_features", Frozen(table))
+            setattr(self, f"{modality}_features", Constant(table))
             setattr(self, f"{modality}_preference", preference)
             feature_map = linear(table.shape[1], width, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
             setattr(self, f"{modality}_map", feature_map)

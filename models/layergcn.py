@@ -21,7 +21,7 @@ from mgrad_jax.graph import (
     prune_edges,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, xavier_uniform
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 _EPS = 1e-8  # norms are at least this, as published
@@ -85,7 +85,7 @@ class LayerGCN(Recommender):
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         pairs = np.unique(data.train, axis=0)
         sizes = (data.n_users, data.n_items)
-        self.graph = Frozen(normalized_bipartite(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype))
         if config.dropout > 0:
             self.n_keep = int(len(pairs) * (1.0 - config.dropout))
             if self.n_keep < 1:
@@ -93,7 +93,7 @@ class LayerGCN(Recommender):
                     f"dropout={config.dropout} leaves none of the {len(pairs)} training pairs; choose a smaller one."
                 )
             edges = bipartite_edges(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype)
-            self.edges = Frozen(edges)
+            self.edges = Constant(edges)
             self.pruned_graph = EpochState(prune_edges(rngs.params(), edges, self.n_keep))
             self.epoch = EpochState(jnp.zeros((), jnp.int32))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -69,7 +69,7 @@ class LightGCN(Recommender):
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        self.graph = Frozen(
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
 

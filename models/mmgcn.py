@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.graph import SparseGraph, mean_bipartite, propagate
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal
 from mgrad_jax.models.hyper_parameters import hyper
 
 N_LAYERS = 3
@@ -54,7 +54,7 @@ class _Branch(nnx.Module):
     def __init__(
         self, features: Float[Array, "items raw"], dim: int, latent: int | None, *, rngs: nnx.Rngs, dtype: Any
     ) -> None:
-        self.features = Frozen(features)
+        self.features = Constant(features)
         self.width = latent or features.shape[1]
         self.map = linear(features.shape[1], latent, rngs=rngs, dtype=dtype) if latent else None
         self.constant_features = True
@@ -88,10 +88,10 @@ class _Branch(nnx.Module):
     def use_preference(self, kind: type[nnx.Variable[Any]], table: Array, graph: SparseGraph) -> None:
         """Set the users' preferences; where nothing in layer 0 is learned, its products are made once, here."""
         self.preference = kind(table)
-        self.constant_start = self.constant_features and kind is Frozen and self.map is None
+        self.constant_start = self.constant_features and kind is Constant and self.map is None
         if self.constant_start:
             start = self.start()
-            self.first_input, self.first_neighbours = Frozen(start), Frozen(propagate(graph, start))
+            self.first_input, self.first_neighbours = Constant(start), Constant(propagate(graph, start))
 
     def open_features(self) -> None:
         """Make layer 0 of the features in every pass, so that it follows a change of them."""
@@ -165,7 +165,7 @@ class MMGCN(Recommender):
     def __init__(self, data: Interactions, config: MMGCNConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         pairs = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
+        self.graph = Constant(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
         self.modalities = self.features_given(data)
         for modality in self.modalities:
             latent = config.dim_latent if modality == "image" else None
@@ -186,7 +186,7 @@ class MMGCN(Recommender):
 
         Also to be called after `graph` has been replaced. Not for use inside compiled functions.
         """
-        kind = nnx.Param if self.config.train_tables else Frozen
+        kind = nnx.Param if self.config.train_tables else Constant
         self.id_embedding = kind(jnp.asarray(ids, self.dtype))
         for modality in self.modalities:
             table = jnp.asarray(preferences[modality], self.dtype)

@@ -15,7 +15,7 @@ from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
 from mgrad_jax.graph import SparseGraph, drop_entries, lightgcn_mean, normalized_bipartite, with_transpose
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -82,7 +82,7 @@ class SelfCF(Recommender):
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         self.predictor = linear(dim, dim, rngs=rngs, dtype=dtype)
         graph = normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
-        self.graph = Frozen(with_transpose(graph) if config.edge_dropout else graph)
+        self.graph = Constant(with_transpose(graph) if config.edge_dropout else graph)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Online rows towards dropped-out target rows, on a graph whose entries `key` drops."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -105,9 +105,9 @@ class SLMRec(Recommender):
 
     def __init__(self, data: Interactions, config: SLMRecConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        self.image = Frozen(losses.normalize(self.feature(data, "image")))
-        self.text = Frozen(losses.normalize(self.feature(data, "text")))
-        self.graph = Frozen(
+        self.image = Constant(losses.normalize(self.feature(data, "image")))
+        self.text = Constant(losses.normalize(self.feature(data, "text")))
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, eps=1e-8, dtype=dtype)
         )
         dim = config.embedding_dim

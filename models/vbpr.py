@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
 from mgrad_jax.models.hyper_parameters import hyper
 
 
@@ -59,7 +59,7 @@ class VBPR(Recommender):
         dim = config.embedding_dim
         modalities = self.features_given(data)
         table = jnp.concatenate([self.feature(data, modality) for modality in reversed(modalities)], axis=1)
-        self.item_features = Frozen(table)
+        self.item_features = Constant(table)
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, 2 * dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         self.item_linear = linear(

@@ -14,6 +14,10 @@ RENAMED = {
     "mgrad_jax.data.user_graph.mix_neighbours": "mgrad_jax.graph.users.mix_neighbours",
     "mgrad_jax.data.user_graph.sample_user_graph": "mgrad_jax.graph.users.sample_user_graph",
     "mgrad_jax.losses.bpr_loss": "mgrad_jax.models.losses.bpr_loss",
+    "mgrad_jax.models.Frozen": "mgrad_jax.models.Constant",
+    "mgrad_jax.models.Scalar": "mgrad_jax.models.TracedHyperParameter",
+    "mgrad_jax.models.base.Frozen": "mgrad_jax.models.base.Constant",
+    "mgrad_jax.models.base.Scalar": "mgrad_jax.models.base.TracedHyperParameter",
     "mgrad_jax.models.propagation.lightgcn_layers": "mgrad_jax.graph.lightgcn_mean",
     "mgrad_jax.selection.largest": "mgrad_jax.selection.top_k_mask",
 }
