@@ -33,7 +33,7 @@ from _settings import PRECISIONS
 from _tables import Row
 from flax import nnx
 
-from mgrad_jax.models import Frozen
+from mgrad_jax.models import Constant
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "models"
 MODELS = {  # and the tests that build them
@@ -84,7 +84,7 @@ def _build(name: str, dtype: Any) -> Any:
         tests.feed_recorded_graphs(name, model)
     elif exact:
         golden = import_module("golden")
-        model.graph = Frozen(golden.graph_of(golden.recorded(FILES.get(name, name))["graph/norm_adj"], dtype))
+        model.graph = Constant(golden.graph_of(golden.recorded(FILES.get(name, name))["graph/norm_adj"], dtype))
     return model
 
 
