@@ -22,6 +22,8 @@ from mgrad_jax.files import unwritable, write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RECORDED = ("batch_size", "repeats", "seed", "threads")  # options that rows always have
+
 
 class Parser(argparse.ArgumentParser):
     """Options with a second, tiny default for `--quick`; says what is wrong in one sentence and exits with 2."""
@@ -142,8 +144,9 @@ class Benchmark:
         here = functools.cache(device_elsewhere if self.own_processes else device_name)
         if rows:
             _check_device(options.output, rows, here())
+        common = {name: value for name, value in vars(options).items() if name in RECORDED}
         for measured in self.measure(options):
-            fresh = [{**row, "device": row.get("device") or here()} for row in measured]
+            fresh = [{**common, **row, "device": row.get("device") or here()} for row in measured]
             fresh = [{**row, "versions": row.get("versions") or versions()} for row in fresh]
             keys = {key(row) for row in fresh}
             rows[:] = self.complete([row for row in rows if key(row) not in keys] + fresh)

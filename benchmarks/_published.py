@@ -137,7 +137,8 @@ def run(job: dict[str, Any], torch: Any) -> dict[str, Any]:
         model=job["model"], dataset=job["dataset"], config_dict=job["config"], save_model=False, mg=job["mirror"]
     )
     record["seconds_run"] = now() - started
-    record["versions"] = {"python": platform.python_version(), **installed("torch", "numpy", "scipy")}
+    installed = {name: str(importlib.import_module(name).__version__) for name in ("torch", "numpy", "scipy")}
+    record["versions"] = {"python": platform.python_version(), **installed}
     record["device"] = torch.cuda.get_device_name(0) if job["device"] != "cpu" else None
     return record
 
@@ -183,11 +184,6 @@ def attach_timers(trainer_class: Any, record: dict[str, Any], now: Callable[[], 
 
     trainer_class.__init__, trainer_class._train_epoch = timed_init, timed_train
     trainer_class._valid_epoch, trainer_class.fit = timed_evaluate, kept_fit
-
-
-def installed(*names: str) -> dict[str, str]:
-    """Versions of modules by name."""
-    return {name: str(importlib.import_module(name).__version__) for name in names}
 
 
 if __name__ == "__main__":

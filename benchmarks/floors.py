@@ -78,8 +78,6 @@ def _row(model: str, data: Interactions, options: argparse.Namespace) -> Row:
         "seconds_per_step": spread(steps),
         "floor_seconds": floors,
         "distance": median(steps) / max(floors.values()),
-        "batch_size": options.batch_size,
-        "repeats": options.repeats,
     }
 
 

@@ -4,7 +4,7 @@
 
 Two graphs on made-up data of that size, or another with `--size`: `user-item` (26,495 nodes, 237,102 entries,
 symmetrically normalised) and `item` (7,050 nodes, the blend of two kNN graphs with k = 10). Each case is two steps of propagation of 64 columns,
-y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), with the graph an argument of the program:
+y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), the graph an argument of the program:
 
     propagate   mgrad_jax.graph.propagate
     bipartite   mgrad_jax.graph.propagate_bipartite, what the models call (user-item only)
@@ -38,21 +38,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _frame import Benchmark, Parser
+from _plots import bars
 from _settings import SIZES, dataset
 from _tables import Row
 from _timing import interleaved, ratios, spread
 from jax.experimental import sparse
 from matplotlib.figure import Figure
 
-from mgrad_jax.graph import (
-    SparseGraph,
-    blend_graphs,
-    gpu_product,
-    knn_graph,
-    normalized_bipartite,
-    propagate,
-    propagate_bipartite,
-)
+from mgrad_jax import graph as graphs
+from mgrad_jax.graph import SparseGraph, gpu_product, propagate
 from mgrad_jax.graph.kernels import PRODUCTS
 
 TRAINING_PAIRS = 118_551  # of Amazon Baby's split
@@ -77,10 +71,10 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
 def _graphs(size: str) -> dict[str, SparseGraph]:
     data = dataset(size)
     pairs = np.random.default_rng(0).permutation(data.train)[: TRAINING_PAIRS if size == "baby" else None]
-    near = [(weight, knn_graph(data.features[name], 10)) for weight, name in ((0.1, "image"), (0.9, "text"))]
+    near = [(weight, graphs.knn_graph(data.features[name], 10)) for weight, name in ((0.1, "image"), (0.9, "text"))]
     return {
-        "user-item": normalized_bipartite(pairs[:, 0], pairs[:, 1], data.n_users, data.n_items),
-        "item": blend_graphs(near),
+        "user-item": graphs.normalized_bipartite(pairs[:, 0], pairs[:, 1], data.n_users, data.n_items),
+        "item": graphs.blend_graphs(near),
     }
 
 
@@ -88,16 +82,11 @@ def _products(graph: SparseGraph) -> dict[str, tuple[Any, Callable[[Any, Array],
     """By case: the matrix in its own format, an argument of the program, and the product."""
     indices = jnp.stack([graph.rows(), graph.columns], axis=1)
     compressed = (graph.values, graph.columns, graph.row_starts)
+    kind: dict[str, Any] = {"shape": graph.shape, "indices_sorted": True, "unique_indices": True}
     products: dict[str, tuple[Any, Callable[[Any, Array], Array]]] = {
         "propagate": (graph, propagate),
-        "bcoo": (
-            sparse.BCOO((graph.values, indices), shape=graph.shape, indices_sorted=True, unique_indices=True),
-            operator.matmul,
-        ),
-        "bcsr": (
-            sparse.BCSR(compressed, shape=graph.shape, indices_sorted=True, unique_indices=True),
-            operator.matmul,
-        ),
+        "bcoo": (sparse.BCOO((graph.values, indices), **kind), operator.matmul),
+        "bcsr": (sparse.BCSR(compressed, **kind), operator.matmul),
         "segment": ((graph.values, indices), partial(_segment, graph.shape[0])),
     }
     if graph.n_users is not None:
@@ -129,7 +118,7 @@ def _segment(n_rows: int, matrix: tuple[Array, Array], x: Array) -> Array:
 
 
 def _bipartite(graph: SparseGraph, x: Array) -> Array:
-    return jnp.concatenate(propagate_bipartite(graph, x[: graph.n_users], x[graph.n_users :]))
+    return jnp.concatenate(graphs.propagate_bipartite(graph, x[: graph.n_users], x[graph.n_users :]))
 
 
 def _program(what: str, product: Callable[[Any, Array], Array]) -> Any:
@@ -189,7 +178,6 @@ def _rows(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[Ro
                 "copy_bytes_per_second": spread(bandwidth.tolist()),
                 "largest_difference": _difference(results[what, case], results[what, "propagate"]),
                 "compile_seconds": compile_seconds[what, case],
-                "repeats": options.repeats,
                 "calls": options.calls,
             }
         )
@@ -223,25 +211,18 @@ def _difference(result: Any, expected: Any) -> float:
 
 
 def _plot(rows: list[Row]) -> Figure:
-    """Milliseconds by case, a panel per graph; a black bar marks the floor."""
-    graphs, whats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("graph", "what"))
-    figure = Figure(figsize=(5 * len(graphs), 3.6), layout="constrained")
-    for axes, graph in zip(figure.subplots(1, len(graphs), squeeze=False)[0], graphs, strict=True):
-        shown = [row for row in rows if row["graph"] == graph]
-        cases = list(dict.fromkeys(row["case"] for row in shown))
-        for column, what in enumerate(whats):
-            mine = [row for row in shown if row["what"] == what]
-            x = np.array([cases.index(row["case"]) + 0.4 * column - 0.2 for row in mine])
-            middle, low, high = (1e3 * np.array([row["seconds"][key] for row in mine]) for key in spread([0.0]))
-            axes.bar(x, middle, 0.36, yerr=[middle - low, high - middle], label=what, error_kw={"elinewidth": 0.8})
-            floor = 1e3 * np.array([row["seconds_floor"]["median"] for row in mine])
-            axes.hlines(floor, x - 0.18, x + 0.18, colors="black")
-        axes.set_xticks(range(len(cases)), cases)
+    """Milliseconds by case."""
+    figure = bars(
+        rows,
+        panel="graph",
+        groups=["case"],
+        colour="what",
+        value=lambda row: tuple(1e3 * row["seconds"][key] for key in ("median", "min", "max")),
+        mark=lambda row: 1e3 * row["seconds_floor"]["median"],
+        label="ms (black: floor)",
+    )
+    for axes in figure.axes:
         axes.set_yscale("log")
-        axes.set_ylabel("ms (black: floor)")
-        axes.set_title(f"{graph}, {shown[0]['entries']:,} entries")
-        axes.legend()
-    figure.suptitle(rows[0]["device"])
     return figure
 
 

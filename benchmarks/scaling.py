@@ -88,7 +88,6 @@ def _row(job: dict[str, Any]) -> Row:
         "trained_numbers": numbers,
         "batches": n_batches,
         "batches_run": batches_run,
-        "batch_size": batch_size,
         "seconds_per_batch": spread(seconds),
         "seconds_per_epoch": spread([n_batches * x for x in seconds]),
         "seconds_build": seconds_build,
@@ -97,7 +96,6 @@ def _row(job: dict[str, Any]) -> Row:
         "parameter_bytes": sum(int(leaf.nbytes) for leaf in _leaves(nnx.state(model, nnx.Param))),
         "host_memory_bytes": memory,
         "peak_memory_bytes": peak_memory(),
-        "repeats": job["repeats"],
         "device": device_name(),
     }
 

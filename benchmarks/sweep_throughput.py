@@ -68,13 +68,11 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
             "size": data.name,
             "members": len(members),
             "epochs": base.epochs,
-            "batch_size": base.batch_size,
             "slots": slots,
             "seconds_single_runs": spread(alone_seconds),
             "seconds_sweep": spread(seconds[slots]),
             "ratio": ratios(alone_seconds, seconds[slots]),
             "largest_metric_difference": differences[slots],
-            "repeats": options.repeats,
         }
         for slots in options.slots
     ]

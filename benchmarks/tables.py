@@ -22,7 +22,6 @@ from _tables import RESULTS, TABLES, Row, latest, markdown, number, pivot, resul
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 METRICS = ("recall@5", "recall@20", "ndcg@20")
 SEEDS = (999, 42, 2024)
-SHARED = ("dragon", "slmrec", "grcn", "mmgcn")  # trained beside other work: their seconds say nothing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,23 +65,16 @@ def _price() -> str:
     return markdown(*pivot(rows, ("data", "model", "interval", "bound"), "form", number("ratio_to_plain", 3)))
 
 
-def _trainer() -> str:
-    rows = latest(results("vs_pytorch"), "model", "training", "side", "data")
-    return TABLES["vs_pytorch"].markdown(rows, list(TABLES["vs_pytorch"].columns)[1:10])
+def _trainer(newest: bool) -> Callable[[], str]:
+    """Both sides, as the newest code ran, or as earlier code did."""
 
+    def make() -> str:
+        rows = results("vs_pytorch")
+        last = latest(rows, "model", "training", "side", "data")
+        headings = [*list(TABLES["vs_pytorch"].columns)[1:10], *([] if newest else ["commit"])]
+        return TABLES["vs_pytorch"].markdown(last if newest else [row for row in rows if row not in last], headings)
 
-def _trainer_before() -> str:
-    """What earlier code took."""
-    rows = results("vs_pytorch")
-    newest = latest(rows, "model", "training", "side", "data")
-    return markdown(
-        ["model", "training", "commit", "epoch, faster", "evaluation, faster"],
-        [
-            [row["model"], row["training"], row["commit"], f"{row['ratio']:.1f}", f"{row['ratio_evaluation']:.1f}"]
-            for row in rows
-            if row not in newest and row["side"] == "ours"
-        ],
-    )
+    return make
 
 
 def _whole(name: str, *headings: str) -> Callable[[], str]:
@@ -124,36 +116,30 @@ def _agree(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return difference <= max(0.05 * statistics.fmean(theirs), 2 * error)
 
 
-def _means_tiktok() -> str:
-    """Test metrics of every model and training, beside the reference code's."""
-    theirs = _groups(_read("published_tiktok.csv"), "model", "training")
-    lines = []
-    runs = [row for row in _runs("tiktok") if row["feature_dtype"] == "float32"]
-    for (model, training), group in _groups(runs, "model", "training").items():
-        others = theirs.get((model, training), [])
-        seeds = f"{len(group)} / {len(others)}" if others else f"{len(group)}"
-        cells = []
-        for metric in METRICS:
-            values, other = [row["test"][metric] for row in group], [float(row[f"test_{metric}"]) for row in others]
-            cells += [_mean(values), f"{_mean(other)}{' =' if _agree(values, other) else ''}" if other else ""]
-        seconds = "" if model in SHARED else f"{statistics.median(sum(r['seconds'].values()) for r in group):.0f}"
-        lines.append([model, training, seeds, *cells, ", ".join(str(row["epochs_run"]) for row in group), seconds])
-    metrics = [heading for metric in METRICS for heading in (metric, "reference")]
-    return markdown(["model", "training", "seeds", *metrics, "epochs run", "seconds per run"], lines)
+def _means(data: str, metrics: Sequence[str], others: str) -> Callable[[], str]:
+    """Test metrics of every model and training, each beside that of another file's rows."""
+
+    def make() -> str:
+        rows = [row for row in _runs(data) if row["feature_dtype"] == "float32"]
+        theirs, lines = _groups(_read(others), "model", "training"), []
+        for key, group in _groups(rows, "model", "training").items():
+            other = theirs.get(key, [])
+            line = [*key, f"{len(group)} / {len(other)}" if len(other) > 1 else f"{len(group)}"]
+            for metric in metrics:
+                values = [float(row[metric]) for row in other if metric in row]
+                line += [_mean(ours := [row["test"][metric] for row in group]), _beside(ours, values)]
+            lines.append([*line, ", ".join(str(row["epochs_run"]) for row in group)])
+        headings = [heading for metric in metrics for heading in (metric, others.partition("_")[0])]
+        return markdown(["model", "training", "seeds", *headings, "epochs run"], lines)
+
+    return make
 
 
-def _means_baby() -> str:
-    """Test metrics of the models without features, beside the paper's."""
-    paper = {(row["model"], row["training"]): row for row in _read("paper_table9_baby.csv")}
-    lines = []
-    for key, group in _groups(_runs("baby"), "model", "training").items():
-        cells = []
-        for metric in ("recall@5", "map@5", "ndcg@5"):
-            cells += [_mean([row["test"][metric] for row in group]), paper.get(key, {}).get(metric, "")]
-        cells.append(_mean([row["test"]["recall@20"] for row in group]))
-        lines.append([*key, str(len(group)), *cells, ", ".join(str(row["epochs_run"]) for row in group)])
-    metrics = [heading for metric in ("recall@5", "map@5", "ndcg@5") for heading in (metric, "paper")]
-    return markdown(["model", "training", "seeds", *metrics, "recall@20", "epochs run"], lines)
+def _beside(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """What is known of the same elsewhere: a mean and whether ours agrees with it, or a single number, or nothing."""
+    if len(theirs) < 2:
+        return "".join(f"{value:.4f}" for value in theirs)
+    return f"{_mean(theirs)}{' =' if _agree(ours, theirs) else ''}"
 
 
 def _bfloat16() -> str:
@@ -209,8 +195,8 @@ def _curves() -> str:
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
         "gpu": lambda: summary(RESULTS / "gpu"),
-        "vs_pytorch": _trainer,
-        "vs_pytorch, earlier": _trainer_before,
+        "vs_pytorch": _trainer(newest=True),
+        "vs_pytorch, earlier": _trainer(newest=False),
         "step_throughput": _price,
         "compile_time": _whole("compile_time"),
         "propagation": _propagation,
@@ -220,10 +206,10 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "bfloat16": _bfloat16,
     },
     "results.md": {
-        "tiktok, means": _means_tiktok,
+        "tiktok, means": _means("tiktok", METRICS, "reference_tiktok.csv"),
         "tiktok, epochs": _curves,
         "tiktok, paired": _paired("tiktok"),
-        "baby, means": _means_baby,
+        "baby, means": _means("baby", ("recall@5", "map@5", "ndcg@5", "recall@20"), "paper_baby_table9.csv"),
         "baby, paired": _paired("baby"),
     },
 }
