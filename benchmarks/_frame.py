@@ -142,8 +142,8 @@ class Benchmark:
         refuse_dirty(options.allow_dirty or options.quick)
         key = TABLES[self.name].key_of
         here = functools.cache(device_elsewhere if self.own_processes else device_name)
-        if rows:
-            _check_device(options.output, rows, here())
+        if others := ", ".join(sorted({row["device"] for row in rows} - {here()})) if rows else "":
+            raise UserError(f"{options.output} holds rows of {others} and this is {here()}; choose another --output.")
         common = {name: value for name, value in vars(options).items() if name in RECORDED}
         for measured in self.measure(options):
             fresh = [{**common, **row, "device": row.get("device") or here()} for row in measured]
@@ -171,12 +171,6 @@ class Benchmark:
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{output} holds no rows of this benchmark; choose another --output.") from None
         return rows
-
-
-def _check_device(output: Path, rows: list[Row], here: str) -> None:
-    others = sorted({row["device"] for row in rows} - {here})
-    if others:
-        raise UserError(f"{output} holds rows of {', '.join(others)} and this is {here}; choose another --output.")
 
 
 def say(*what: object) -> None:

@@ -54,7 +54,7 @@ class Outcome:
 
 @dataclass
 class Results:
-    """Outcomes on disk, one file a step, each written as soon as it is known."""
+    """Outcomes on disk, one file per step, each written as soon as it is known."""
 
     folder: Path
     machine: Mapping[str, Any]

@@ -40,7 +40,7 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
         expected = _history(unbroken)
         row: Row = {
             "epochs": epochs,
-            "equal_epochs": {out.name: _equal(_history(out), expected) for out in (again, resumed)},
+            "equal_epochs": {out.name: int((_history(out) == expected).all(axis=1).sum()) for out in (again, resumed)},
             "seconds_train": statistics.median(pd.read_csv(unbroken / "history.csv")["seconds_train"][1:]),
             "flags": os.environ.get("XLA_FLAGS", ""),
         }
@@ -55,10 +55,6 @@ def _config(out: Path, epochs: int, quick: bool) -> RunConfig:
 def _history(out: Path) -> Any:
     """Rows as text, so that numbers are compared to the last digit."""
     return pd.read_csv(out / "history.csv", dtype=str).drop(columns=TIMES)
-
-
-def _equal(ours: Any, expected: Any) -> int:
-    return int((ours == expected).all(axis=1).sum())
 
 
 if __name__ == "__main__":

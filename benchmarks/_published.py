@@ -24,7 +24,6 @@ from typing import Any
 
 # Imported by the trainer and never reached by a training run.
 NEVER_USED = ("PIL", "lmdb", "matplotlib", "sklearn", "torch_scatter", "torchvision")
-REMOVED_ALIASES = {"bool": bool, "float": float, "int": int, "object": object, "str": str}
 
 
 def main(path: str) -> None:
@@ -36,8 +35,7 @@ def main(path: str) -> None:
     import scipy.sparse
     import torch
 
-    restore_aliases(numpy)
-    restore_dok_update(scipy.sparse.dok_matrix)
+    restore_removed(numpy, scipy.sparse.dok_matrix)
     patch_torch(torch, job["device"])
     torch.set_num_threads(job["threads"])
     record = run(job, torch)
@@ -51,16 +49,12 @@ def limit_cores(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def restore_aliases(numpy: types.ModuleType) -> None:
-    """`numpy.float` and its kin, gone since NumPy 1.24."""
-    for name, value in REMOVED_ALIASES.items():
-        if name not in vars(numpy):
-            setattr(numpy, name, value)
-
-
-def restore_dok_update(dok_matrix: Any) -> None:
-    """`dok_matrix._update(entries)`, gone since SciPy 1.13: a dictionary of entries put in without checks."""
-    if not hasattr(dok_matrix, "_update"):
+def restore_removed(numpy: Any, dok_matrix: Any) -> None:
+    """`numpy.float` and its kin, gone since NumPy 1.24, and `dok_matrix._update(entries)`, gone since SciPy 1.13."""
+    for name in {"bool": bool, "float": float, "int": int, "object": object, "str": str}.items():
+        if name[0] not in vars(numpy):
+            setattr(numpy, *name)
+    if not hasattr(dok_matrix, "_update"):  # puts a dictionary of entries in, without checks
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
 

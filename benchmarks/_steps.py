@@ -89,3 +89,9 @@ def _dense_operations(jaxpr: Any) -> int:
             inner = getattr(inner, "jaxpr", inner)
             total += _dense_operations(inner) if hasattr(inner, "eqns") else 0
     return total
+
+
+def deviation(ours: Any, expected: Any) -> float:
+    """The largest difference of two arrays over the largest number expected."""
+    expected = np.asarray(expected, np.float64)
+    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max())

@@ -17,10 +17,9 @@ and on a GPU, besides
     rows, split, cusparse   `propagate` by the other products of mgrad_jax.graph.kernels
     bcoo/cusparse, ...      bcoo and bcsr with JAX's cuSPARSE lowering on
 
-The cases take turns in every round; `ratio` is the time over propagate's in the same round (above 1: slower). The
-floor counts the bytes that a product must move (entries and row starts, x once, y once) at the bandwidth of a copy,
-measured in the same rounds; on a machine whose cache holds x, nothing can be faster and much is slower. Before the
-timing all cases are compared: `largest_difference` is relative to propagate's largest number.
+`ratio` is the time over propagate's in the same round (above 1: slower). The floor counts the bytes that a product must
+move (entries and row starts, x once, y once) at the bandwidth of a copy, measured in the same rounds; what lies in the
+cache goes below it. `largest_difference` of the results is relative to propagate's largest number.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ import numpy as np
 from _frame import Benchmark, Parser
 from _plots import bars
 from _settings import SIZES, dataset
+from _steps import deviation
 from _tables import Row
 from _timing import interleaved, ratios, spread
 from jax.experimental import sparse
@@ -147,7 +147,7 @@ def _rows(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[Ro
             try:
                 with _lowering(case):
                     compiled = _program(what, product).lower(*arguments).compile()
-                results[what, case] = jax.block_until_ready(compiled(*arguments))
+                results[what, case] = jax.tree.leaves(jax.block_until_ready(compiled(*arguments)))
             except Exception as error:  # a product that this version or card does not have
                 print(f"{name}, {what}, {case}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
@@ -176,7 +176,7 @@ def _rows(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[Ro
                 "seconds_floor": spread(floor.tolist()),
                 "times_floor": ratios(times, floor),
                 "copy_bytes_per_second": spread(bandwidth.tolist()),
-                "largest_difference": _difference(results[what, case], results[what, "propagate"]),
+                "largest_difference": max(map(deviation, results[what, case], results[what, "propagate"])),
                 "compile_seconds": compile_seconds[what, case],
                 "calls": options.calls,
             }
@@ -202,12 +202,6 @@ def _bytes_to_move(graph: SparseGraph, columns: int, what: str) -> int:
     """Entries, row starts, x and y of every product; the gradient takes as many products again."""
     product = 8 * graph.nnz + 4 * (graph.shape[0] + 1) + 2 * 4 * graph.shape[0] * columns
     return LAYERS * product * (1 if what == "value" else 2)
-
-
-def _difference(result: Any, expected: Any) -> float:
-    """The largest difference of any number, relative to the largest number of its array."""
-    pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
-    return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
 
 
 def _plot(rows: list[Row]) -> Figure:

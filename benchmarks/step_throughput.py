@@ -3,17 +3,17 @@
     python benchmarks/step_throughput.py --models vbpr bm3 freedom --data baby --intervals 1 3 5 7
 
 One program runs several batches with the trainer's own passes (`mgrad_jax.training.epoch`); resampling, shuffling and
-the draw of negatives, which every form does once an epoch alike, are left out, so that nothing dilutes the ratio. The
+the draw of negatives, which every form does once per epoch alike, are left out, so that nothing dilutes the ratio. The
 forms take turns in every round, and a ratio compares times of the same round. Forms:
 
     plain    Adam                                                                         bound 1
     mirror   optax.chain(mirror_gradient(interval), adam)                                 bound 1 + 1 / interval
     mirrored mirrored(adam, interval)                                                     bound 1 + 1 / interval
-    sam      optax.contrib.sam(adam, opaque_mode=True)                                    bound 2
+    sam      sam(adam)                                                                    bound 2
     idle     as mirror, with no batch ever mirrored: the transformation's own price       bound 1
 
-The plot lies beside the file of results. `peak_memory_bytes` is of the device (on a GPU the most of all forms so far, which it cannot forget) or, on the
-CPU, of this process with its data; `program_memory_bytes` is what XLA says the compiled program needs.
+`peak_memory_bytes` is of the device (on a GPU the most of all forms so far, which it cannot forget) or, on the CPU, of
+this process with its data; `program_memory_bytes` is what XLA says the compiled program needs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from _tables import Row
 from _timing import interleaved
 from matplotlib.figure import Figure
 
-from mgrad_jax import MirrorState, mirror_gradient, mirrored, models, sam
+from mgrad_jax import mirror_gradient, mirrored, models, sam
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.training.epoch import SplitModel, split_model
@@ -71,7 +71,11 @@ def _group(parts: SplitModel, data: Interactions, model: str, interval: int, opt
     n_batches = -(-options.batches // interval) * interval
     batches = random_batches(data, n_batches, options.batch_size)
     cases = {form: _prepare(form, interval, parts, batches) for form in forms}
-    peaks = {form: _peak_memory(case) for form, case in cases.items()}
+    peaks = {}
+    for form, case in cases.items():  # once, for warmth
+        reset_peak_memory()
+        jax.block_until_ready(case.run(case.start()))
+        peaks[form] = peak_memory()
     starts = {form: case.start for form, case in cases.items()}
     times = interleaved({form: case.run for form, case in cases.items()}, options.repeats, starts)
     seconds = {form: np.array(values) / n_batches for form, values in times.items()}
@@ -95,7 +99,7 @@ def _group(parts: SplitModel, data: Interactions, model: str, interval: int, opt
 
 
 def _times(seconds: np.ndarray, plain: np.ndarray) -> dict[str, Any]:
-    """Median and spread over the rounds of seconds a batch, and of their ratio to plain in the same round."""
+    """Median and spread over the rounds of seconds per batch, and of their ratio to plain in the same round."""
     ratios = seconds / plain
     return {
         "steps_per_second": float(1.0 / np.median(seconds)),
@@ -117,26 +121,14 @@ def _prepare(form: str, interval: int, parts: SplitModel, batches: Batch) -> Cas
         "sam": sam(adam),
         "idle": optax.chain(mirror_gradient(interval=NEVER), adam),
     }[form]
-    state = _start_state(form, tx.init(parts.params))
+    state = tx.init(parts.params)
     n_batches = batches.users.shape[0]
-    schedule = np.arange(n_batches, dtype=np.int32) if form == "idle" else pass_schedule(state, n_batches)
+    schedule = pass_schedule(state, n_batches)
+    if form == "idle":  # as before batch 1, so that batch 0 is not mirrored
+        mirror, *rest = state
+        state = (mirror._replace(phase=jnp.ones_like(mirror.phase)), *rest)
+        schedule = np.arange(n_batches, dtype=np.int32)
     return compile_passes(parts, tx, state, schedule, batches)
-
-
-def _start_state(form: str, opt_state: Any) -> Any:
-    """The state before batch 0; for `idle` before batch 1, so that batch 0 is not mirrored."""
-    if form != "idle":
-        return opt_state
-    mirror, *rest = opt_state
-    assert isinstance(mirror, MirrorState)
-    return (mirror._replace(phase=jnp.ones_like(mirror.phase)), *rest)
-
-
-def _peak_memory(case: Case) -> int:
-    """Run once, for warmth; returns the most memory in use meanwhile (see above)."""
-    reset_peak_memory()
-    jax.block_until_ready(case.run(case.start()))
-    return peak_memory()
 
 
 def _plot(rows: list[Row]) -> Figure:

@@ -14,6 +14,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from _gpu_summary import summary
@@ -65,21 +66,17 @@ def _price() -> str:
     return markdown(*pivot(rows, ("data", "model", "interval", "bound"), "form", number("ratio_to_plain", 3)))
 
 
-def _trainer(newest: bool) -> Callable[[], str]:
+def _trainer(newest: bool) -> str:
     """Both sides, as the newest code ran, or as earlier code did."""
-
-    def make() -> str:
-        rows = results("vs_pytorch")
-        last = latest(rows, "model", "training", "side", "data")
-        headings = [*list(TABLES["vs_pytorch"].columns)[1:10], *([] if newest else ["commit"])]
-        return TABLES["vs_pytorch"].markdown(last if newest else [row for row in rows if row not in last], headings)
-
-    return make
+    rows = results("vs_pytorch")
+    last = latest(rows, "model", "training", "side", "data")
+    headings = [*list(TABLES["vs_pytorch"].columns)[1:10], *([] if newest else ["commit"])]
+    return TABLES["vs_pytorch"].markdown(last if newest else [row for row in rows if row not in last], headings)
 
 
-def _whole(name: str, *headings: str) -> Callable[[], str]:
+def _whole(name: str, *headings: str) -> str:
     """The table of all rows of a benchmark."""
-    return lambda: TABLES[name].markdown(results(name), headings)
+    return TABLES[name].markdown(results(name), headings)
 
 
 def _propagation() -> str:
@@ -116,23 +113,19 @@ def _agree(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return difference <= max(0.05 * statistics.fmean(theirs), 2 * error)
 
 
-def _means(data: str, metrics: Sequence[str], others: str) -> Callable[[], str]:
+def _means(data: str, metrics: Sequence[str], others: str) -> str:
     """Test metrics of every model and training, each beside that of another file's rows."""
-
-    def make() -> str:
-        rows = [row for row in _runs(data) if row["feature_dtype"] == "float32"]
-        theirs, lines = _groups(_read(others), "model", "training"), []
-        for key, group in _groups(rows, "model", "training").items():
-            other = theirs.get(key, [])
-            line = [*key, f"{len(group)} / {len(other)}" if len(other) > 1 else f"{len(group)}"]
-            for metric in metrics:
-                values = [float(row[metric]) for row in other if metric in row]
-                line += [_mean(ours := [row["test"][metric] for row in group]), _beside(ours, values)]
-            lines.append([*line, ", ".join(str(row["epochs_run"]) for row in group)])
-        headings = [heading for metric in metrics for heading in (metric, others.partition("_")[0])]
-        return markdown(["model", "training", "seeds", *headings, "epochs run"], lines)
-
-    return make
+    rows = [row for row in _runs(data) if row["feature_dtype"] == "float32"]
+    theirs, lines = _groups(_read(others), "model", "training"), []
+    for key, group in _groups(rows, "model", "training").items():
+        other = theirs.get(key, [])
+        line = [*key, f"{len(group)} / {len(other)}" if len(other) > 1 else f"{len(group)}"]
+        for metric in metrics:
+            values = [float(row[metric]) for row in other if metric in row]
+            line += [_mean(ours := [row["test"][metric] for row in group]), _beside(ours, values)]
+        lines.append([*line, ", ".join(str(row["epochs_run"]) for row in group)])
+    headings = [heading for metric in metrics for heading in (metric, others.partition("_")[0])]
+    return markdown(["model", "training", "seeds", *headings, "epochs run"], lines)
 
 
 def _beside(ours: Sequence[float], theirs: Sequence[float]) -> str:
@@ -144,34 +137,21 @@ def _beside(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def _bfloat16() -> str:
     """Feature tables in either type, over the seeds that both have."""
-    groups = _groups(_runs("tiktok"), "model", "feature_dtype", "training")
-    return markdown(
-        ["model", "features", *METRICS],
-        [
-            [
-                model,
-                kind,
-                *(_mean([r["test"][m] for r in groups[model, kind, "plain"] if r["seed"] in SEEDS]) for m in METRICS),
-            ]
-            for model in ("vbpr", "freedom")
-            for kind in ("float32", "bfloat16")
-        ],
-    )
+    lines = []
+    for (model, kind, training), group in _groups(_runs("tiktok"), "model", "feature_dtype", "training").items():
+        if model in ("vbpr", "freedom") and training == "plain":
+            tests = [row["test"] for row in group if row["seed"] in SEEDS]
+            lines.append([model, kind, *(_mean([test[metric] for test in tests]) for metric in METRICS)])
+    return markdown(["model", "features", *METRICS], sorted(lines, reverse=True))
 
 
-def _paired(data: str) -> Callable[[], str]:
+def _paired(data: str) -> str:
     """Differences per user and their p."""
-
-    def make() -> str:
-        lines = [
-            [row["model"], row["difference"], row["seeds"]]
-            + [f"{row[metric]} (p = {row[f'p, {metric}']})" for metric in ("recall@5", "recall@20")]
-            for row in _read("paired_tests.csv")
-            if row["data"] == data
-        ]
-        return markdown(["model", "difference", "seeds", "recall@5", "recall@20"], lines)
-
-    return make
+    rows = [row for row in _read("paired_tests.csv") if row["data"] == data]
+    for row in rows:
+        row |= {metric: f"{row[metric]} (p = {row[f'p, {metric}']})" for metric in ("recall@5", "recall@20")}
+    headings = ("model", "difference", "seeds", "recall@5", "recall@20")
+    return markdown(headings, [[row[heading] for heading in headings] for row in rows])
 
 
 def _curves() -> str:
@@ -187,30 +167,29 @@ def _curves() -> str:
             line.append(f"{statistics.fmean(recall):.4f} ({len(recall)})" if recall else "")
             line.append(f"{min(loss):.2f} to {max(loss):.2f}" if loss else "")
         lines.append(line)
-    return markdown(
-        ["epoch", "recall@5, ours (seeds)", "loss, ours", "recall@5, reference (seeds)", "loss, reference"], lines
-    )
+    sides = [heading for side in ("ours", "reference") for heading in (f"recall@5, {side} (seeds)", f"loss, {side}")]
+    return markdown(["epoch", *sides], lines)
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
-        "gpu": lambda: summary(RESULTS / "gpu"),
-        "vs_pytorch": _trainer(newest=True),
-        "vs_pytorch, earlier": _trainer(newest=False),
+        "gpu": partial(summary, RESULTS / "gpu"),
+        "vs_pytorch": partial(_trainer, newest=True),
+        "vs_pytorch, earlier": partial(_trainer, newest=False),
         "step_throughput": _price,
-        "compile_time": _whole("compile_time"),
+        "compile_time": partial(_whole, "compile_time"),
         "propagation": _propagation,
-        "sweep_throughput": _whole("sweep_throughput"),
-        "scaling": _whole("scaling"),
-        "floors": _whole("floors", *list(TABLES["floors"].columns)[1:]),
+        "sweep_throughput": partial(_whole, "sweep_throughput"),
+        "scaling": partial(_whole, "scaling"),
+        "floors": partial(_whole, "floors", *list(TABLES["floors"].columns)[1:]),
         "bfloat16": _bfloat16,
     },
     "results.md": {
-        "tiktok, means": _means("tiktok", METRICS, "reference_tiktok.csv"),
+        "tiktok, means": partial(_means, "tiktok", METRICS, "reference_tiktok.csv"),
         "tiktok, epochs": _curves,
-        "tiktok, paired": _paired("tiktok"),
-        "baby, means": _means("baby", ("recall@5", "map@5", "ndcg@5", "recall@20"), "paper_baby_table9.csv"),
-        "baby, paired": _paired("baby"),
+        "tiktok, paired": partial(_paired, "tiktok"),
+        "baby, means": partial(_means, "baby", ("recall@5", "map@5", "ndcg@5", "recall@20"), "paper_baby_table9.csv"),
+        "baby, paired": partial(_paired, "baby"),
     },
 }
 

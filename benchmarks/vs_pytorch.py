@@ -8,8 +8,8 @@ torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, Dua
 unchanged, as a subprocess (`_published.py`). Both sides get the same interactions and features, batch size, optimizer,
 seed, device and processor cores, train for exactly `--epochs` epochs, or stop early on validation Recall@5 with
 `--patience`, and evaluate validation and test after each epoch. They take turns, each alone on the machine, `--repeats`
-times; the first epoch of every run is left out. An epoch runs from the resampling of the graph to the last update; an
-evaluation is one split, the mean of validation and test. Our compile time is reported apart.
+times; the first epoch of every run is left out. An epoch runs from the resampling of the graph to the last update, ours
+without compilation; an evaluation is one split, the mean of validation and test.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
             for training in options.trainings:
                 config = {**files, **published_config(model, training, options)}
                 ours = {"data": str(folder / "data" / data.name), "model": model, "training": training, **limits}
-                theirs = {"source": str(source), "model": SETTINGS[model].published, "dataset": data.name}
+                theirs: Row = {"source": str(source), "model": SETTINGS[model].published, "dataset": data.name}
                 theirs |= {"config": config, "mirror": training != "plain"}
                 jobs = {"published": {**theirs, **common}, "ours": {**ours, **common}}
                 records: dict[str, list[Row]] = {side: [] for side in SIDES}
