@@ -119,9 +119,7 @@ class Benchmark:
         self.options(parser)
         parser.add_argument("--quick", action="store_true", help="tiny defaults: does it run, not how fast")
         parser.add_argument("--show", action="store_true", help="measure nothing; print and plot the file's rows")
-        parser.add_argument(
-            "--allow-dirty", action="store_true", help="measure though the tree differs from its commit"
-        )
+        parser.add_argument("--allow-dirty", action="store_true", help="measure a tree that differs from its commit")
         parser.add_argument("--output", type=Path, required=not self.kept, help="the file of results")
         options = parser.parse(arguments)
         if options.output is None and not options.quick:  # what is tiny is worth no file
@@ -181,11 +179,7 @@ def say(*what: object) -> None:
 def in_own_process(command: Sequence[str], job: Mapping[str, Any], what: str, **how: Any) -> Any:
     """Run a command with the file of a job as its last argument; returns what it wrote to the job's `output`.
 
-    Args:
-        command: e.g. `[sys.executable, __file__, "--job"]`, answered by `Benchmark.job`.
-        job: what to do, as JSON.
-        what: for the message where it fails.
-        how: of `subprocess.run`.
+    `[sys.executable, __file__, "--job"]` is answered by `Benchmark.job`; `what` is for the message where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         file, output = Path(folder) / "job.json", Path(folder) / "result.json"

@@ -1,8 +1,4 @@
-"""Parts of a measurement in order, within a budget of time, each written at once: what `gpu.py` runs them by.
-
-Nothing here knows of GPUs or processes: the clock and what runs a part are given, so that order and budget can be tried
-with parts that are made up.
-"""
+"""Parts of a measurement in order, within a budget of time, each written at once; the clock and what runs them are given."""
 
 from __future__ import annotations
 

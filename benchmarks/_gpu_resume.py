@@ -2,9 +2,9 @@
 
     XLA_FLAGS=--xla_gpu_deterministic_ops=true python benchmarks/_gpu_resume.py --output FILE
 
-FREEDOM with Mirror Gradient on the demo data. `again` is the same run once more, `resumed`
-one that stops halfway and goes on from its checkpoint in a program compiled anew. `equal_epochs` counts the epochs whose
-loss and metrics are the same text as in the unbroken run; `seconds_train` shows what deterministic operations cost.
+FREEDOM with Mirror Gradient on the demo data. `again` is the same run once more, `resumed` one that stops halfway and
+goes on in a program compiled anew. `equal_epochs` counts the epochs whose loss and metrics are the same text as in the
+unbroken run; `seconds_train` shows what deterministic operations cost.
 """
 
 from __future__ import annotations

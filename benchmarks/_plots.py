@@ -41,7 +41,7 @@ def bars(
                 x, middle, 0.9 * width, yerr=[middle - low, high - middle], label=one, error_kw={"elinewidth": 0.8}
             )
             axes.hlines([mark(row) for _, row in mine], x - width / 2, x + width / 2, colors="black")
-        axes.set_xticks(range(len(places)), places)
+        axes.set_xticks(range(len(places)), places, fontsize=min(10, 120 / len(places)))
         axes.set_ylabel(label)
         axes.set_title(name)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")

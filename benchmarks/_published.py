@@ -51,9 +51,9 @@ def limit_cores(threads: int) -> None:
 
 def restore_removed(numpy: Any, dok_matrix: Any) -> None:
     """`numpy.float` and its kin, gone since NumPy 1.24, and `dok_matrix._update(entries)`, gone since SciPy 1.13."""
-    for name in {"bool": bool, "float": float, "int": int, "object": object, "str": str}.items():
-        if name[0] not in vars(numpy):
-            setattr(numpy, *name)
+    for alias in (bool, float, int, object, str):
+        if alias.__name__ not in vars(numpy):
+            setattr(numpy, alias.__name__, alias)
     if not hasattr(dok_matrix, "_update"):  # puts a dictionary of entries in, without checks
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
@@ -73,10 +73,8 @@ def stand_ins() -> Iterator[None]:
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        del path, target
-        if name.split(".")[0] in NEVER_USED:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
+        known = name.split(".")[0] in NEVER_USED
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _Anything(spec.name)
@@ -127,9 +125,8 @@ def run(job: dict[str, Any], torch: Any) -> dict[str, Any]:
     record: dict[str, Any] = {"epochs": [], "evaluations": [], "valid": {}, "test": {}}
     attach_timers(trainer_class, record, now)
     started = now()
-    quick_start(
-        model=job["model"], dataset=job["dataset"], config_dict=job["config"], save_model=False, mg=job["mirror"]
-    )
+    what = {"model": job["model"], "dataset": job["dataset"], "config_dict": job["config"]}
+    quick_start(**what, save_model=False, mg=job["mirror"])
     record["seconds_run"] = now() - started
     installed = {name: str(importlib.import_module(name).__version__) for name in ("torch", "numpy", "scipy")}
     record["versions"] = {"python": platform.python_version(), **installed}
@@ -145,9 +142,8 @@ def paths_without_rivals(paths: list[str]) -> list[str]:
 
 def attach_timers(trainer_class: Any, record: dict[str, Any], now: Callable[[], float]) -> None:
     """Time each epoch, from the start of `pre_epoch_processing` to the end of `_train_epoch`, and each evaluation."""
-    make, train, evaluate, fit = (
-        getattr(trainer_class, name) for name in ("__init__", "_train_epoch", "_valid_epoch", "fit")
-    )
+    names = ("__init__", "_train_epoch", "_valid_epoch", "fit")
+    make, train, evaluate, fit = (getattr(trainer_class, name) for name in names)
     begun: list[float] = []
 
     def timed_init(self: Any, config: Any, model: Any, *args: Any, **kwargs: Any) -> None:

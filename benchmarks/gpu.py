@@ -192,15 +192,10 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
     except OSError:
         card = None
     cuda = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-runtime", "nvidia-cusparse", "torch")
-    return {
-        "device": options.device,
-        "card": card,
-        "quick": options.quick,
-        "system": platform.platform(),
-        **versions(),
-        **({"commit": options.commit} if options.commit else {}),
-        **{name: found for name in cuda if (found := package_version(name))},
-    }
+    found = {name: package_version(name) for name in cuda if package_version(name)}
+    found |= {"commit": options.commit} if options.commit else {}
+    here = {"device": options.device, "card": card, "quick": options.quick, "system": platform.platform()}
+    return {**here, **versions(), **found}
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ from mgrad_jax.graph.kernels import PRODUCTS
 
 TRAINING_PAIRS = 118_551  # of Amazon Baby's split
 LAYERS = 2
-COPY = "copy"
 CUSPARSE = "/cusparse"
 Array = jax.Array
 
@@ -154,10 +153,10 @@ def _rows(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[Ro
             compile_seconds[what, case] = time.perf_counter() - started
             runs[what, case] = partial(_repeated, partial(compiled, *arguments), options.calls)
     copy, copied_bytes = _copy(4 if options.quick else 256)
-    runs[COPY, COPY] = partial(_repeated, copy, options.calls)
+    runs["copy", ""] = partial(_repeated, copy, options.calls)
     jax.block_until_ready([run() for run in runs.values()])
     seconds = {key: np.array(times) / options.calls for key, times in interleaved(runs, options.repeats).items()}
-    bandwidth = copied_bytes / seconds.pop((COPY, COPY))
+    bandwidth = copied_bytes / seconds.pop(("copy", ""))
     rows = []
     for (what, case), times in seconds.items():
         floor = _bytes_to_move(graph, options.columns, what) / bandwidth

@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write and after != before:
             file.write_text(after, encoding="utf-8")
     if stale:
-        done = (
-            "written" if options.write else "not what benchmarks/results say; run `python benchmarks/tables.py --write`"
-        )
+        done = "written" if options.write else "not what benchmarks/results say; run tables.py with --write"
         print(f"{'; '.join(stale)}: {done}.")
     return 1 if stale and options.check else 0
 
