@@ -15,7 +15,8 @@ from mgrad_jax.training.grid import UNUSED
 from mgrad_jax.training.run import load_run
 
 # What runs of one training may differ in, and what trainings of one model may.
-_FREE = ("out", "seed", "data")
+_FREE = ("out", "seed", "data", "keep_every")
+_SAID = ("model", "training", "data_digest", "out", "seed", "data")
 _OF_TRAINING = (
     "training",
     "optimizer",
@@ -71,7 +72,7 @@ def _described(directory: Path) -> _Described:
         settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         settings = None
-    if not isinstance(settings, dict) or not {"model", "training", "data_digest", *_FREE} <= settings.keys():
+    if not isinstance(settings, dict) or not settings.keys() >= set(_SAID):
         load_run(directory)  # says what is wrong with it
         raise UserError(f"{directory / 'config.yaml'} is not a run's configuration; train the run anew.")
     if not (directory / "result.json").exists():

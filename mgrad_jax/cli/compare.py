@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,13 +11,13 @@ import typer
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.console import print_table, progress
-from mgrad_jax.cli.options import pairs
+from mgrad_jax.cli.options import pairs, scalar
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mgrad_jax.analysis.report import Table
-    from mgrad_jax.analysis.study import Run, Study
+    from mgrad_jax.analysis.study import Outcome, Study
     from mgrad_jax.training.config import RunConfig
     from mgrad_jax.training.fit import EpochReport
 
@@ -56,12 +56,33 @@ def compare(
     learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="As in `train`.")] = 0.0,
     max_norm: Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="Try a setting that only some methods have, alpha2=0.1,0.2,0.3, and keep the best on validation; replay "
+            "is tried as often with other seeds.",
+        ),
+    ] = None,
+    adversarial: Annotated[
+        str | None, typer.Option(metavar="KEY=VALUE,...", help="As in `train`, in every run: epsilon=0.1,weight=1.")
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="As in `train`; of a study, the plain run of the same model and seed."),
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="NPY", help="Also rank held-out items among sampled candidates, as AMR does.")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="The most epochs a run trains.")] = 1000,
     patience: Annotated[int, typer.Option(help="Epochs without improvement that are tolerated.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Interactions a batch.")] = 2048,
     metric: Annotated[
         str, typer.Option(help="What selects the best epoch, on validation; tests go by it.")
     ] = "recall@5",
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep the parameters of every N-th epoch of every run, for `landscape`.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with an estimate of the time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, or extend it.")] = False,
 ) -> None:
@@ -90,7 +111,12 @@ def compare(
             "patience": patience,
             "batch_size": batch_size,
             "metric": metric,
+            **({} if adversarial is None else {"adversarial": pairs("--adversarial", adversarial.split(","))}),
+            **({} if keep_every is None else {"keep_every": keep_every}),
         },
+        tune=values_by_name("--tune", tune or ()),
+        candidates=candidates,
+        start_from=start_from,
     )
     shown = names("--metrics", metrics)
     check_metrics(shown, next(iter(study.configs().values())))
@@ -98,7 +124,7 @@ def compare(
         _print_estimate(study)
         return
     report = write_report(study, _train(study, resume), shown)
-    print_tables(report.means, report.convergence)
+    print_tables(report.means, *(() if report.tried is None else (report.tried,)), report.equal, report.convergence)
     for sentence in report.verdicts:
         print(sentence)
     print(f"Tables, tests and pictures: {study.directory}")
@@ -109,6 +135,22 @@ def names(option: str, text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(","))
     if not all(found):
         raise UserError(f"{option} {text} has an empty place; write names with commas between them.")
+    return found
+
+
+def values_by_name(option: str, arguments: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """The lists of numbers in `name=value,value` arguments."""
+    found: dict[str, tuple[float, ...]] = {}
+    for argument in arguments:
+        name, separator, values = (part.strip() for part in argument.partition("="))
+        numbers = tuple(scalar(value.strip()) for value in values.split(","))
+        if not separator or not name or not all(type(number) in (int, float) for number in numbers):
+            raise UserError(
+                f"{option} {argument} is not of the form name=number,number; write for example {option} alpha2=0.1,0.2."
+            )
+        if name in found:
+            raise UserError(f"{option} {name} is given twice; write all its values in one list.")
+        found[name] = numbers
     return found
 
 
@@ -129,7 +171,7 @@ def _seeds(text: str, first: int) -> tuple[int, ...]:
     return tuple(range(first, first + numbers[0]))
 
 
-def _train(study: Study, resume: bool) -> list[Run]:
+def _train(study: Study, resume: bool) -> Outcome:
     """Train and tell how far it is; a signal to stop leaves every finished epoch on disk."""
     from mgrad_jax.analysis.study import STUDY_FILE, StudyInterrupted, train_study
 

@@ -22,6 +22,7 @@ _Features = Annotated[
     typer.Option(metavar="NPY IDS", help="Features (rows, dim), and a text file with the raw item id of each row."),
 ]
 # What `prepare` reads where it makes the user graph only; the other options are of raw ratings.
+_OF_AMR = ("amr", "source", "destination", "name", "seed", "overwrite")
 _OF_USER_GRAPH = ("source", "user_graph", "user_k", "published_user_graph")
 
 
@@ -79,8 +80,15 @@ def prepare(
         Path | None,
         typer.Option(metavar="FILE", help="Store a dataset's user graph from a published user_graph_dict.npy instead."),
     ] = None,
+    amr: Annotated[
+        bool,
+        typer.Option("--amr", help="SOURCE is a directory of AMR's authors: pos.txt, neg.txt, f_resnet.npy."),
+    ] = False,
 ) -> None:
     """Filter, split and re-index raw ratings into a dataset directory; store its user graph."""
+    if amr:
+        _prepare_amr(context, source, destination, name, seed, overwrite)
+        return
     _check_preparation(context, source, destination, user_graph, published_user_graph)
     if destination is None:
         _store_user_graph(source, user_k, published_user_graph)
@@ -111,6 +119,23 @@ def prepare(
     _print_values(str(destination), _told(prepared))
     if user_graph:
         _store_user_graph(prepared.file, user_k)
+
+
+def _prepare_amr(
+    context: typer.Context, source: Path, destination: Path | None, name: str | None, seed: int, overwrite: bool
+) -> None:
+    """`prepare --amr`: its dataset has ids, a test split and features already."""
+    if destination is None:
+        raise UserError("DESTINATION is missing; name the directory to write.")
+    said = _options_given(context)
+    for parameter, option in said.items():
+        if parameter not in _OF_AMR:
+            raise UserError(f"{option} is for raw ratings, and --amr reads none; leave {option} out.")
+    from mgrad_jax.data.amr import prepare_amr
+
+    prepared = prepare_amr(source, destination, name=name, seed=seed, overwrite=overwrite)
+    candidates = prepared.file.with_name("candidates.npy")
+    _print_values(str(destination), {**_told(prepared), "candidates": candidates})
 
 
 def _told(prepared: Prepared) -> dict[str, Any]:
@@ -231,10 +256,11 @@ def _shown(value: Any) -> str:
 
 
 def list_models() -> None:
-    """List the models, what they need, and their hyper-parameters."""
+    """List the models, what they need, and their hyper-parameters, and what `evaluate` ranks by without training."""
     import dataclasses
 
     from mgrad_jax import models
+    from mgrad_jax.analysis.baselines import BASELINES
 
     table = Table("model", "needs", "hyper-parameter", "default", "meaning")
     for name in models.names():
@@ -244,4 +270,7 @@ def list_models() -> None:
             table.add_row(*heading, field.name, str(field.default), field.metadata.get("help", ""))
             heading = ("", "")
         table.add_section()
+    for name, meaning in BASELINES.items():
+        needs = "no training, image or text" if name == "itemknn-features" else "no training"
+        table.add_row(name, needs, "", "", f"ranks by {meaning}")
     console().print(table)

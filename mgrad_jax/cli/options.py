@@ -80,8 +80,8 @@ class TrainingOptions:
         typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the model; repeatable."),
     ] = None
 
-    def config(self, out: str | None) -> RunConfig:
-        """The configuration of a run with these options, checked; `out` is its directory."""
+    def config(self, out: str | None, **of_run: Any) -> RunConfig:
+        """The configuration of a run with these options, checked; `out` is its directory, the rest what sweeps lack."""
         from mgrad_jax.training.config import RunConfig
         from mgrad_jax.training.numerics import make_deterministic
 
@@ -99,6 +99,7 @@ class TrainingOptions:
             hyper_parameters=pairs("--set", values.pop("hyper") or ()),
             out=out,
             **values,
+            **of_run,
         )
 
     def _training(self) -> str:

@@ -79,6 +79,8 @@ class RunConfig:
         max_norm: clip gradients by global norm before a batch's last update; None: never.
         seed: of the initial parameters and of everything drawn in training.
         epochs, patience, batch_size, metric, ks, evaluate: see `mgrad_jax.training.fit`.
+        start_from: a run whose best parameters this one begins with, see `mgrad_jax.training.start`; None: with its own.
+        keep_every: keep the parameters of one epoch in how many (`mgrad_jax.training.kept`); None: of none.
         out: the run's directory; None: `runs/<model>-<data>-<training>-s<seed>`.
 
     Raises:
@@ -110,6 +112,8 @@ class RunConfig:
     ks: tuple[int, ...] = (5, 10, 20, 50)
     evaluate: str = "fresh"
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
+    keep_every: int | None = None
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -191,6 +195,8 @@ class RunConfig:
             )
         for name, least in (("seed", 0), ("epochs", 1), ("patience", 0), ("batch_size", 1)):
             _at_least(name, getattr(self, name), least, 2**32 - 1 if name == "seed" else _INT32)
+        if self.keep_every is not None:
+            _at_least("keep_every", self.keep_every, 1)
         if not self.ks:
             raise UserError("ks is empty; name at least one cut-off of the metrics.")
         for k in self.ks:
@@ -310,12 +316,15 @@ class RunConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["data"] = self.data if self.data == "demo" else str(Path(self.data).absolute())
         values["out"] = str(self.directory)
+        values["start_from"] = None if self.start_from is None else str(Path(self.start_from).absolute())
         values["hyper_parameters"] = dataclasses.asdict(models.make_config(self.model, dict(self.hyper_parameters)))
         values["optimizer_args"] = dict(self.optimizer_args)
         values["flat_minima_args"] = dict(self.flat_minima_args)
         values["adversarial"] = None if self.adversarial is None else dict(self.adversarial)
         values["learning_rate_decay"] = list(self.learning_rate_decay)
         values["ks"] = list(self.ks)
+        if self.keep_every is None:  # as in the files of runs that keep none
+            del values["keep_every"]
         return values
 
 

@@ -37,6 +37,7 @@ from mgrad_jax.training.epoch import (
     split_model,
     training_data,
 )
+from mgrad_jax.training.kept import KeptParams
 
 
 class TrainingDiverged(UserError):
@@ -169,6 +170,7 @@ def fit(
     learning_rate_decay: tuple[float, float] = (1.0, 50.0),
     evaluate: Literal["fresh", "stale"] = "fresh",
     checkpoints: Checkpoints | None = None,
+    kept: KeptParams | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> FitResult:
@@ -194,6 +196,7 @@ def fit(
         evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
+        kept: where the parameters of some epochs are kept, those that evaluation reads.
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
             lost is trained again.
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
@@ -220,6 +223,8 @@ def fit(
             history.append(report)
             if on_epoch is not None:
                 on_epoch(report)
+            if kept is not None:
+                kept.save(report.epoch, _scoring(run.state).params)
             if checkpoints is not None:
                 checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
         best_is_lost &= not report.is_best

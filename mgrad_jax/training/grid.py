@@ -20,7 +20,7 @@ TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
 AXES = (*TRACED, "seed", "training", "interval", "optimizer", "batch_size")
 MOST_MEMBERS = 10_000
 # What no compiled program depends on.
-_NO_STRUCTURE = (*TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay")
+_NO_STRUCTURE = (*TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay", "keep_every")
 # What has no effect in a training, by its name.
 UNUSED: Mapping[str, tuple[str, ...]] = {
     "mirror": (),

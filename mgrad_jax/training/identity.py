@@ -20,8 +20,8 @@ from mgrad_jax.errors import shown
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import UNUSED, follows_epochs
 
-# Where a run lies, where its data lie (their digest counts), and how far it goes.
-_FREE = ("out", "data", "epochs", "patience")
+# Where a run lies, where its data lie (their digest counts), how far it goes, and what it keeps besides.
+_FREE = ("out", "data", "epochs", "patience", "keep_every")
 _DEFAULTS: Mapping[str, Any] = {
     f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING
 }

@@ -174,7 +174,7 @@ def test_no_setting_of_a_run_is_unknown_here() -> None:
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     by_model = {"adversarial", "feature_dtype"}  # through `RunConfig.create_model`
     by_numerics = {"matmul_precision", "deterministic"}  # through `numerics.as_configured`
-    assert fields == by_transformation | by_sweep | by_model | by_numerics | {"data", "out"}
+    assert fields == by_transformation | by_sweep | by_model | by_numerics | {"data", "out", "keep_every"}
 
 
 def test_what_has_no_effect_makes_no_member() -> None:
