@@ -39,6 +39,7 @@ def penalty_course(lines: Mapping[str, Mapping[str, tuple[Sequence[int], Sequenc
     for axis, (title, by_name) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
         for number, (name, (epochs, weights)) in enumerate(by_name.items()):
             axis.semilogy(epochs, weights, marker=".", color=f"C{number}", label=name)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", ylabel="weight of the penalty beside the loss", title=title)
         axis.legend(fontsize="small")
     return figure

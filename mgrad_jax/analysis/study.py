@@ -26,10 +26,10 @@ from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
 from mgrad_jax.files import locked, write_whole, written_whole
-from mgrad_jax.training.config import TRAININGS, RunConfig
+from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
-from mgrad_jax.training.grid import UNUSED
 from mgrad_jax.training.history import History, read_rows
+from mgrad_jax.training.methods import METHODS, unused
 from mgrad_jax.training.run import load_run, train_run
 
 STUDY_FILE = "study.yaml"
@@ -111,8 +111,8 @@ class Study:
                 repeated = next(value for value in values if values.count(value) > 1)
                 raise UserError(f"--{name} names {repeated} twice; name each once.")
         for method in self.methods:
-            if method not in TRAININGS:
-                raise UserError(f"unknown method '{method}'; choose among {', '.join(TRAININGS)}.")
+            if method not in METHODS:
+                raise UserError(f"unknown method '{method}'; choose among {', '.join(METHODS)}.")
         if "replay" not in self.methods:
             place = self.methods.index("plain") + 1 if "plain" in self.methods else 0
             methods = (*self.methods[:place], "replay", *self.methods[place:])
@@ -135,7 +135,7 @@ class Study:
     def cells(self) -> list[Cell]:
         """Every training of every model, in the order of the tables."""
         cells = [
-            Cell(model, method, optimizer, None if "interval" in UNUSED[method] else interval)
+            Cell(model, method, optimizer, None if "interval" in unused(method) else interval)
             for model, optimizer, method, interval in itertools.product(
                 self.models, self.optimizers, self.methods, self.intervals
             )

@@ -241,7 +241,7 @@ def _half_steps(
     found = []
     for name in settings.optimizers:
         optimizer = _compiled(make_optimizer(name, eta))
-        for second in ("optimizer", "ascent") if _has_ascent(optimizer, params) else ("optimizer",):
+        for second in ("own", "ascent") if _has_ascent(optimizer, params) else ("own",):
             ascent = second == "ascent"
             zero = theory.half_steps(optimizer, gradient, params, optimizer.init(params), *alphas, ascent=ascent)
             found.append(Step(name, second, "zero", zero))
