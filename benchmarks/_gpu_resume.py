@@ -9,15 +9,18 @@ loss and metrics are the same text as in the unbroken run; `seconds_train` shows
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from _report import Parser, device_name, exit_status, versions, write_json
+from _frame import Benchmark
+from _tables import Row
 
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import train_run
@@ -25,13 +28,8 @@ from mgrad_jax.training.run import train_run
 TIMES = ["seconds_train", "seconds_evaluate"]
 
 
-@exit_status
-def main() -> None:
-    """Train, compare and write."""
-    parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="two epochs of VBPR")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Two epochs of VBPR where everything is tiny."""
     epochs = 2 if options.quick else 8
     with tempfile.TemporaryDirectory() as folder:
         unbroken, again, resumed = (Path(folder) / name for name in ("unbroken", "again", "resumed"))
@@ -40,15 +38,13 @@ def main() -> None:
         train_run(_config(resumed, epochs // 2, options.quick))
         train_run(_config(resumed, epochs, options.quick), resume=True)
         expected = _history(unbroken)
-        row = {
+        row: Row = {
             "epochs": epochs,
             "equal_epochs": {out.name: _equal(_history(out), expected) for out in (again, resumed)},
             "seconds_train": statistics.median(pd.read_csv(unbroken / "history.csv")["seconds_train"][1:]),
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "device": device_name(),
-            "versions": versions(),
         }
-    write_json(options.output, [row])
+    yield [row]
 
 
 def _config(out: Path, epochs: int, quick: bool) -> RunConfig:
@@ -66,4 +62,4 @@ def _equal(ours: Any, expected: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Benchmark("gpu_resume", __doc__, _measure, kept=False).main())

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _report import program_memory
+from _machine import program_memory
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.sampling import sample_negatives, user_history
-from mgrad_jax.training.epoch import SplitModel, _pass
+from mgrad_jax.training.epoch import SplitModel, train_pass
 
 
 @dataclass
@@ -83,7 +83,7 @@ def _passes(
     batches: Batch,
     key: jax.Array,
 ) -> Any:
-    step = partial(_pass, parts.graphdef, tx, epoch_state, constants, key, batches)
+    step = partial(train_pass, parts.graphdef, tx, epoch_state, constants, key, batches)
     numbers = jnp.arange(len(schedule), dtype=jnp.int32)
     return jax.lax.scan(step, carry, (jnp.asarray(schedule), numbers))
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses, models
+from mgrad_jax import models
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import Recommender, Scalar
 
 

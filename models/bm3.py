@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import normalized_bipartite
+from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
-from mgrad_jax.models.propagation import lightgcn_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +145,7 @@ class BM3(Recommender):
     def representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """h_u and h_i, before the predictor."""
         ids = self.item_id_embedding[...]
-        users, items = lightgcn_layers(self.graph.get_value(), self.user_embedding[...], ids, self.config.n_layers)
+        users, items = lightgcn_mean(self.graph.get_value(), self.user_embedding[...], ids, self.config.n_layers)
         return users, items + ids
 
     def _target(self, key: Array, rows: Float[Array, "batch dim"], ids: Int[Array, " batch"]) -> Array:

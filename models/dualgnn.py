@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.data.user_graph import (
+from mgrad_jax.data.user_graph import build_user_graph, cache_directory
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import (
     UserGraph,
-    build_user_graph,
-    cache_directory,
     mix_neighbours,
+    normalized_bipartite,
+    propagate_bipartite,
     sample_user_graph,
 )
-from mgrad_jax.errors import UserError
-from mgrad_jax.graph import normalized_bipartite, propagate_bipartite
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_normal
 
 STEPS = 2

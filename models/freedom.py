@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
     bipartite_edges,
     blend_graphs,
     knn_graph,
+    lightgcn_mean,
     normalized_bipartite,
     propagate,
     prune_edges,
 )
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_uniform
-from mgrad_jax.models.propagation import lightgcn_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,5 +152,5 @@ class FREEDOM(Recommender):
         neighbours = item_ids
         for _ in range(self.config.n_mm_layers):
             neighbours = propagate(self.item_graph.get_value(), neighbours)
-        users, items = lightgcn_layers(graph.get_value(), self.user_embedding[...], item_ids, self.config.n_ui_layers)
+        users, items = lightgcn_mean(graph.get_value(), self.user_embedding[...], item_ids, self.config.n_ui_layers)
         return users, items + neighbours

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import SparseGraph, edge_dot, edge_softmax, mean_bipartite, propagate, replace_values
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
 
 ID_STEPS = 2

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
@@ -21,6 +20,7 @@ from mgrad_jax.graph import (
     propagate_bipartite,
     prune_edges,
 )
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, xavier_uniform
 
 _EPS = 1e-8  # norms are at least this, as published

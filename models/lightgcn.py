@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import normalized_bipartite
+from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, xavier_uniform
-from mgrad_jax.models.propagation import lightgcn_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,4 +108,4 @@ class LightGCN(Recommender):
     def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """The mean over the layers, of users and of items."""
         ego = self.user_embedding[...], self.item_embedding[...]
-        return lightgcn_layers(self.graph.get_value(), *ego, self.config.n_layers)
+        return lightgcn_mean(self.graph.get_value(), *ego, self.config.n_layers)

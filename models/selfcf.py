@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import SparseGraph, drop_entries, normalized_bipartite, with_transpose
+from mgrad_jax.graph import SparseGraph, drop_entries, lightgcn_mean, normalized_bipartite, with_transpose
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
-from mgrad_jax.models.propagation import lightgcn_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ class SelfCF(Recommender):
 
     def _encode(self, graph: SparseGraph) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """LightGCN's mean over the layers, of users and of items."""
-        return lightgcn_layers(graph, self.user_embedding[...], self.item_embedding[...], self.config.n_layers)
+        return lightgcn_mean(graph, self.user_embedding[...], self.item_embedding[...], self.config.n_layers)
 
     def _loss_on(
         self, graph: SparseGraph, batch: Batch, key: Array

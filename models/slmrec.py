@@ -12,12 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import normalized_bipartite
+from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
+from mgrad_jax.models import losses
 from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
-from mgrad_jax.models.propagation import lightgcn_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +181,7 @@ class SLMRec(Recommender):
         items = jnp.concatenate(
             [self.item_embedding[...], self.image_map(self.image[...]), self.text_map(self.text[...])], axis=1
         )
-        return lightgcn_layers(self.graph.get_value(), users, items, self.config.layer_num)
+        return lightgcn_mean(self.graph.get_value(), users, items, self.config.layer_num)
 
     def _modality_contrast(self, item_rows: Float[Array, "batch views"]) -> Float[Array, ""]:
         """CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp): id with image (fine), both with text (coarse)."""

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from command_lines import assert_one_sentence, overriding
+from command_lines import HANGS, assert_one_sentence, overriding
 
 from mgrad_jax.cli import main
 
@@ -205,7 +205,7 @@ def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_names_the_epoch_and_the_remedy(
-    tmp_path: Path, start_command: Callable[[list[str]], subprocess.Popen[str]], stop: signal.Signals
+    tmp_path: Path, start_command: Callable[..., subprocess.Popen[str]], stop: signal.Signals
 ) -> None:
     out = tmp_path / "run"
     command = ["train", *MODEL, "--data", "demo", "--epochs", "100000", "--patience", "100000", "--out", str(out)]
@@ -215,7 +215,7 @@ def test_stopping_names_the_epoch_and_the_remedy(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(stop)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert error.count("\n") == 1, error
     epoch = int(error.split("stopped after epoch ")[1].split(";")[0])
@@ -520,7 +520,7 @@ def test_a_damaged_compilation_cache_heals(tmp_path: Path) -> None:
     for number in range(3):
         arguments = ["train", *MODEL, "--data", "demo", "--epochs", "1", "--out", str(tmp_path / str(number))]
         command = [sys.executable, "-m", "mgrad_jax", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=True)
         assert done.stderr == ""
         entries = list((tmp_path / "cache" / "mgrad_jax").glob("*-cache"))
         assert entries

@@ -12,7 +12,7 @@ from mgrad_jax.analysis.baselines import popularity
 from mgrad_jax.analysis.perturb import FeatureChange, item_tables
 from mgrad_jax.analysis.robustness import Measured, Response, changed_features, check_features, table_noise
 from mgrad_jax.data import Interactions
-from mgrad_jax.data.interactions import MODALITIES, read_features
+from mgrad_jax.data.features import MODALITIES, read_features
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.metrics import METRICS
 from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores

@@ -146,7 +146,7 @@ def test_huge_noise_leaves_chance_of_pure_factors() -> None:
     assert np.mean(share) == pytest.approx(1 / 100, abs=0.03)
 
 
-# --- the contract of the models -----------------------------------------------------------------------------------------
+# --- the contract of the models ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES])

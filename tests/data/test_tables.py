@@ -1,4 +1,4 @@
-"""Text tables: every field in its column, every row counted, and each fault with its line and a remedy that mends it."""
+"""Text tables: every field in its column, every row counted, each fault with its line and a remedy that mends it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """VBPR, BM3 and FREEDOM against recorded numbers of the published implementation, on the small set in `tests/golden`.
 
-In float64, fed the recorded graphs, loss, every gradient, embeddings and scores agree to 1e-9 (the numbers are stored in
-float64); in float32, on the graphs built here, to 1e-4.
+In float64, fed the recorded graphs, loss, every gradient, embeddings and scores agree to 1e-9 (the numbers are stored
+in float64); in float32, on the graphs built here, to 1e-4.
 """
 
 from __future__ import annotations

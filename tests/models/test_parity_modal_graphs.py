@@ -1,7 +1,8 @@
 """MMGCN and GRCN against recorded numbers of their published code, on the small set in `tests/golden`.
 
 The recorded numbers are a float64 run. In float64 loss, gradients, embeddings and scores agree to 1e-9 (1e-6 where an
-array was stored in float32), in float32 to 1e-4. The options, which have no recorded numbers, are compared with dense NumPy.
+array was stored in float32), in float32 to 1e-4. The options, which have no recorded numbers, are compared with dense
+NumPy.
 """
 
 from __future__ import annotations

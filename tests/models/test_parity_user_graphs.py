@@ -19,8 +19,8 @@ from golden import batch_of, dense_of, graph_of, loss_and_gradients, recorded, r
 
 from mgrad_jax import interop, models
 from mgrad_jax.data import Interactions
-from mgrad_jax.data.user_graph import UserGraph, UserSample, sample_user_graph
 from mgrad_jax.errors import UserError
+from mgrad_jax.graph import UserGraph, UserSample, sample_user_graph
 from mgrad_jax.models import Frozen, Recommender
 
 NAMES = ("dualgnn", "dragon")
