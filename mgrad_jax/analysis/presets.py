@@ -116,6 +116,7 @@ class Preset:
         models, seeds: what is trained unless said otherwise.
         steps: makes the steps.
         note: what to know about the result.
+        form: of the numbers.
     """
 
     question: str
@@ -124,6 +125,7 @@ class Preset:
     steps: Callable[[Asked], Iterator[Step]]
     seeds: tuple[int, ...] = _FIVE
     note: str = ""
+    form: str = ".4f"
 
 
 def _tuned(asked: Asked) -> Iterator[Step]:
@@ -295,6 +297,7 @@ PRESETS: Mapping[str, Preset] = {
         ("vbpr", "grcn", "bm3", "freedom"),
         _plain_study,
         note="The paper's text names neither the models nor numbers.",
+        form=".4g",
     ),
     "fig5": Preset(
         "Which alpha1 and alpha2 are good?",

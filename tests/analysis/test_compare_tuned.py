@@ -20,6 +20,7 @@ from mgrad_jax.cli import main
 from mgrad_jax.data import load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.run import load_run
 from mgrad_jax.training.start import start_from
 
 pytestmark = pytest.mark.quick_compilation
@@ -227,23 +228,21 @@ def test_a_start_gives_every_parameter_of_the_run(study: Path) -> None:
     for adversarial in (None, {"epsilon": 0.1, "weight": 1.0}):
         config = RunConfig("vbpr", "demo", seed=1, hyper_parameters=settings, adversarial=adversarial)
         model = config.create_model(data)
-        start_from(model, run, "demo")
-        from mgrad_jax.training.run import load_run
-
-        for ours, theirs in zip(model.embed(), load_run(run).vectors(), strict=True):
+        trained = load_run(run)
+        start_from(model, trained.model, run)
+        for ours, theirs in zip(model.embed(), trained.vectors(), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_a_start_from_another_model_or_size_is_refused(study: Path) -> None:
     run, data = study / "runs" / "vbpr-plain-adam-s999", load_interactions("demo")
+    trained = load_run(run).model
     wider = RunConfig("vbpr", "demo").create_model(data)
     with pytest.raises(UserError, match=r"has item_embedding of shape \(400, 8\) and this run of \(400, 64\)"):
-        start_from(wider, run, "demo")
+        start_from(wider, trained, run)
     other = RunConfig("lightgcn", "demo").create_model(data)
     with pytest.raises(UserError, match="is a run of vbpr and cannot start lightgcn: vbpr has the parameter"):
-        start_from(other, run, "demo")
-    with pytest.raises(UserError, match="nowhere holds no run"):
-        start_from(other, "nowhere", "demo")
+        start_from(other, trained, run)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
