@@ -10,27 +10,24 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.models import Recommender
 
 
-def start_from(model: Recommender, directory: str | Path, data: str) -> None:
-    """Give a model the best parameters of a run, by their paths.
+def start_from(model: Recommender, trained: Recommender, directory: str | Path) -> None:
+    """Give a model the parameters of a trained one, by their paths.
 
     Args:
-        model: to be trained; it may be adversarial where the run was not.
-        directory: of the run.
-        data: the dataset of both.
+        model: to be trained; it may be adversarial where the other was not.
+        trained: the model of a run, at its best epoch.
+        directory: of that run, for messages.
 
     Raises:
-        UserError: no run there, one of other data, or one whose parameters are others or have other shapes.
+        UserError: the run's parameters are others or have other shapes.
     """
-    from mgrad_jax.training.run import load_run  # which begins runs, too
-
-    loaded = load_run(directory, data)
-    theirs, ours = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (loaded.model, model))
+    theirs, ours = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (trained, model))
     for path in (*ours, *theirs):
         name = ".".join(map(str, path))
         if path not in theirs or path not in ours:
-            lacking, having = (loaded.model, model) if path not in theirs else (model, loaded.model)
+            lacking, having = (trained, model) if path not in theirs else (model, trained)
             raise UserError(
-                f"{directory} is a run of {loaded.config.model} and cannot start {model.name}: {having.name} has the "
+                f"{directory} is a run of {trained.name} and cannot start {model.name}: {having.name} has the "
                 f"parameter {name} and {lacking.name} has not; give a run of {model.name}."
             )
         if theirs[path].shape != ours[path].shape:
@@ -38,4 +35,4 @@ def start_from(model: Recommender, directory: str | Path, data: str) -> None:
                 f"{directory} has {name} of shape {theirs[path].shape} and this run of {ours[path].shape}; give a run with "
                 "the same hyper-parameters."
             )
-    nnx.update(model, nnx.state(loaded.model, nnx.Param))
+    nnx.update(model, nnx.state(trained, nnx.Param))
