@@ -89,10 +89,10 @@ class Asked:
         }
         return Study(**{**values, "settings": {**(settings or {}), **self.settings}, **changes})
 
-    def sweep(self, name: str, model: str, training: str, grid: Mapping[str, Sequence[Any]]) -> Call:
+    def sweep(self, name: str, model: str, method: str, grid: Mapping[str, Sequence[Any]]) -> Call:
         """A sweep of one model."""
         axes = {**grid, "seed": self.seeds}
-        words = ["sweep", "--model", model, "--data", self.data, training]
+        words = ["sweep", "--model", model, "--data", self.data, "--method", method]
         for axis, values in axes.items():
             words += ["--grid", f"{axis}={','.join(map(str, values))}"]
         for setting, value in self.settings.items():
@@ -156,7 +156,7 @@ def _adjustment(asked: Asked) -> Iterator[Step]:
 def _optimizers(asked: Asked) -> Iterator[Step]:
     yield Training(asked.study(optimizers=OPTIMIZERS))
     for model in asked.models:
-        rates = asked.sweep(f"rates-{model}", model, "--no-mirror", {"optimizer": OPTIMIZERS, "learning_rate": RATES})
+        rates = asked.sweep(f"rates-{model}", model, "plain", {"optimizer": OPTIMIZERS, "learning_rate": RATES})
         yield rates
         for optimizer in OPTIMIZERS:
             rate = chosen_rate(rates.out, optimizer)
@@ -211,8 +211,8 @@ def _landscape(asked: Asked) -> Iterator[Step]:
 def _alphas(asked: Asked) -> Iterator[Step]:
     for model in asked.models:
         grid = {"alpha1": ALPHAS, "alpha2": ALPHAS, "interval": (3, 1)}
-        yield asked.sweep(f"mirror-{model}", model, "--mirror", grid)
-        yield asked.sweep(f"replay-{model}", model, "--replay", {"interval": (3, 1)})
+        yield asked.sweep(f"mirror-{model}", model, "mirror", grid)
+        yield asked.sweep(f"replay-{model}", model, "replay", {"interval": (3, 1)})
 
 
 def _theorem(asked: Asked) -> Iterator[Step]:

@@ -94,7 +94,12 @@ def beside(name: str, preset: Preset, found: Mapping[str, list[Ours]]) -> Table:
         Column("metric"),
         Column("paper data"),
     ]
-    heads += [Column("paper", preset.form), Column("paper change", "+.1%"), Column("ours", preset.form), Column("ours change", "+.1%")]
+    heads += [
+        Column("paper", preset.form),
+        Column("paper change", "+.1%"),
+        Column("ours", preset.form),
+        Column("ours change", "+.1%"),
+    ]
     heads += [Column("ours against replay", "+.1%"), Column("seeds")]
     rows = []
     for data, numbers in found.items():

@@ -19,7 +19,10 @@ from mgrad_jax.files import write_whole
 
 LOSSES = (0.05, 0.2)
 # Which trainings are held against which, by the beginning of their names.
-_COMPARED = (("mirror", "plain"), ("mirror", "replay"), ("replay", "plain"))
+_COMPARED = (
+    *((method, other) for method in ("mirror", "mirror-ascent") for other in ("plain", "replay")),
+    ("replay", "plain"),
+)
 
 
 @dataclass(frozen=True)

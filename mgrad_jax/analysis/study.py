@@ -31,10 +31,10 @@ from mgrad_jax.errors import UserError, shown
 from mgrad_jax.evaluation.candidates import Candidates, candidate_metrics, read_candidates, scores_of
 from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
 from mgrad_jax.files import Damaged, locked, read_mapping, write_whole, written_whole
-from mgrad_jax.training.config import TRAININGS, RunConfig
+from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
-from mgrad_jax.training.grid import UNUSED
 from mgrad_jax.training.history import History, read_rows
+from mgrad_jax.training.methods import METHODS, SETTINGS, unused
 from mgrad_jax.training.run import load_run, train_run
 
 STUDY_FILE = "study.yaml"
@@ -161,8 +161,8 @@ class Study:
                 repeated = next(value for value in values if values.count(value) > 1)
                 raise UserError(f"--{name} names {repeated} twice; name each once.")
         for method in self.methods:
-            if method not in TRAININGS:
-                raise UserError(f"unknown method '{method}'; choose among {', '.join(TRAININGS)}.")
+            if method not in METHODS:
+                raise UserError(f"unknown method '{method}'; choose among {', '.join(METHODS)}.")
         if "replay" not in self.methods:
             place = self.methods.index("plain") + 1 if "plain" in self.methods else 0
             methods = (*self.methods[:place], "replay", *self.methods[place:])
@@ -186,7 +186,7 @@ class Study:
     def cells(self) -> list[Cell]:
         """Every training of every model, in the order of the tables."""
         cells = [
-            Cell(model, method, optimizer, None if "interval" in UNUSED[method] else interval)
+            Cell(model, method, optimizer, None if "interval" in unused(method) else interval)
             for model, optimizer, method, interval in itertools.product(
                 self.models, self.optimizers, self.methods, self.intervals
             )
@@ -246,14 +246,14 @@ class Study:
         return str(place / "runs" / f"{cell.model}-plain-{cell.optimizer}-s{seed}")
 
     def _check_tune(self) -> None:
-        tunable = sorted(set().union(*UNUSED.values()) - {"interval"})
+        tunable = [name for name in SETTINGS if name != "interval"]
         for name, values in self.tune.items():
             if name not in tunable:
                 raise UserError(
                     f"--tune has no setting {shown(name)}; choose among {', '.join(tunable)}, which some methods have and "
                     "others do not."
                 )
-            if all(name in UNUSED[method] for method in self.methods):
+            if all(name in unused(method) for method in self.methods):
                 raise UserError(f"--tune {name} has no effect in {' or '.join(self.methods)}; leave it out.")
             if len(set(values)) < len(values):
                 raise UserError(f"--tune {name} names a value twice; name each once.")
@@ -278,7 +278,7 @@ def _plain(value: Any) -> Any:
 
 def _tuned(tune: Mapping[str, Sequence[float]], method: str) -> dict[str, Sequence[float]]:
     """What is tuned of a method."""
-    return {name: values for name, values in tune.items() if name not in UNUSED[method]}
+    return {name: values for name, values in tune.items() if name not in unused(method)}
 
 
 def _combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from mgrad_jax.cli.console import print_table, progress
 from mgrad_jax.cli.options import pairs, scalar
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
+from mgrad_jax.training.methods import METHODS
 
 if TYPE_CHECKING:
     from mgrad_jax.analysis.report import Table
@@ -30,8 +31,7 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="How to train: plain, replay, mirror, sam, ssam-f, ssam-d. replay, the control with as many updates, "
-            "is always there.",
+            help=f"How to train: {', '.join(METHODS)}. replay, the control with as many updates, is always there.",
         ),
     ] = "plain,replay,mirror",
     optimizers: Annotated[str, typer.Option(metavar="NAME,...", help="Optimizers, as in `train`.")] = "adam",

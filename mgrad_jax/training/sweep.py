@@ -10,7 +10,6 @@ a program of half the width: at most log2(slots) more compilations, and no more 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,12 +61,8 @@ class MemberResult:
 
 
 def _transformation(config: RunConfig, numbers: Mapping[str, Any], data: Interactions) -> optax.GradientTransformation:
-    """The configuration's Optax chain with other, possibly traced numbers, which cannot pass its checks."""
-    other = copy.copy(config)
-    for name, value in numbers.items():
-        object.__setattr__(other, name, value)
     with no_advice():
-        return other.transformation(data)
+        return config.transformation(data, numbers)
 
 
 class _Own(NamedTuple):
