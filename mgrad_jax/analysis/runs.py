@@ -31,7 +31,10 @@ _OF_TRAINING = (
 
 
 # Which trainings are held against which, by their methods.
-_COMPARED = (("mirror", "plain"), ("mirror", "replay"), ("replay", "plain"))
+_COMPARED = (
+    *((method, other) for method in ("mirror", "mirror-ascent") for other in ("plain", "replay")),
+    ("replay", "plain"),
+)
 
 
 class _Described(NamedTuple):
@@ -121,7 +124,7 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
     for alike in named.values():
         _check_alike(alike, unused(alike[0].settings["training"]))
     methods = {run.settings["training"] for run in runs}
-    if "mirror" in methods and len(methods) > 1 and "replay" not in methods:
+    if methods & {"mirror", "mirror-ascent"} and len(methods) > 1 and "replay" not in methods:
         raise UserError(
             f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many updates; "
             "add runs made with train --replay."

@@ -503,6 +503,7 @@ class Estimate(NamedTuple):
         runs: how many there are to train, finished ones left out.
         compilation: of one run, where nothing is in the cache.
         epoch: of training and evaluating once.
+        evaluation: of the latter alone.
         least, most: of all the runs: patience + 1 epochs each, and all the epochs that are allowed.
     """
 
@@ -512,6 +513,7 @@ class Estimate(NamedTuple):
     epoch: float
     least: float
     most: float
+    evaluation: float
 
 
 def estimate(study: Study) -> Iterator[Estimate]:
@@ -533,7 +535,7 @@ def estimate(study: Study) -> Iterator[Estimate]:
         epoch = float(gradient_evaluations(configs[0], len(data.train), 1)[0]) * gradient + evaluation
         patience, epochs = configs[0].patience, configs[0].epochs
         least, most = (runs * (compilation + n * epoch) for n in (min(patience + 1, epochs), epochs))
-        yield Estimate(cell, runs, compilation, epoch, least, most)
+        yield Estimate(cell, runs, compilation, epoch, least, most, evaluation)
 
 
 def _is_finished(run: Path) -> bool:
