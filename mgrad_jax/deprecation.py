@@ -17,12 +17,15 @@ def renamed(module: str, names: Mapping[str, str]) -> None:
         names: old name -> new one, in the same module or dotted, "mgrad_jax.graph.mix_neighbours"; of a module that has
             moved as a whole, "*" -> the new module.
     """
+    before = getattr(sys.modules[module], "__getattr__", None)
 
     def get(name: str) -> Any:
         if name in names:
             place, _, attribute = names[name].rpartition(".")
         elif "*" in names and not name.startswith("__"):
             place, attribute = names["*"], name
+        elif before is not None:
+            return before(name)
         else:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(place or module), attribute)

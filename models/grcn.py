@@ -113,7 +113,8 @@ class GRCN(Recommender):
             feature_map = linear(table.shape[1], width, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
             setattr(self, f"{modality}_map", feature_map)
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X of each modality."""
         return tuple(f"{modality}_features" for modality in self.modalities)
 
