@@ -34,3 +34,20 @@ def renamed(module: str, names: Mapping[str, str]) -> None:
         return value
 
     sys.modules[module].__getattr__ = get  # type: ignore[method-assign]
+
+
+class Formerly:
+    """An attribute that has another name now: `values = Formerly("data")` in the body of a class."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = f"{owner.__name__}.{name}"
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            raise AttributeError(self.old)
+        told = f"{self.old} is {owner.__name__}.{self.new} now; the old name goes with the next version."
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return getattr(instance, self.new)

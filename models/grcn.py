@@ -168,7 +168,7 @@ class GRCN(Recommender):
 
     def _edge_weights(self, graph: SparseGraph, attentions: list[Float[Array, " nnz"]]) -> Float[Array, " nnz"]:
         """w of every entry: the larger of the modalities' attention times confidence of the source, cut off at 0."""
-        confidence = self.confidence[...][graph.columns]
+        confidence = self.confidence[...][graph.indices]
         weights = [attention * confidence[:, m] for m, attention in enumerate(attentions)]
         # Where, not maximum: a tie passes its gradient to one modality, not half to each.
         return jax.nn.relu(functools.reduce(lambda a, b: jnp.where(a >= b, a, b), weights))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 
+import jax
+import numpy as np
 import pytest
 
 from mgrad_jax import models
 from mgrad_jax.data import demo_interactions
+from mgrad_jax.graph import mean_bipartite
 
 # Old name -> new one.
 RENAMED = {
@@ -51,6 +54,28 @@ def test_an_old_name_is_the_new_one_with_a_warning(old: str) -> None:
 def test_a_name_that_never_was_is_an_attribute_error(module: str) -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         named(f"{module}.no_such_name")
+
+
+def test_arrays_of_graphs_answer_to_their_old_names() -> None:
+    graph = mean_bipartite(np.array([0, 1]), np.array([0, 0]), 2, 1)
+    for node, names in (
+        (graph, {"values": "data", "columns": "indices", "row_starts": "indptr"}),
+        (graph.transpose, {"columns": "indices", "row_starts": "indptr", "entries": "permutation"}),
+    ):
+        for old, new in names.items():
+            with pytest.warns(DeprecationWarning, match=rf"{type(node).__name__}\.{old} is .*\.{new} now"):
+                assert getattr(node, old) is getattr(node, new)
+
+
+def test_paths_into_a_graph_are_those_of_the_checkpoints_that_hold_one() -> None:
+    graph = mean_bipartite(np.array([0, 1]), np.array([0, 0]), 2, 1)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(graph)]
+    transpose = [".transpose.columns", ".transpose.row_starts", ".transpose.entries"]
+    assert paths == [".values", ".columns", ".row_starts", *transpose]
+    again = jax.tree.map(lambda x: x, graph)
+    assert again.shape == graph.shape
+    assert again.n_users == graph.n_users
+    assert again.transpose.permutation is graph.transpose.permutation
 
 
 def test_the_old_way_to_a_models_features_is_the_new_one_with_a_warning() -> None:
