@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -216,8 +217,10 @@ def test_rows_and_arrays_of_zeros_do_not_move() -> None:
     rows = table_scales(params, "row")
     np.testing.assert_allclose(rows["table"], [[math.sqrt(12.5)], [0]])
     assert float(module._relative_norm(params, rows)) == pytest.approx(math.sqrt(2))
-    numbers = flatness(quadratic, (jnp.eye(6), jnp.zeros(6)), params, jax.random.key(0), scale_per="row", probes=2)
-    assert numbers.numbers["trace", CORRECTED].value == pytest.approx(2 * 12.5, rel=1e-5)
+    moved = module._scaled(rows, jax.tree.map(jnp.ones_like, params))
+    np.testing.assert_allclose(moved["table"], [[math.sqrt(12.5)] * 2, [0, 0]])
+    assert not moved["bias"].any()
+    assert not direction("filter", jax.random.key(0), params)["table"][1].any()
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -248,6 +251,7 @@ def test_products_are_those_of_the_dense_hessian(data: Interactions, name: str) 
     assert np.abs(dense).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_scale_corrected_numbers_do_not_see_a_kernel_scaled_up_and_its_features_down(data: Interactions) -> None:
     model = models.create("vbpr", data, seed=1, dtype=jnp.float64, embedding_dim=3)
     scaled = nnx.clone(model)
@@ -282,9 +286,12 @@ def test_a_stopped_target_is_seen_by_values_and_not_by_products() -> None:
     np.testing.assert_allclose(product, product.T, atol=1e-12)  # symmetry does not reveal it
     assert np.trace(product) == pytest.approx(seen, rel=1e-10)
     # By values, whose cross terms average out over all signs.
-    by_values = flatness(loss, (), params, jax.random.key(0), probes=200).numbers["trace", RAW]
-    error = by_values.values.std(ddof=1) / math.sqrt(200)
-    assert by_values.value == pytest.approx(seen + hidden, abs=4 * error)
+    plane = partial(losses_on_plane, loss, (), params)
+    sizes = {RAW: np.asarray([0.01]), CORRECTED: np.asarray([0.01])}
+    rises, _ = module._rises(plane, params, ones, "signs", jax.random.key(0), 100, sizes)
+    traces = 2 * rises[RAW][:, 0] / 0.01**2
+    error = traces.std(ddof=1) / math.sqrt(100)
+    assert traces.mean() == pytest.approx(seen + hidden, abs=4 * error)
     assert 4 * error < hidden
 
 
