@@ -29,8 +29,9 @@ from scipy import stats
 from mgrad_jax import models
 from mgrad_jax.cli.console import use_compilation_cache
 from mgrad_jax.data import load_interactions
-from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
-from mgrad_jax.training.config import TRAININGS, RunConfig
+from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
+from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.methods import METHODS
 from mgrad_jax.training.run import load_run, train_run
 
 METRICS = ("recall@5", "recall@20", "ndcg@20")
@@ -64,7 +65,7 @@ def _options() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="a directory in MMRec format, or 'demo'")
     parser.add_argument("--models", nargs="+", choices=models.names(), default=["vbpr", "bm3", "freedom"])
-    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=["plain", "replay", "mirror"])
+    parser.add_argument("--trainings", nargs="+", choices=METHODS, default=["plain", "replay", "mirror"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[999, 42, 2024])
     parser.add_argument("--epochs", type=int, default=1000)
     parser.add_argument("--patience", type=int, default=20)
@@ -101,7 +102,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
     if not users_file.exists():
         loaded = load_run(config.directory)
         vectors = loaded.vectors()
-        users, metrics = per_user_metrics(make_ranker(loaded.data, "test", config.ks), *vectors)
+        users, metrics = per_user_metrics(make_eval_split(loaded.data, "test", config.ks), *vectors)
         np.savez(users_file, users=users, **{name: metrics[name] for name in PAIRED})
     kept = ("model", "training", "seed", "hyper_parameters", "epochs_run", "best_epoch", "valid", "test", "seconds")
     return {

@@ -11,7 +11,7 @@ import yaml
 from mgrad_jax.analysis.study import STUDY_FILE, study_runs
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.training.checkpoint import Checkpoints
-from mgrad_jax.training.grid import UNUSED
+from mgrad_jax.training.methods import unused
 from mgrad_jax.training.run import load_run
 
 # What runs of one training may differ in, and what trainings of one model may.
@@ -31,7 +31,10 @@ _OF_TRAINING = (
 
 
 # Which trainings are held against which, by their methods.
-_COMPARED = (("mirror", "plain"), ("mirror", "replay"), ("replay", "plain"))
+_COMPARED = (
+    *((method, other) for method in ("mirror", "mirror-ascent") for other in ("plain", "replay")),
+    ("replay", "plain"),
+)
 
 
 class _Described(NamedTuple):
@@ -119,9 +122,9 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
             name += f" every {run.settings['interval']}"
         named.setdefault(name + (f", {run.settings['optimizer']}" if several["optimizer"] else ""), []).append(run)
     for alike in named.values():
-        _check_alike(alike, UNUSED[alike[0].settings["training"]])
+        _check_alike(alike, unused(alike[0].settings["training"]))
     methods = {run.settings["training"] for run in runs}
-    if "mirror" in methods and len(methods) > 1 and "replay" not in methods:
+    if methods & {"mirror", "mirror-ascent"} and len(methods) > 1 and "replay" not in methods:
         raise UserError(
             f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many updates; "
             "add runs made with train --replay."
@@ -130,7 +133,7 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
 
 
 def _has(run: _Described, key: str) -> bool:
-    return key not in UNUSED[run.settings["training"]]
+    return key not in unused(run.settings["training"])
 
 
 def _by_seed(runs: Sequence[_Described]) -> dict[int, Path]:
