@@ -52,7 +52,7 @@ def residual_points(found: Sequence[Findings]) -> Table:
 def penalty_table(found: Sequence[Findings], settings: TheorySettings) -> Table:
     """A row an epoch: what the penalty weighs beside the loss, for gradient descent and for Adam."""
     heads = (*_WHO, Column("epoch"), Column("learning rate", "g"), Column("loss"))
-    heads += (Column("weight, P = 1", ".2e"), Column("weight, P of adam", ".2e"))
+    heads += (Column("weight gradient descent", ".2e"), Column("weight adam", ".2e"))
     rows = [
         (*_who(f.subject), w.epoch, f.learning_rate, w.loss, w.gradient_descent, w.adam)
         for f in found
@@ -60,8 +60,8 @@ def penalty_table(found: Sequence[Findings], settings: TheorySettings) -> Table:
     ]
     caption = (
         "Weight of the penalty beside the loss, eta alpha1 alpha2 g'Pg / (2 (alpha1 - alpha2) L), of one batch with "
-        f"alpha1 {settings.alpha1:g} and alpha2 {settings.alpha2:g}: P = 1 for gradient descent; P = 1 / (sqrt(v) + eps) "
-        f"with v Adam's second moment over {settings.warm_up} batches, which holds for ascent steps only: Adam's own "
+        f"alpha1 {settings.alpha1:g} and alpha2 {settings.alpha2:g}: P = 1 for gradient descent; for Adam "
+        f"P = 1 / (sqrt(v) + eps) with v its second moment over {settings.warm_up} batches, which holds for ascent steps only: Adam's own "
         "second half-step does not go back."
     )
     return Table(caption, heads, tuple(rows))
@@ -147,14 +147,13 @@ def _write(out: Path, files: Mapping[str, str | bytes]) -> None:
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
-_NUMBERS = ("|dL/dX|", "sensitivity", "|dL/dtheta|", "ratio")
+_NUMBERS = ("input gradient", "sensitivity", "parameter gradient", "ratio")
 
 
 def inputs_table(found: Sequence[InputFindings], *, everything: bool) -> Table:
     """A row a subject and table of inputs at the best epoch, or at every place."""
     heads = (*_WHO, Column("epoch"), Column("loss"), Column("inputs"), Column("kind"))
-    heads += (Column("|dL/dX|", ".3g"), Column("sensitivity", ".3g"), Column("|dL/dtheta|", ".3g"))
-    heads += (Column("ratio", ".3g"), Column("(1 + |x|^2) / |W|^2", ".3g"), Column("lemma holds"))
+    heads += (*(Column(name, ".3g") for name in _NUMBERS), Column("constant", ".3g"), Column("lemma holds"))
     rows = []
     for f in found:
         for epoch, numbers in f.places if everything else f.places[-1:]:
@@ -165,10 +164,11 @@ def inputs_table(found: Sequence[InputFindings], *, everything: bool) -> Table:
                 row = (*_who(f.subject), epoch, numbers.loss, path, kind)
                 rows.append((*row, *_numbers(numbers, path), table.constant, said))
     caption = (
-        "Inputs at the best epoch. |dL/dX|: Frobenius norm; sensitivity: mean over items of |x| |d(B L)/dx|, which does not "
-        "move where X is multiplied and W divided by a number; ratio: |dL/dX| / |dL/dtheta|; lemma holds: for how many "
-        "single examples |dL/dx|^2 (1 + |x|^2) / |W|^2 <= |dL/dtheta|^2. A trained table is no input that a user could "
-        "change: it belongs to theta. The runs stopped at different losses, on which all of this depends."
+        "Inputs at the best epoch. Input gradient: |dL/dX|, Frobenius; parameter gradient: |dL/dtheta|; ratio: of the two; "
+        "sensitivity: mean over items of |x| |d(B L)/dx|, which does not move where X is multiplied and W divided by a "
+        "number; constant: mean over items of (1 + |x|^2) / |W|^2 with the spectral norm of the first layer; lemma holds: "
+        "for how many single examples |dL/dx|^2 (1 + |x|^2) / |W|^2 <= |dL/dtheta|^2. A trained table belongs to theta: "
+        "nobody else can change it. Runs that stop at different losses differ in all of this for that alone."
     )
     return Table(caption, heads, tuple(rows))
 
