@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+# Seconds after which a process that should end is said to hang. Nothing takes long; a busy machine may need much of it.
+HANGS = 300.0
+
 
 def overriding(command: Sequence[str], options: Sequence[str]) -> list[str]:
-    """A command with more options; those of the command that are given anew are left out, as none may be given twice."""
+    """A command with more options, without those of its own that are given anew: none may be given twice."""
     new = {key(options, i) for i, word in enumerate(options) if word.startswith("--")}
     kept: list[str] = []
     position = 0

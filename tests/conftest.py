@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +15,15 @@ from jaxtyping import install_import_hook
 # Here and in every process that a test starts: tests neither read nor fill the user's cache of compiled programs.
 os.environ["MGRAD_JAX_NO_CACHE"] = "1"
 
+# What is printed is compared as it reads in a file, not as in whatever terminal or service the tests were started in.
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "GITHUB_ACTIONS"):
+    os.environ.pop(_name, None)
+
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
 # answer a hyper-parameter of the wrong type before the configuration's own sentence does.
-install_import_hook(["mgrad_jax.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype")
+install_import_hook(
+    ["mgrad_jax.models.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype"
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -46,7 +53,8 @@ def x64():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compile what is marked `quick_compilation` without LLVM's optimisations: half of the time of asking for equations.
+    """Compile what is marked `quick_compilation` without LLVM's optimisations: half of the time of asking for
+    equations.
 
     Before any fixture of the test, and with nothing compiled in the other way left: a helper that a test before has
     compiled differently rounds differently, which a run in another process would not.
@@ -58,18 +66,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def start_command() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
-    """Start `mgrad-jax` in a process of its own, stderr piped; none outlives the test."""
-    # Whoever starts the tests in the background may have them, and all they start, ignore Ctrl-C.
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from mgrad_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
+def usual_signals() -> Iterator[None]:
+    """Have signals to stop do what they usually do, here and in processes that the test starts.
+
+    Whoever starts the tests in the background, or under `nohup`, may have them ignored.
+    """
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def start_command(usual_signals: None) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `mgrad-jax` in a process of its own, after some lines of Python, stderr piped; none outlives the test."""
+    program = "import sys\nfrom mgrad_jax.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     started = []
 
-    def start(command: list[str]) -> subprocess.Popen[str]:
+    def start(command: list[str], before: str = "") -> subprocess.Popen[str]:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        arguments = [sys.executable, "-c", program, *command]
+        arguments = [sys.executable, "-c", before + program, *command]
         started.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
         return started[-1]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from command_lines import assert_one_sentence, overriding
+from command_lines import HANGS, assert_one_sentence, overriding
 
 from mgrad_jax.cli import main
 
@@ -152,6 +152,20 @@ def test_models(capfd: pytest.CaptureFixture[str]) -> None:
     assert "reg_weight" in out
 
 
+def test_one_model_is_shown_with_ranges_and_published_grid(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "slmrec"]) == 0
+    out = capfd.readouterr().out
+    row = next(line for line in out.splitlines() if "ssl_temp" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["ssl_temp", "float", "0.2", "> 0", "yes", "0.1, 0.2, 0.5, 1.0", cells[-1]]
+    assert "published grid of learning_rate: 0.0001, 0.001, 0.01, 0.1" in out
+    assert "needs image and text" in out
+    assert main(["models", "popularity"]) == 0
+    assert "popularity ranks by" in capfd.readouterr().out
+    code = main(["models", "slmrek"])
+    assert_one_sentence(code, capfd.readouterr(), "did you mean slmrec?")
+
+
 def test_prepare_then_info(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     pairs = np.argwhere(rng.random((30, 20)) < 0.6)
@@ -205,7 +219,7 @@ def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_names_the_epoch_and_the_remedy(
-    tmp_path: Path, start_command: Callable[[list[str]], subprocess.Popen[str]], stop: signal.Signals
+    tmp_path: Path, start_command: Callable[..., subprocess.Popen[str]], stop: signal.Signals
 ) -> None:
     out = tmp_path / "run"
     command = ["train", *MODEL, "--data", "demo", "--epochs", "100000", "--patience", "100000", "--out", str(out)]
@@ -215,7 +229,7 @@ def test_stopping_names_the_epoch_and_the_remedy(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(stop)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert error.count("\n") == 1, error
     epoch = int(error.split("stopped after epoch ")[1].split(";")[0])
@@ -534,7 +548,7 @@ def test_a_damaged_compilation_cache_heals(tmp_path: Path) -> None:
     for number in range(3):
         arguments = ["train", *MODEL, "--data", "demo", "--epochs", "1", "--out", str(tmp_path / str(number))]
         command = [sys.executable, "-m", "mgrad_jax", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=True)
         assert done.stderr == ""
         entries = list((tmp_path / "cache" / "mgrad_jax").glob("*-cache"))
         assert entries

@@ -1,4 +1,4 @@
-"""The last net of the command line: what the machine refuses is one sentence, what the program gets wrong a traceback."""
+"""The last net of the command line: what the machine refuses is one sentence, a mistake in the program a traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import pytest
-from command_lines import assert_one_sentence
+from command_lines import HANGS, assert_one_sentence
 
 from mgrad_jax.cli import main
 from mgrad_jax.cli.failures import explain, fail
@@ -78,7 +78,7 @@ def test_long_words_on_the_command_line_are_cut(capfd: pytest.CaptureFixture[str
 
 def run_program(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mgrad_jax", *arguments]
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=HANGS, **options)
 
 
 def test_a_closed_or_abandoned_stdout_ends_nothing() -> None:
@@ -89,7 +89,7 @@ def test_a_closed_or_abandoned_stdout_ends_nothing() -> None:
     assert abandoned.returncode == 2
     assert abandoned.stderr.count("\n") == 1
     command = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-m", "mgrad_jax", "--version"]
-    closed = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    closed = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=HANGS, check=False)
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
@@ -107,4 +107,4 @@ def test_version_help_and_modules(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_wait_for_jax() -> None:
     program = "import sys; from mgrad_jax.cli import main; main(['train', '--help']); sys.exit('jax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, timeout=HANGS)

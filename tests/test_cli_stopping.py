@@ -6,23 +6,35 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_lines import HANGS
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.train import how_to_go_on
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 # What takes minutes without running Python code, as a compilation does.
 BUSY = """
-import hashlib, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import hashlib
 from mgrad_jax.cli import stopping
 with stopping.watched():
     print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+# Sends Ctrl-C to itself as soon as it is about to import a module.
+STOPPED_AT_AN_IMPORT = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
 """
 
 
@@ -32,19 +44,18 @@ def test_a_signal_ends_what_runs_no_python_code(number: signal.Signals) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert error == "stopped; repeat the command to begin again.\n"
 
 
-@pytest.mark.parametrize("moment", [0.3, 0.8])
+@pytest.mark.parametrize("module", ["typer", "jax", "mgrad_jax.training.fit"])
 def test_a_training_that_starts_is_stopped_with_one_line(
-    moment: float, tmp_path: Path, start_command: Callable[[list[str]], subprocess.Popen[str]]
+    module: str, tmp_path: Path, start_command: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    process = start_command(["train", "--model", "vbpr", "--data", "demo", "--epochs", "9999", "--out", str(tmp_path)])
-    time.sleep(moment)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    command = ["train", "--model", "vbpr", "--data", "demo", "--epochs", "9999", "--out", str(tmp_path)]
+    process = start_command(command, before=STOPPED_AT_AN_IMPORT.format(module=module))
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert error.count("\n") == 1, error
     assert "repeat the command" in error
@@ -74,12 +85,21 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_whoever_holds_signals_back_is_not_bypassed() -> None:
-    arrived = []
+def test_whoever_holds_signals_back_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived, seen, getsignal = [], threading.Event(), signal.getsignal
+
+    def observed(number: int) -> object:
+        """What the second watch asks, in its thread, before it decides."""
+        handler = getsignal(number)
+        if threading.current_thread() is not threading.main_thread():
+            seen.set()
+        return handler
+
     with stopping.watched():
         ours = signal.signal(signal.SIGTERM, lambda *received: arrived.append(received))
+        monkeypatch.setattr(signal, "getsignal", observed)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)  # the second watch has seen it by now, and this test is still there
+        assert seen.wait(HANGS)  # the second watch has seen it, and this test is still there
         signal.signal(signal.SIGTERM, ours)
     assert len(arrived) == 1
 

@@ -30,6 +30,13 @@ _OF_TRAINING = (
 )
 
 
+# Which trainings are held against which, by their methods.
+_COMPARED = (
+    *((method, other) for method in ("mirror", "mirror-ascent") for other in ("plain", "replay")),
+    ("replay", "plain"),
+)
+
+
 class _Described(NamedTuple):
     directory: Path
     settings: dict[str, Any]
@@ -60,6 +67,28 @@ def group_runs(paths: Sequence[Path]) -> dict[str, dict[str, dict[int, Path]]]:
         _check_alike(of_model, _OF_TRAINING)
         groups[model] = _by_training(model, of_model)
     return groups
+
+
+def compared_pairs(trainings: Sequence[str]) -> list[tuple[str, str]]:
+    """Which trainings are held against which; an interval meets its own only.
+
+    >>> compared_pairs(["plain", "replay every 3", "replay every 5", "mirror every 5"])[-2:]
+    [('replay every 3', 'plain'), ('replay every 5', 'plain')]
+    """
+
+    def parts(name: str) -> tuple[str, str, str]:
+        method, _, optimizer = name.partition(", ")
+        method, _, interval = method.partition(" every ")
+        return method, interval, optimizer
+
+    found = []
+    for ours, other in _COMPARED:
+        for a in trainings:
+            for b in trainings:
+                (m, i, o), (n, j, p) = parts(a), parts(b)
+                if (m, n) == (ours, other) and o == p and ("" in (i, j) or i == j):
+                    found.append((a, b))
+    return found
 
 
 def _expanded(path: Path) -> list[Path]:

@@ -89,8 +89,8 @@ class TrainingOptions:
         typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the model; repeatable."),
     ] = None
 
-    def config(self, out: str | None, keep_every: int | None = None) -> RunConfig:
-        """The configuration of a run with these options, checked; `out` is its directory."""
+    def config(self, out: str | None, **of_run: Any) -> RunConfig:
+        """The configuration of a run with these options, checked; `out` is its directory, the rest what sweeps lack."""
         from mgrad_jax.training.config import RunConfig
         from mgrad_jax.training.numerics import make_deterministic
 
@@ -106,9 +106,9 @@ class TrainingOptions:
             adversarial=None if perturbed is None else pairs("--adversarial", perturbed.split(",")),
             optimizer_args=pairs("--optimizer-arg", values.pop("optimizer_arg") or ()),
             hyper_parameters=pairs("--set", values.pop("hyper") or ()),
-            keep_every=keep_every,
             out=out,
             **values,
+            **of_run,
         )
 
     def _method(self) -> str:

@@ -1,9 +1,17 @@
-"""Data: interactions in MMRec format, the embedded demo dataset, preprocessing, sampling on the device."""
+"""Data: interactions in MMRec format, the embedded demo dataset, preprocessing, sampling on the device.
 
-from mgrad_jax.data.interactions import Batch, Interactions
+`Batch` is imported on first use, so that files can be prepared without waiting for JAX.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mgrad_jax.data.interactions import Interactions
 from mgrad_jax.data.mmrec import load_interactions, problems
 from mgrad_jax.data.preprocess import prepare
 from mgrad_jax.data.synthetic import demo_interactions, synthetic_interactions
+
+if TYPE_CHECKING:
+    from mgrad_jax.data.sampling import Batch
 
 __all__ = [
     "Batch",
@@ -14,3 +22,11 @@ __all__ = [
     "problems",
     "synthetic_interactions",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Batch":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mgrad_jax.data.sampling import Batch
+
+    return Batch

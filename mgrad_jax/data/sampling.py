@@ -1,9 +1,10 @@
-"""Sampling inside the compiled epoch: the order of the interactions, and their negatives."""
+"""Batches, and sampling inside the compiled epoch: the order of the interactions, and their negatives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,18 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mgrad_jax.data.interactions import Interactions, check_negatives, distinct_pairs
+
+
+class Batch(NamedTuple):
+    """A training batch.
+
+    Attributes:
+        users, positives, negatives: (B,) int32; a negative is an item the user does not have in training.
+    """
+
+    users: Int[Array, " batch"]
+    positives: Int[Array, " batch"]
+    negatives: Int[Array, " batch"]
 
 
 @partial(

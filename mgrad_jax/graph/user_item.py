@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.dropout import keep_mask
 from mgrad_jax.graph.sparse import SparseGraph, replace_values, row_ids, sparse_graph, starts_of
-from mgrad_jax.selection import largest
+from mgrad_jax.selection import top_k_mask
 
 
 def _both_directions(
@@ -136,7 +136,7 @@ def prune_edges(key: Array, edges: BipartiteEdges, n_keep: int, weighted: bool |
         weighted: False samples uniformly; may be traced.
     """
     noise = jax.random.gumbel(key, edges.log_weights.shape, edges.log_weights.dtype)
-    kept = largest(noise + jnp.where(weighted, edges.log_weights, 0.0), n_keep)
+    kept = top_k_mask(noise + jnp.where(weighted, edges.log_weights, 0.0), n_keep)
     return keep_edges(edges, kept, n_keep)
 
 

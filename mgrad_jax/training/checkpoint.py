@@ -400,6 +400,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     leaves: dict[str, np.ndarray] = {}
     try:
+        _open_storage(path)
         with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
             # One leaf at a time: where one of several concurrent reads fails, the others complain on the terminal.
             for name in list(reader.metadata(path).item_metadata.keys()):
@@ -419,6 +420,14 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not intact:
         raise Damaged("its arrays are not those that were written")
     return leaves
+
+
+def _open_storage(path: Path) -> None:
+    """Raise where the storage's own index is damaged: orbax asks it for all leaves at once, and each complains aloud."""
+    import tensorstore
+
+    storage = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/"}}
+    tensorstore.KvStore.open(storage).result().list().result()
 
 
 def _read_sidecar(path: Path) -> dict[str, Any] | None:

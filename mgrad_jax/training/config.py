@@ -68,6 +68,7 @@ class RunConfig:
         max_norm: clip gradients by global norm before a batch's last update; None: never.
         seed: of the initial parameters and of everything drawn in training.
         epochs, patience, batch_size, metric, ks, evaluate: see `mgrad_jax.training.fit`.
+        start_from: a run whose best parameters this one begins with, see `mgrad_jax.training.start`; None: with its own.
         keep_every: keep the parameters of one epoch in how many (`mgrad_jax.training.kept`); None: of none.
         out: the run's directory; None: `runs/<model>-<data>-<training>-s<seed>`.
 
@@ -100,6 +101,7 @@ class RunConfig:
     ks: tuple[int, ...] = (5, 10, 20, 50)
     evaluate: str = "fresh"
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
     keep_every: int | None = None
     out: str | None = None
 
@@ -290,6 +292,7 @@ class RunConfig:
         values = self.values
         values["data"] = self.data if self.data == "demo" else str(Path(self.data).absolute())
         values["out"] = str(self.directory)
+        values["start_from"] = None if self.start_from is None else str(Path(self.start_from).absolute())
         values["hyper_parameters"] = dataclasses.asdict(models.make_config(self.model, dict(self.hyper_parameters)))
         values["optimizer_args"] = dict(self.optimizer_args)
         values["flat_minima_args"] = dict(self.flat_minima_args)

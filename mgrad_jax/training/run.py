@@ -47,6 +47,7 @@ from mgrad_jax.training.identity import (
 from mgrad_jax.training.kept import KeptParams
 from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.record import nothing_left, read_record, result_record
+from mgrad_jax.training.start import start_from
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -142,6 +143,10 @@ class _Run:
             finished = self._finished(settings)
             if finished is not None:
                 return finished
+        start = self.config.start_from
+        # A resumed run does without it, unless a best epoch that was lost has to be trained again.
+        if start is not None and (self.checkpoints.latest_epoch() is None or Path(start).exists()):
+            start_from(model, load_run(start, self.config.data).model, start)
         with held_back(deliver=False):
             self._prepare(settings, data, model)
             outcome = self._fit(settings, data, model, progress)

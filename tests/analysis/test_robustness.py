@@ -217,7 +217,10 @@ BAD = {
     "draws": (["--draws", "0"], "--draws is 0; it must be at least 1"),
     "seed": (["--seed", "-1"], "--seed is -1; it must be at least 0"),
     "metric": (["--metrics", "hits@5"], "'hits@5' is no metric; write for example recall@20"),
-    "table": (["--tables", "items"], "vbpr has no learned table 'items' with a row an item; choose among item_embedding"),
+    "table": (
+        ["--tables", "items"],
+        "vbpr has no learned table 'items' with a row an item; choose among item_embedding",
+    ),
     "tables and vectors": (["--tables", "item_embedding", "--at", "vectors"], "leave one of them out"),
     "graphs without a change": (["--rebuild-graphs"], "none are asked for; add --adjust swap"),
     "no graphs": (["--adjust", "swap", "--rebuild-graphs"], "vbpr has no item graph made of features"),

@@ -54,7 +54,10 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "twice": ([{}, {}], "are the same training and seed; give one of them"),
     "epochs": ([{}, {"training": "replay", "epochs": 5}], "do not compare: epochs is 1000 and 5"),
     "hyper-parameter": ([{}, {"seed": 2, "hyper_parameters": {"reg_weight": 0.5}}], "reg_weight is 0.001 and 0.5"),
-    "of the training": ([{"training": "replay"}, {"training": "replay", "seed": 2, "learning_rate": 0.1}], "learning_rate is 0.001 and 0.1"),
+    "of the training": (
+        [{"training": "replay"}, {"training": "replay", "seed": 2, "learning_rate": 0.1}],
+        "learning_rate is 0.001 and 0.1",
+    ),
     "no replay": ([{}, {"training": "mirror"}], "has runs of mirror and plain and none of replay"),
     "unfinished": ([{"finished": False}], "is a run that has not finished; go on with it with train --resume"),
     "no checkpoint": ([{"checkpoint": False}], "has no checkpoint, so that its model is lost; train the run anew"),

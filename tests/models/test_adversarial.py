@@ -77,7 +77,7 @@ def ranking(model: models.Recommender, batch: Batch) -> Any:
 
 
 class VBPRByHand:
-    """VBPR's and AMR's loss with derivatives written out, in NumPy; parameters by our paths, the kernel as published."""
+    """VBPR's and AMR's loss with derivatives written out in NumPy; parameters by our paths, the kernel as published."""
 
     def __init__(self, batch: Batch, features: np.ndarray) -> None:
         self.users, self.positives, self.negatives = map(np.asarray, batch)

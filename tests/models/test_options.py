@@ -1,4 +1,4 @@
-"""Options that follow a paper where the published code does not, and the reverse; the default is the published numbers."""
+"""Options that follow a paper where the published code does not, and the reverse; defaults give the code's numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fit` drives any optimizer rightly or says why not: decayed rates, line searches, averages, optimizers of two steps."""
+"""`fit` drives any optimizer rightly or says why not: decayed rates, line searches, averages, two-step optimizers."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from flax import nnx
 from mgrad_jax import models
 from mgrad_jax.data import Interactions, demo_interactions
 from mgrad_jax.errors import UserError
+from mgrad_jax.training import memory
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.memory import available_bytes, check_memory, estimate
 
@@ -54,12 +55,14 @@ TOO_LARGE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", TOO_LARGE)
-def test_what_cannot_fit_is_refused_by_size_and_setting(case: str) -> None:
+def test_what_cannot_fit_is_refused_by_size_and_setting(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 64e9)
     model, hyper_parameters, options, sentence = TOO_LARGE[case]
     config = RunConfig(model, "demo", hyper_parameters=hyper_parameters, **options)
     with pytest.raises(UserError, match=sentence) as caught:
         config.create_model(DATA)
     assert f"{model} needs at least " in str(caught.value)
+    assert "64 GB are available" in str(caught.value)
     assert len(str(caught.value)) < 500
 
 
@@ -67,7 +70,7 @@ def test_a_batch_counts_as_far_as_there_are_interactions() -> None:
     config = RunConfig("slmrec", "demo")
     whole = dataclasses.replace(config, batch_size=2**31 - 1)
     assert parts(whole)["batch"].size == parts(dataclasses.replace(config, batch_size=len(DATA.train)))["batch"].size
-    check_memory(parts(whole), "slmrec", {})
+    check_memory(parts(whole), "slmrec", {}, available=1e9)
 
 
 @pytest.mark.parametrize("model", models.names())

@@ -78,7 +78,8 @@ def test_the_command_line_sets_the_flag_before_jax_computes_and_records_both() -
     """XLA reads its flags once, when JAX first computes."""
     program = (
         "import os; from mgrad_jax.cli.options import TrainingOptions\n"
-        "config = TrainingOptions(model='vbpr', data='demo', deterministic=True, matmul_precision='high').config(None)\n"
+        "options = TrainingOptions(model='vbpr', data='demo', deterministic=True, matmul_precision='high')\n"
+        "config = options.config(None)\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends\n"
         "print(os.environ['XLA_FLAGS'], config.to_dict())"

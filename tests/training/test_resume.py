@@ -46,13 +46,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:
-    """The same run in another process, slow enough to be caught in the middle."""
+    """The same run in another process, which does not come to its end before it is killed."""
     program = textwrap.dedent(f"""
         import time
         from mgrad_jax.training.config import RunConfig
         from mgrad_jax.training.run import train_run
         config = RunConfig("freedom", "demo", epochs={EPOCHS}, batch_size=1000, seed=3, out={str(out)!r})
-        train_run(config, progress=lambda report: time.sleep(0.15))
+        train_run(config, progress=lambda report: time.sleep(0.1 if report.epoch < {EPOCHS - 2} else 3600))
     """)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE)

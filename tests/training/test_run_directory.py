@@ -1,4 +1,4 @@
-"""What a run's directory survives: each file missing, damaged, unreadable, of another run, or held by another process."""
+"""What a run's directory survives: files missing, damaged, unreadable, of another run or held by another process."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def spoil(path: Path) -> None:
     file.write_bytes(data)
 
 
-# --- what is derived is made again --------------------------------------------------------------------------------------
+# --- what is derived is made again ------------------------------------------------------------------------------------
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -160,7 +160,7 @@ def test_a_configuration_of_wrong_types_is_refused(run: Path, settings: str) -> 
     assert load_run(run).config.seed == 7
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("how", "is_finished"), [("damaged", True), ("missing", False)])
@@ -247,7 +247,7 @@ def test_a_run_of_an_earlier_version_goes_on(finished: Path, run: Path, tmp_path
     assert history(run)["epoch"].tolist() == ["1", "2", "3", "4", "5", "7"]
 
 
-# --- identity -----------------------------------------------------------------------------------------------------------
+# --- identity ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_another_machine_is_said(finished: Path, run: Path, monkeypatch: pytest.
         train_run(config(run), resume=True)
 
 
-# --- how far to go ------------------------------------------------------------------------------------------------------
+# --- how far to go ----------------------------------------------------------------------------------------------------
 
 
 def test_more_patience_goes_on_and_less_leaves_the_run_as_it_is(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_after_divergence_in_the_first_epoch_the_directory_can_be_used(tmp_path:
     assert train_run(config(tmp_path / "run", epochs=1))["epochs_run"] == 1
 
 
-# --- the directory as a whole -------------------------------------------------------------------------------------------
+# --- the directory as a whole -----------------------------------------------------------------------------------------
 
 
 def test_a_directory_in_use_is_left_alone(run: Path) -> None:

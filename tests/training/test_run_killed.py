@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,11 @@ def test_killed_before_a_file_operation_and_resumed(tmp_path: Path) -> None:
     # At any time, and among the last ones, which write the result.
     for number, at in enumerate([moments.randint(1, operations), moments.randint(operations - 8, operations)]):
         out = tmp_path / f"killed{number}"
-        assert start(out, at).returncode == -9
+        # How many operations there are depends a little on the time that each takes.
+        while (killed := start(out, at)).returncode == 0 and at > operations // 2:
+            shutil.rmtree(out)
+            at -= 1
+        assert killed.returncode == -9, killed.stderr
         rows = (out / "history.csv").read_bytes().count(b"\n") - 1 if (out / "history.csv").exists() else 0
         latest = checkpoint.Checkpoints(out / "checkpoint").latest_epoch() or 0
         assert rows <= latest
