@@ -62,7 +62,7 @@ def sides(xs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, float]:
     w, b = jnp.array([[0.5], [-1.5]]), jnp.array([0.3])
 
     def loss(w: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.mean(((x @ w + b)[:, 0] - targets) ** 2)
+        return jnp.mean(((x @ w)[:, 0] + b[0] - targets) ** 2)
 
     by_w, by_b, by_x = jax.grad(loss, argnums=(0, 1, 2))(w, b, jnp.asarray(xs))
     left = jnp.sum(by_x**2, axis=1) * lemma_constant(jnp.asarray(xs), w)
@@ -140,14 +140,12 @@ def test_the_constant_is_that_of_the_first_layer(data: Interactions) -> None:
     ("name", "layers"),
     [
         ("bm3", {"image_embedding": "image_trs.kernel", "text_embedding": "text_trs.kernel"}),
-        ("grcn", {"image_features": "image_map.kernel", "text_features": "text_map.kernel"}),
         ("mmgcn", {"image.features": "image.map.kernel", "text.features": None}),
-        ("slmrec", {"image": "image_map.kernel", "text": "text_map.kernel"}),
     ],
 )
 def test_every_table_has_the_layer_that_reads_it(name: str, layers: dict[str, str], data: Interactions) -> None:
     # Features of one width, so that the width does not tell whose layer it is.
-    alike = {modality: data.features["image"] for modality in data.features}
+    alike = dict.fromkeys(data.features, data.features["image"])
     model, tables = open_inputs(models.create(name, dataclasses.replace(data, features=alike), embedding_dim=8))
     assert {table: first_layer(model, table) for table in tables} == layers
 
@@ -180,7 +178,7 @@ def test_runs_are_measured_along_the_way_and_at_equal_loss(inputs: Path) -> None
     assert all(float(row["sensitivity"]) > 0 and float(row["constant"]) > 0 for row in rows)
     result = json.loads((inputs / "result.json").read_text(encoding="utf-8"))
     assert len({row["loss"] for row in result["equal_loss"]}) == 1
-    assert len(result["equal_loss"]) == 3
+    assert [row["method"] for row in result["equal_loss"] if row["sensitivity"]][:2] == ["plain", "mirror"]
     assert (inputs / "inputs.png").stat().st_size > 500
 
 
