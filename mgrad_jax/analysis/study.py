@@ -241,7 +241,7 @@ class Study:
     def _start(self, cell: Cell, seed: int) -> str:
         """The run that one begins with."""
         place = Path(str(self.start_from))
-        if not (place / STUDY_FILE).exists():
+        if (place / "config.yaml").exists():
             return str(place)
         return str(place / "runs" / f"{cell.model}-plain-{cell.optimizer}-s{seed}")
 
@@ -322,6 +322,9 @@ def train_study(
     candidates = None if study.candidates is None else read_candidates(Path(study.candidates), data)
     configs = study.configs()
     _check_models(configs.values(), data)
+    for start in filter(None, dict.fromkeys(config.start_from for config in configs.values())):
+        if not (Path(start) / "config.yaml").exists():
+            raise UserError(f"{start} holds no run to start from; train it first, or give another --start-from.")
     results: dict[Key, dict[str, Any] | None] = {}
     with locked(study.directory):
         write_whole(study.directory / STUDY_FILE, yaml.safe_dump(study.to_dict(), sort_keys=False))
