@@ -55,7 +55,7 @@ def _row(model: str, training: str, data: str, options: argparse.Namespace) -> R
                 seconds[f"compile_{run}"].append(compiling)
                 seconds[f"wall_{run}"].append(wall)
     times = {name: spread(values) for name, values in seconds.items()}
-    return {"model": model, "training": training, "data": data, **times, "repeats": options.repeats}
+    return {"model": model, "training": training, "data": data, **times}
 
 
 def _train(model: str, training: str, data: str, folder: Path, run: str) -> tuple[float, float]:

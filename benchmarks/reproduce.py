@@ -29,7 +29,7 @@ from scipy import stats
 from mgrad_jax import models
 from mgrad_jax.cli.console import use_compilation_cache
 from mgrad_jax.data import load_interactions
-from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
+from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.methods import METHODS
 from mgrad_jax.training.run import load_run, train_run
@@ -102,7 +102,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
     if not users_file.exists():
         loaded = load_run(config.directory)
         vectors = loaded.vectors()
-        users, metrics = per_user_metrics(make_ranker(loaded.data, "test", config.ks), *vectors)
+        users, metrics = per_user_metrics(make_eval_split(loaded.data, "test", config.ks), *vectors)
         np.savez(users_file, users=users, **{name: metrics[name] for name in PAIRED})
     kept = ("model", "training", "seed", "hyper_parameters", "epochs_run", "best_epoch", "valid", "test", "seconds")
     return {

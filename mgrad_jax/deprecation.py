@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
-def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module some of whose names are found under others.
+def renamed(module: str, names: Mapping[str, str]) -> None:
+    """Have a module answer to old names by giving it a `__getattr__`, which type checkers do not see.
 
     Args:
         module: the module's `__name__`.
-        names: old name -> new one, in the same module or dotted, "mgrad_jax.graph.mix_neighbours".
+        names: old name -> new one, in the same module or dotted, "mgrad_jax.graph.mix_neighbours"; of a module that has
+            moved as a whole, "*" -> the new module.
     """
 
     def get(name: str) -> Any:
-        if name not in names:
+        if name in names:
+            place, _, attribute = names[name].rpartition(".")
+        elif "*" in names and not name.startswith("__"):
+            place, attribute = names["*"], name
+        else:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        place, _, attribute = names[name].rpartition(".")
-        return _taken(f"{module}.{name}", place or module, attribute)
+        value = getattr(importlib.import_module(place or module), attribute)
+        told = f"{module}.{name} is {place or module}.{attribute} now; the old name goes with the next version."
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return value
 
-    return get
-
-
-def moved(module: str, place: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module all of whose names are found in another module, `place`."""
-
-    def get(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return _taken(f"{module}.{name}", place, name)
-
-    return get
-
-
-def _taken(old: str, place: str, attribute: str) -> Any:
-    value = getattr(importlib.import_module(place), attribute)
-    warnings.warn(f"{old} is {place}.{attribute} now; the old name goes with the next version.", DeprecationWarning, 3)
-    return value
+    sys.modules[module].__getattr__ = get  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from mgrad_jax import models
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Recommender, Scalar
+from mgrad_jax.models.base import Recommender, TracedHyperParameter
 
 
 class AdversarialRecommender(Recommender):
@@ -102,8 +102,8 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
         weight: of the loss on perturbed features; published 1.
 
     Returns:
-        A copy of the model, a subclass of its class under the same name, whose `epsilon` and `weight` are `Scalar`
-        variables.
+        A copy of the model, a subclass of its class under the same name, whose `epsilon` and `weight` are traced as its
+        hyper-parameters are.
 
     Raises:
         UserError: a model whose loss reads no features or that is adversarial already, or a number that is not positive.
@@ -129,8 +129,8 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
         )
     object.__setattr__(copy, "__class__", _adversarial_class(type(model)))
     copy.tables = tables
-    copy.epsilon = Scalar(jnp.asarray(epsilon, model.dtype))
-    copy.weight = Scalar(jnp.asarray(weight, model.dtype))
+    copy.epsilon = TracedHyperParameter(jnp.asarray(epsilon, model.dtype))
+    copy.weight = TracedHyperParameter(jnp.asarray(weight, model.dtype))
     return copy
 
 

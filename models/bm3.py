@@ -13,33 +13,20 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class BM3Config(ModelConfig):
     """Hyper-parameters of BM3 under their published names."""
 
-    n_layers: int = dataclasses.field(default=1, metadata={"help": "propagation steps over the user-item graph"})
-    dropout: float = dataclasses.field(
-        default=0.3, metadata={"help": "share of a target vector's entries dropped", "traced": True}
-    )
-    reg_weight: float = dataclasses.field(
-        default=0.1, metadata={"help": "weight of the norms of all users' and items' vectors", "traced": True}
-    )
-    cl_weight: float = dataclasses.field(
-        default=2.0, metadata={"help": "weight of the alignment of features with ids", "traced": True}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_layers < 0:
-            raise UserError(f"n_layers is {self.n_layers}; it must not be negative.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+    n_layers: int = hyper(1, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    dropout: float = hyper(0.3, "share of a target vector's entries dropped", traced=True, least=0, below=1)
+    reg_weight: float = hyper(0.1, "weight of the norms of all users' and items' vectors", traced=True, least=0)
+    cl_weight: float = hyper(2.0, "weight of the alignment of features with ids", traced=True, least=0)
 
 
 class BM3(Recommender):
@@ -110,7 +97,7 @@ class BM3(Recommender):
             table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
             setattr(self, f"{modality}_trs", projection(table.shape[1]))
-        self.graph = Frozen(
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
 

@@ -27,7 +27,7 @@ from mgrad_jax.analysis.perturb import variable_at
 from mgrad_jax.analysis.theory import norm
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import Ranker, rank_metrics
+from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics
 from mgrad_jax.models import Recommender
 
 
@@ -175,7 +175,7 @@ def _holding(tables: tuple[str, ...], model: Recommender, singles: Batch, key: A
 
 
 def worst_case_metrics(
-    model: Recommender, tables: tuple[str, ...], batch: Batch, key: Array, sizes: Sequence[float], ranker: Ranker
+    model: Recommender, tables: tuple[str, ...], batch: Batch, key: Array, sizes: Sequence[float], eval_split: EvalSplit
 ) -> list[dict[str, float]]:
     """Metrics after every row of the inputs moved by a share of its length to where the loss rises fastest.
 
@@ -183,18 +183,18 @@ def worst_case_metrics(
         model, tables: from `open_inputs`, of a model whose scores read its features.
         batch, key: of the loss whose gradient says where to, as AMR trains against.
         sizes: relative sizes of the change.
-        ranker: the split and the cut-offs.
+        eval_split: the split and the cut-offs.
     """
     _, _, gradients = _gradients(tables, model, batch, key)
     return [
-        {name: float(value) for name, value in jax.device_get(_after(model, gradients, ranker, size)).items()}
+        {name: float(value) for name, value in jax.device_get(_after(model, gradients, eval_split, size)).items()}
         for size in sizes
     ]
 
 
 @jax.jit
 def _after(
-    model: Recommender, gradients: Mapping[str, Array], ranker: Ranker, size: Float[Array, ""]
+    model: Recommender, gradients: Mapping[str, Array], eval_split: EvalSplit, size: Float[Array, ""]
 ) -> dict[str, Float[Array, ""]]:
     copy = jax.tree.map(lambda x: x, model)  # variables of the outer program cannot be changed in here
     for path, gradient in gradients.items():
@@ -204,7 +204,7 @@ def _after(
         unit = jnp.where(length > 0, gradient / jnp.where(length > 0, length, 1.0), 0.0)
         moved = rows + size * jnp.linalg.norm(rows, axis=1, keepdims=True) * unit
         variable.set_value(moved.astype(rows.dtype))
-    return rank_metrics(ranker, *copy.embed())
+    return full_sort_metrics(eval_split, *copy.embed())
 
 
 def at_loss(course: Sequence[tuple[float, Mapping[str, float]]], loss: float) -> dict[str, float] | None:

@@ -29,7 +29,7 @@ from mgrad_jax.analysis.convergence import gradient_evaluations
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.evaluation.candidates import Candidates, candidate_metrics, read_candidates, scores_of
-from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
+from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
 from mgrad_jax.files import Damaged, locked, read_mapping, write_whole, written_whole
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
@@ -246,7 +246,7 @@ class Study:
         return str(place / "runs" / f"{cell.model}-plain-{cell.optimizer}-s{seed}")
 
     def _check_tune(self) -> None:
-        tunable = [name for name in SETTINGS if name != "interval"]
+        tunable = sorted(set(SETTINGS) - {"interval"})
         for name, values in self.tune.items():
             if name not in tunable:
                 raise UserError(
@@ -422,7 +422,7 @@ def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarra
     if kept is None or int(kept.pop("epoch")) != result["best_epoch"]:
         loaded = load_run(directory)
         vectors = loaded.vectors()
-        users, metrics = per_user_metrics(make_ranker(loaded.data, "test", loaded.config.ks), *vectors)
+        users, metrics = per_user_metrics(make_eval_split(loaded.data, "test", loaded.config.ks), *vectors)
         _write_users(path, epoch=result["best_epoch"], users=users, **metrics)
         return users, metrics
     return kept.pop("users"), kept

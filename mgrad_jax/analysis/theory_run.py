@@ -18,7 +18,7 @@ from mgrad_jax.analysis import theory
 from mgrad_jax.analysis.inputs import InputNumbers, measure_inputs, open_inputs, worst_case_metrics
 from mgrad_jax.analysis.objective import Objective, draw_batches, in_float64, with_epoch_state
 from mgrad_jax.data import Batch, Interactions, load_interactions
-from mgrad_jax.evaluation.ranking import make_ranker
+from mgrad_jax.evaluation.ranking import make_eval_split
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.models import Recommender
 from mgrad_jax.optimizers import make_optimizer
@@ -287,6 +287,6 @@ def examine_inputs(subject: Subject, settings: TheorySettings, metrics: Sequence
             trained = not paths.isdisjoint(tables)
             if place.best and model.features_in_scores:
                 ks = sorted({int(name.partition("@")[2]) for name in metrics})
-                ranker = make_ranker(subject.data, "test", ks)
-                worst = worst_case_metrics(model, tables, batch, pass_key, WORST_CASE, ranker)
+                eval_split = make_eval_split(subject.data, "test", ks)
+                worst = worst_case_metrics(model, tables, batch, pass_key, WORST_CASE, eval_split)
     return InputFindings(subject, trained, places, [{name: row[name] for name in metrics} for row in worst])

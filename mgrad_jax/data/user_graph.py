@@ -22,7 +22,7 @@ from mgrad_jax.graph.users import UserGraph, nearest_users
 # The largest table of neighbours, in bytes: beyond it k is a slip.
 _MOST = 1 << 32
 
-__getattr__ = renamed(
+renamed(
     __name__,
     {
         "UserSample": "mgrad_jax.graph.users.UserSample",

@@ -25,7 +25,7 @@ from mgrad_jax.analysis.perturb import (
 )
 from mgrad_jax.data import demo_interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.models.base import Frozen, Recommender
+from mgrad_jax.models.base import Constant, Recommender
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -44,7 +44,7 @@ class Factors(Recommender):
 
     def __init__(self, users: Any, items: Any) -> None:
         self.n_users, self.n_items, self.dtype = len(users), len(items), jnp.float32
-        self.user_embedding = Frozen(jnp.asarray(users, jnp.float32))
+        self.user_embedding = Constant(jnp.asarray(users, jnp.float32))
         self.item_embedding = nnx.Param(jnp.asarray(items, jnp.float32))
 
     def embed(self) -> tuple[jax.Array, jax.Array]:
@@ -202,7 +202,7 @@ def test_rows_of_users_in_a_shared_table_stay() -> None:
 
 def test_a_model_without_a_learned_table_says_what_to_do() -> None:
     model = Factors(np.ones((2, 3)), np.ones((4, 3)))
-    model.item_embedding = Frozen(jnp.ones((4, 3)))  # as MMGCN's, which stays as it was drawn
+    model.item_embedding = Constant(jnp.ones((4, 3)))  # as MMGCN's, which stays as it was drawn
     with pytest.raises(UserError, match=r"learns no table of items .*; change its features with --adjust"):
         item_tables(model)
 

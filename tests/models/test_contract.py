@@ -193,7 +193,7 @@ def test_the_configuration_explains_itself(name: str) -> None:
     model = models.model_class(name)
     assert model.name == name
     assert model.paper
-    assert all(field.metadata.get("help") for field in dataclasses.fields(model.config_class))
+    assert all(field.metadata["help"] for field in dataclasses.fields(model.config_class))
     axes = {field.name for field in dataclasses.fields(model.config_class)} | {"learning_rate"}
     assert set(model.grid) <= axes
     for axis, values in model.grid.items():
