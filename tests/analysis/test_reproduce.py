@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +279,7 @@ def with_batches(original: Any) -> Any:
     return study
 
 
-def test_an_analysis_is_done_anew_only_where_runs_or_options_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_analysis_is_done_anew_only_where_runs_or_options_changed(tmp_path: Path) -> None:
     one = asked(tmp_path)
     study = one.study()
     result = next(iter(study.configs().values())).directory / "result.json"
@@ -288,24 +287,23 @@ def test_an_analysis_is_done_anew_only_where_runs_or_options_changed(
     result.write_text("1")
     done: list[list[str]] = []
 
-    def run(words: list[str]) -> None:
-        done.append(words)
+    def run(words: Sequence[str]) -> None:
+        done.append(list(words))
         out = Path(words[words.index("--out") + 1])
         assert not out.exists()
         out.mkdir()
         (out / "result.json").write_text("{}")
 
-    monkeypatch.setattr(command, "run_command", run)
     call = Call(("robustness", "x"), tmp_path / "noise", study)
-    command._call(call, one)
-    command._call(call, one)
+    command._call(call, one, run)
+    command._call(call, one, run)
     assert len(done) == 1
     result.write_text("2")
-    command._call(call, one)
-    command._call(Call(("robustness", "y"), tmp_path / "noise", study), one)
+    command._call(call, one, run)
+    command._call(Call(("robustness", "y"), tmp_path / "noise", study), one, run)
     assert len(done) == 3
     (tmp_path / "noise" / "result.json").unlink()  # stopped half way
-    command._call(Call(("robustness", "y"), tmp_path / "noise", study), one)
+    command._call(Call(("robustness", "y"), tmp_path / "noise", study), one, run)
     assert len(done) == 4
 
 
