@@ -42,7 +42,7 @@ def contours(rows: Mapping[str, Sequence[Panel]]) -> Figure:
     for axes, (name, panels) in zip(grid, rows.items(), strict=True):
         levels = _levels(panels)
         for axis, panel in zip(axes, panels, strict=False):
-            drawn = axis.contourf(panel.b, panel.a, panel.losses, levels=levels, cmap="viridis", extend="both")
+            drawn = axis.contourf(panel.b, panel.a, panel.losses, levels=levels, cmap="viridis")
             axis.contour(panel.b, panel.a, panel.losses, levels=levels, colors="white", linewidths=0.4)
             axis.plot(0, 0, marker="+", color="red")
             axis.set(title=panel.title, xlabel="b", aspect="equal")
@@ -80,7 +80,8 @@ def _levels(panels: Sequence[Panel]) -> np.ndarray:
     values = np.concatenate([panel.losses.ravel() for panel in panels])
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    return np.linspace(low, high if high > low else low + max(abs(low), 1.0) * 1e-6, _LEVELS)
+    high = high if high > low else low + max(abs(low), 1.0) * 1e-6
+    return np.asarray(MaxNLocator(_LEVELS).tick_values(low, high))
 
 
 def progress(
@@ -103,10 +104,12 @@ def progress(
                 _course(axis, course, f"C{number}", training if seed == 0 else None)
         if equal_loss is not None:
             axis.axvline(equal_loss, color="black", linewidth=0.7, linestyle=":")
-        axis.axhline(0, color="black", linewidth=0.4)
+        low, high = axis.get_ylim()
+        if low < 0 < high:
+            axis.axhline(0, color="black", linewidth=0.4)
         axis.invert_xaxis()
         axis.set_title(name, fontsize="small")
-        axis.ticklabel_format(axis="y", scilimits=(-3, 3))
+        axis.ticklabel_format(axis="y", scilimits=(-1, 3))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:

@@ -128,7 +128,8 @@ def flatness(
         worst, single, slope = worst_rise(loss, fixed, params, d, radius, ascent_steps)
         found["worst rise", scale] = Number(np.asarray([worst]), single)
         found["slope", scale] = Number(np.asarray([slope]))
-    return Flatness(value, found)
+    names = dict.fromkeys(name for name, _ in found)
+    return Flatness(value, {(name, scale): found[name, scale] for name in names for scale in scales})
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="batch_size")

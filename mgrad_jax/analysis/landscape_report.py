@@ -13,7 +13,17 @@ import numpy as np
 from mgrad_jax.analysis import figures, figures_landscape
 from mgrad_jax.analysis.flatness import CORRECTED, RAW, Flatness
 from mgrad_jax.analysis.landscape_run import Landscape, Landscapes, Place
-from mgrad_jax.analysis.report import Column, Interval, Table, csv_records, provenance, to_csv, to_latex, to_markdown
+from mgrad_jax.analysis.report import (
+    Column,
+    Interval,
+    Table,
+    csv_records,
+    provenance,
+    shown,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 from mgrad_jax.analysis.runs import compared_pairs
 from mgrad_jax.analysis.statistics import band, holm, paired_test, resampled_means, spread
 from mgrad_jax.files import write_whole
@@ -182,14 +192,14 @@ def differences_table(landscapes: Landscapes, readings: Readings) -> Table:
         for model, trainings in models.items():
             for ours, other in compared_pairs(list(trainings)):
                 seeds = [seed for seed in trainings[ours] if seed in trainings[other]]
-                for key in trainings[ours][seeds[0]].numbers if seeds else ():
-                    first, second = (
-                        np.stack([trainings[name][seed].numbers[key] for seed in seeds]) for name in (ours, other)
-                    )
-                    tests.append(paired_test(first.mean(axis=1), second.mean(axis=1)))
+                if not seeds:
+                    continue
+                both = [{seed: trainings[name][seed].numbers for seed in seeds} for name in (ours, other)]
+                values = {key: _values(both[0], key) - _values(both[1], key) for key in both[0][seeds[0]]}
+                for key, difference in _differences(values).items():
+                    tests.append(paired_test(*(_values(numbers, key).mean(axis=1) for numbers in both)))
                     name = number_name(key, _stops_gradient(landscapes, model))
-                    where = (model, at, f"{ours} - {other}", name, key[1], len(seeds))
-                    rows.append((*where, _difference(first - second)))
+                    rows.append((model, at, f"{ours} - {other}", name, key[1], len(seeds), difference))
     adjusted = holm([test.p for test in tests])
     full = [(*row, t.d_z, t.p, p, t.note) for row, t, p in zip(rows, tests, adjusted, strict=True)]
     caption = (
@@ -200,12 +210,39 @@ def differences_table(landscapes: Landscapes, readings: Readings) -> Table:
     return Table(caption, tuple(columns), tuple(full))
 
 
-def _difference(values: np.ndarray) -> Interval:
-    """The mean of (seeds, probes) differences, with its band where there is anything to resample."""
-    if values.size < 2:
-        return Interval(float(values.mean()), np.nan, np.nan)
-    low, high = band(resampled_means(values[:, :, None]))
-    return Interval(float(values.mean()), float(low), float(high))
+def verdicts(differences: Table) -> list[str]:
+    """A sentence a comparison at equal loss, by the scale-corrected trace."""
+    said = []
+    columns = [column.name for column in differences.columns]
+    for row in differences.rows:
+        cell = dict(zip(columns, row, strict=True))
+        if (cell["at"], cell["number"], cell["scale"]) == (EQUAL, "trace", CORRECTED):
+            found = cell["difference"]
+            word = "flatter" if found.high < 0 else "sharper" if found.low > 0 else "no difference shown"
+            tested = cell["note"] if cell["p"] is None else f"p = {cell['Holm']:.2g} over seeds, adjusted"
+            said.append(
+                f"{cell['model']} at equal loss, {cell['comparison']}: scale-corrected trace {shown(found, '+.3g')}, "
+                f"{word} ({tested})."
+            )
+    return said
+
+
+def _values(numbers: Mapping[int, Mapping[Key, np.ndarray]], key: Key) -> np.ndarray:
+    """One number of some seeds, (seeds, probes)."""
+    return np.stack([of_seed[key] for of_seed in numbers.values()])
+
+
+def _differences(values: Mapping[Key, np.ndarray]) -> dict[Key, Interval]:
+    """Means of (seeds, probes) differences, with their bands where there is anything to resample."""
+    found = {}
+    for probes in {array.shape[1] for array in values.values()}:
+        keys = [key for key, array in values.items() if array.shape[1] == probes]
+        stacked = np.stack([values[key] for key in keys])
+        means = stacked.mean(axis=(1, 2))
+        # Users are resampled nowhere: the last axis has one.
+        ends = band(resampled_means(stacked[..., None])) if stacked[0].size > 1 else np.full((2, len(keys)), np.nan)
+        found.update({key: Interval(*map(float, end)) for key, *end in zip(keys, means, *ends, strict=True)})
+    return {key: found[key] for key in values}
 
 
 def surface_table(landscapes: Landscapes, runs: Mapping[str, Mapping[str, Mapping[int, Path]]]) -> Table:
@@ -239,7 +276,7 @@ def flatness_table(landscapes: Landscapes) -> Table:
 
 @dataclass(frozen=True)
 class LandscapeReport:
-    """The tables people read, and what has to be known of them."""
+    """The tables people read, what has to be known of them, and what they say in sentences."""
 
     summary: Table
     differences: Table
@@ -263,15 +300,13 @@ def write_landscape(
         settings: what else `result.json` says.
     """
     readings = all_readings(landscapes)
-    report = LandscapeReport(
-        summary_table(landscapes, readings, data),
-        differences_table(landscapes, readings),
-        tuple(notes(landscapes, readings)),
-    )
-    shown = [report.summary, *([report.differences] if report.differences.rows else [])]
+    differences = differences_table(landscapes, readings)
+    sentences = (*notes(landscapes, readings), *verdicts(differences))
+    report = LandscapeReport(summary_table(landscapes, readings, data), differences, sentences)
+    tables = [report.summary, *([report.differences] if report.differences.rows else [])]
     files: dict[str, str | bytes] = {
-        "table.md": "\n".join([*map(to_markdown, shown), *(f"{note}\n" for note in report.notes)]),
-        "table.tex": "\n".join(map(to_latex, shown)),
+        "table.md": "\n".join([*map(to_markdown, tables), *(f"{note}\n" for note in report.notes)]),
+        "table.tex": "\n".join(map(to_latex, tables)),
         "table.csv": to_csv(report.summary),
         "tests.csv": to_csv(report.differences),
         "surface.csv": to_csv(surface_table(landscapes, runs)),

@@ -88,7 +88,7 @@ def landscape(
         landscapes, name = measure_landscapes(groups, asked, data=data, progress=show)
     stopping.complete_what_is_begun()
     report = write_landscape(out, landscapes, groups, name, {"settings": asdict(asked)})
-    print_tables(report.summary, *([report.differences] if report.differences.rows else []))
+    print_tables(report.summary)
     for note in report.notes:
         print(note)
-    print(f"Tables, numbers and pictures: {out}")
+    print(f"Tables, tests, numbers and pictures: {out}")
