@@ -20,8 +20,10 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", 
     os.environ.pop(_name, None)
 
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
-# answer a hyper-parameter of the wrong type before the configuration's own sentence does.
-install_import_hook(["mgrad_jax.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype")
+# answer a hyper-parameter of the wrong type before the configuration's own sentence does. So do sparse structures and
+# their products, which JAX fills with placeholders while it differentiates.
+CHECKED = ["losses", "dropout", "selection", "evaluation", "graph.items", "data.sampling"]
+install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -47,6 +49,12 @@ def x64():
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have those that compile in the same way follow each other: between them all that is compiled is dropped."""
+    items.sort(key=lambda item: item.get_closest_marker("quick_compilation") is not None)
 
 
 @pytest.hookimpl(tryfirst=True)
