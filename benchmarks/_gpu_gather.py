@@ -9,15 +9,18 @@ different gradients, to the last bit, of ten runs.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import Parser, device_name, exit_status, interleaved, ratios, spread, versions, write_json
+from _frame import Benchmark, Parser
+from _tables import Row
+from _timing import interleaved, ratios, spread
 
 from mgrad_jax.graph import gather_rows, gpu_product
 from mgrad_jax.graph.kernels import PRODUCTS
@@ -25,52 +28,40 @@ from mgrad_jax.graph.kernels import PRODUCTS
 RUNS = 10
 
 
-@exit_status
-def main() -> None:
-    """Measure and write."""
-    parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny tables")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+def _options(parser: Parser) -> None:
+    parser.number("--repeats", 15, "rounds", 2)
+
+
+def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
     shapes = [(60, 8, 32)] if options.quick else [(7_050, 64, 2_048), (7_050, 4_096, 2_048), (63_001, 4_096, 2_048)]
-    rows: list[dict[str, Any]] = []
     for shape in shapes:
-        rows += _measure(*shape, 2 if options.quick else options.repeats)
-        write_json(options.output, rows)
+        yield _rows(*shape, options.repeats)
 
 
-def _measure(n_rows: int, width: int, n_ids: int, repeats: int) -> list[dict[str, Any]]:
-    """All cases at one shape, a row each."""
+def _rows(n_rows: int, width: int, n_ids: int, repeats: int) -> list[Row]:
+    """All cases at one shape."""
     rng = np.random.default_rng(0)
     weights = (1.0 + rng.permutation(n_rows)) ** -0.7
     ids = jnp.asarray(rng.choice(n_rows, n_ids, p=weights / weights.sum()), jnp.int32)
     table = jnp.asarray(rng.standard_normal((n_rows, width), np.float32))
     gathers = {"indexing": ("segment", lambda table, ids: table[ids]), **{p: (p, gather_rows) for p in PRODUCTS}}
-    runs, distinct, errors = {}, {}, {}
+    runs: dict[str, Callable[[], Any]] = {}
+    found: dict[str, Row] = {}
     for name, (product, gather) in gathers.items():
         try:
             with gpu_product(product):
                 gradient = jax.jit(jax.grad(lambda table, ids, gather=gather: jnp.sum(gather(table, ids) ** 2)))
                 run = partial(gradient.lower(table, ids).compile(), table, ids)
-            distinct[name] = len({np.asarray(run()[:200]).tobytes() for _ in range(RUNS)})
+            found[name] = {"distinct": len({np.asarray(run()[:200]).tobytes() for _ in range(RUNS)})}
             runs[name] = run
         except Exception as error:  # one product must not hide the others
-            errors[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     seconds = interleaved(runs, repeats)
-    common = {"rows": n_rows, "columns": width, "ids": n_ids, "device": device_name(), "versions": versions()}
-    measured = [
-        {
-            "case": name,
-            "seconds": spread(times),
-            "ratio": ratios(times, seconds["indexing"]),
-            "distinct": distinct[name],
-            **common,
-        }
-        for name, times in seconds.items()
-    ]
-    return measured + [{"case": name, "error": error, **common} for name, error in errors.items()]
+    for name, times in seconds.items():
+        found[name] |= {"seconds": spread(times), "ratio": ratios(times, seconds["indexing"])}
+    common = {"rows": n_rows, "columns": width, "ids": n_ids}
+    return [{"case": name, **row, **common} for name, row in found.items()]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Benchmark("gpu_gather", __doc__, _measure, _options, kept=False).main())

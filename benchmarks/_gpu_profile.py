@@ -8,50 +8,43 @@ events of the device, the row has the wall time and says so.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
-from _report import Parser, device_name, exit_status, versions, write_json
-from _settings import BATCH_SIZE, LEARNING_RATE, MIRROR, SETTINGS
+from _frame import Benchmark
+from _settings import BATCH_SIZE, LEARNING_RATE, MIRROR, dataset, make_model
 from _steps import Case, compile_passes, random_batches
-from step_throughput import ALL_SIZES
+from _tables import Row
 
-from mgrad_jax import mirror_gradient, models
-from mgrad_jax.data import synthetic_interactions
+from mgrad_jax import mirror_gradient
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.training.epoch import split_model
 
 N_BATCHES = 12
-SHOWN = 25  # kernels a row
+SHOWN = 25  # kernels per row
 
 
-@exit_status
-def main() -> None:
-    """Profile and write."""
-    parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tiny dataset")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    data = synthetic_interactions(ALL_SIZES["quick" if options.quick else "baby"], name="baby")
-    parts = split_model(models.create("freedom", data, **SETTINGS["freedom"].hyper_parameters))
+def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    data = dataset("quick" if options.quick else "baby")
+    parts = split_model(make_model("freedom", data))
     batches = random_batches(data, N_BATCHES, 256 if options.quick else BATCH_SIZE)
-    rows = []
     for training in ("plain", "mirror"):
         adam = optax.adam(LEARNING_RATE)
         tx = optax.chain(mirror_gradient(**MIRROR), adam) if training == "mirror" else adam
         state = tx.init(parts.params)
         case = compile_passes(parts, tx, state, pass_schedule(state, N_BATCHES), batches)
-        rows.append({"training": training, **_profiled(case), "device": device_name(), "versions": versions()})
-        write_json(options.output, rows)
+        yield [{"training": training, **_profiled(case)}]
 
 
-def _profiled(case: Case) -> dict[str, Any]:
+def _profiled(case: Case) -> Row:
     jax.block_until_ready(case.run(case.start()))
     carry = case.start()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +54,9 @@ def _profiled(case: Case) -> dict[str, Any]:
             seconds = time.perf_counter() - started
         try:
             kernels = _kernels(Path(folder))
+            reason = "" if kernels else "the trace holds no events of the device"
         except Exception as error:  # the wall time is worth having without them
             kernels, reason = [], f"{type(error).__name__}: {error}"
-        else:
-            reason = "" if kernels else "the trace holds no events of the device"
     row = {"seconds_per_step": seconds / case.passes, "passes": case.passes, "kernels": kernels[:SHOWN]}
     return {**row, "kernel_seconds": sum(k["seconds"] for k in kernels), **({"note": reason} if reason else {})}
 
@@ -78,8 +70,7 @@ def _kernels(folder: Path) -> list[dict[str, Any]]:
             if plane.name.startswith("/device:GPU") or (jax.default_backend() == "cpu" and "CPU" in plane.name):
                 # Streams hold the kernels; the other lines repeat them by module, by operation and by step.
                 streams = [line for line in plane.lines if "Stream" in line.name] or list(plane.lines)
-                events = (event for line in streams for event in line.events)
-                for event in events:
+                for event in (event for line in streams for event in line.events):
                     if not event.name.startswith("$"):  # a call of Python
                         seconds[event.name] += event.duration_ns * 1e-9
                         calls[event.name] += 1
@@ -88,4 +79,4 @@ def _kernels(folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Benchmark("gpu_profile", __doc__, _measure, kept=False).main())

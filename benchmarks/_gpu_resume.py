@@ -2,22 +2,25 @@
 
     XLA_FLAGS=--xla_gpu_deterministic_ops=true python benchmarks/_gpu_resume.py --output FILE
 
-FREEDOM with Mirror Gradient on the demo data. `again` is the same run once more, `resumed`
-one that stops halfway and goes on from its checkpoint in a program compiled anew. `equal_epochs` counts the epochs whose
-loss and metrics are the same text as in the unbroken run; `seconds_train` shows what deterministic operations cost.
+FREEDOM with Mirror Gradient on the demo data. `again` is the same run once more, `resumed` one that stops halfway and
+goes on in a program compiled anew. `equal_epochs` counts the epochs whose loss and metrics are the same text as in the
+unbroken run; `seconds_train` shows what deterministic operations cost.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from _report import Parser, device_name, exit_status, versions, write_json
+from _frame import Benchmark
+from _tables import Row
 
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import train_run
@@ -25,13 +28,8 @@ from mgrad_jax.training.run import train_run
 TIMES = ["seconds_train", "seconds_evaluate"]
 
 
-@exit_status
-def main() -> None:
-    """Train, compare and write."""
-    parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="two epochs of VBPR")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Two epochs of VBPR where everything is tiny."""
     epochs = 2 if options.quick else 8
     with tempfile.TemporaryDirectory() as folder:
         unbroken, again, resumed = (Path(folder) / name for name in ("unbroken", "again", "resumed"))
@@ -40,15 +38,13 @@ def main() -> None:
         train_run(_config(resumed, epochs // 2, options.quick))
         train_run(_config(resumed, epochs, options.quick), resume=True)
         expected = _history(unbroken)
-        row = {
+        row: Row = {
             "epochs": epochs,
-            "equal_epochs": {out.name: _equal(_history(out), expected) for out in (again, resumed)},
+            "equal_epochs": {out.name: int((_history(out) == expected).all(axis=1).sum()) for out in (again, resumed)},
             "seconds_train": statistics.median(pd.read_csv(unbroken / "history.csv")["seconds_train"][1:]),
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "device": device_name(),
-            "versions": versions(),
         }
-    write_json(options.output, [row])
+    yield [row]
 
 
 def _config(out: Path, epochs: int, quick: bool) -> RunConfig:
@@ -61,9 +57,5 @@ def _history(out: Path) -> Any:
     return pd.read_csv(out / "history.csv", dtype=str).drop(columns=TIMES)
 
 
-def _equal(ours: Any, expected: Any) -> int:
-    return int((ours == expected).all(axis=1).sum())
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Benchmark("gpu_resume", __doc__, _measure, kept=False).main())

@@ -1,46 +1,19 @@
-"""What `gpu.py` measured, as Markdown tables: its own `summary.md`, and the section of docs/performance.md.
-
-python benchmarks/_gpu_summary.py benchmarks/results/gpu --write docs/performance.md
-"""
+"""What `gpu.py` measured, as Markdown tables: its own `summary.md`, and the section of docs/performance.md."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from _report import Parser, exit_status
+from _tables import TABLES, Row, markdown, number
 
-from mgrad_jax.errors import UserError
-
-BEGIN, END = "<!-- measured on a GPU: begin -->", "<!-- measured on a GPU: end -->"
 NOTHING = "Not measured on a GPU.\n"
 KERNELS = 8  # of a profile
-Row = dict[str, Any]
-
-
-@exit_status
-def main() -> None:
-    """Print the tables, or put them between the marks of a file."""
-    parser = Parser(__doc__)
-    parser.add_argument("results", type=Path, help="the directory that gpu.py wrote")
-    parser.add_argument("--write", type=Path, help="a Markdown file with the two marks")
-    options = parser.parse_args()
-    text = summary(options.results)
-    if options.write is None:
-        print(text)
-    else:
-        options.write.write_text(between_marks(options.write.read_text(encoding="utf-8"), text), encoding="utf-8")
-
-
-def between_marks(document: str, text: str) -> str:
-    """The document with another text between its marks."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise UserError(f"the document needs one '{BEGIN}' and one '{END}'; put them where the tables belong.")
-    before, _, rest = document.partition(BEGIN)
-    return f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}"
+PRICE = ("data", "model", "interval", "form", "ms per batch", "over plain", "bound")
+TRAINER = tuple(TABLES["vs_pytorch"].columns)[1:9]
+MEMORY = ("model", "data", "trained numbers", "peak GiB", "parameters GiB", "s per batch", "s to build")
+SWEEP = ("model", "data", "members", "slots", "single runs, s", "sweep, s", "times faster", "largest difference")
 
 
 def summary(folder: Path) -> str:
@@ -56,7 +29,7 @@ def summary(folder: Path) -> str:
         for name, record in parts.items()
         if record["status"] != "done"
     ]
-    sections += ["### What is missing\n", _table(["part", "status", "reason"], missing)] if missing else []
+    sections += ["### What is missing\n", markdown(["part", "status", "reason"], missing)] if missing else []
     return "\n".join(filter(None, sections))
 
 
@@ -77,12 +50,12 @@ def _machines(records: Sequence[Row]) -> str:
 def _section(step: str, parts: dict[str, Row]) -> str:
     title, header, cells = SECTIONS[step]
     lines = [line for name, record in parts.items() for line in cells(name, record["rows"] or [])]
-    return f"### {title}\n\n{_table(header, lines)}" if lines else ""
+    return f"### {title}\n\n{markdown(header, lines)}" if lines else ""
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
+def _columns(name: str, headings: Sequence[str]) -> _Cells:
+    """Some columns of a benchmark's own table."""
+    return lambda _, rows: TABLES[name].cells(rows, headings)
 
 
 def _parity(name: str, rows: list[Row]) -> Iterator[list[str]]:
@@ -91,109 +64,45 @@ def _parity(name: str, rows: list[Row]) -> Iterator[list[str]]:
             yield [name, row.get("case") or f"{row['product']}, {row['type']}", row["error"]]
         elif "equal_epochs" in row:
             found = ", ".join(f"{what} {n} of {row['epochs']} epochs" for what, n in row["equal_epochs"].items())
-            yield [name, "equal to the last digit", f"{found}; {1e3 * row['seconds_train']:.1f} ms an epoch"]
+            yield [name, "equal to the last digit", f"{found}; {1e3 * row['seconds_train']:.1f} ms per epoch"]
         elif "deviation" in row:
             found = ", ".join(f"{what} {x:.0e}" for what, x in row["deviation"].items())
             yield [name, f"{row['product']}, {row['type']}", f"{found}; {row['distinct']} different in ten runs"]
         else:
-            found = ", ".join(
-                f"{what} {row[what]:.0e}" for what in ("loss", "gradients", "scores", "parameters") if what in row
-            )
-            yield [name, row["case"], found]
-
-
-def _price(name: str, rows: list[Row]) -> Iterator[list[str]]:
-    for row in rows:
-        low, high = row["spread"]["ratio_to_plain"]
-        ratio = f"{row['ratio_to_plain']:.3f} ({low:.3f} to {high:.3f})"
-        milliseconds = f"{1e3 * row['seconds_per_batch']:.3f}"
-        yield [row["size"], row["model"], str(row["interval"]), row["form"], milliseconds, ratio, f"{row['bound']:.3f}"]
-
-
-def _trainer(name: str, rows: list[Row]) -> Iterator[list[str]]:
-    for published, ours in zip(rows[::2], rows[1::2], strict=False):
-        cells = [f"{side[key]['median']:.4f}" for key in _TIMES for side in (published, ours)]
-        faster = [f"{ours['ratio']:.1f}", f"{ours['ratio_evaluation']:.1f}"]
-        yield [ours["model"], ours["training"], *cells[:2], faster[0], *cells[2:], faster[1]]
-
-
-_TIMES = ("seconds_per_epoch", "seconds_per_evaluation")
+            kinds = ("loss", "gradients", "scores", "parameters")
+            yield [name, row["case"], ", ".join(f"{what} {row[what]:.0e}" for what in kinds if what in row)]
 
 
 def _products(name: str, rows: list[Row]) -> Iterator[list[str]]:
     for row in rows:
-        what = (
+        shape = (
             f"{row['graph']} ({row['size']}), {row['what']}" if "graph" in row else f"{row['rows']} x {row['columns']}"
         )
-        if "error" in row:
-            yield [what, row["case"], row["error"], "", ""]
-            continue
-        floor = f"{row['times_floor']['median']:.1f}" if "times_floor" in row else ""
-        times = f"{1e3 * row['seconds']['median']:.3f}"
-        yield [
-            what,
-            row["case"],
-            times,
-            f"{row['ratio']['median']:.2f}",
-            floor or f"{row['distinct']} different in ten",
-        ]
-
-
-def _memory(name: str, rows: list[Row]) -> Iterator[list[str]]:
-    for row in rows:
-        gib = [f"{row[key] / 2**30:.1f}" for key in ("peak_memory_bytes", "parameter_bytes")]
-        seconds = [f"{row['seconds_per_batch']['median']:.4f}", f"{row['seconds_build']:.0f}"]
-        yield [row["model"], row["size"], f"{row['trained_numbers'] / 1e6:.0f} M", *gib, *seconds]
-
-
-def _sweep(name: str, rows: list[Row]) -> Iterator[list[str]]:
-    for row in rows:
-        times = [f"{row[key]['median']:.1f}" for key in ("seconds_single_runs", "seconds_sweep")]
-        ratio, difference = f"{row['ratio']['median']:.1f}", f"{row['largest_metric_difference']:.0e}"
-        yield [row["model"], row["size"], str(row["members"]), str(row["slots"]), *times, ratio, difference]
+        last = number("times_floor")(row) or f"{row.get('distinct')} different in ten"
+        found = [number("seconds", 3, 1e3)(row), number("ratio", 2)(row), last]
+        yield [shape, row["case"], *([row["error"], "", ""] if "error" in row else found)]
 
 
 def _profile(name: str, rows: list[Row]) -> Iterator[list[str]]:
     for row in rows:
+        step = number("seconds_per_step", 3, 1e3)(row)
         if "floor_seconds" in row:
             floors = ", ".join(f"{what} {1e3 * x:.3f}" for what, x in row["floor_seconds"].items())
-            step = f"{1e3 * row['seconds_per_step']['median']:.3f}"
             yield [f"{row['model']}, floors ({row['data']})", step, floors, f"{row['distance']:.1f} times"]
             continue
-        step, passes = f"{1e3 * row['seconds_per_step']:.3f}", row["passes"]
-        yield [
-            f"freedom, {row['training']}",
-            step,
-            row.get("note", "all kernels"),
-            f"{1e3 * row['kernel_seconds'] / passes:.4f}",
-        ]
-        for kernel in row["kernels"][:KERNELS]:
-            yield ["", "", f"`{kernel['name'][:80]}`", f"{1e3 * kernel['seconds'] / passes:.4f}"]
+        kernels = [{"name": row.get("note", "all kernels"), "seconds": row["kernel_seconds"]}]
+        kernels += [{**kernel, "name": f"`{kernel['name'][:80]}`"} for kernel in row["kernels"][:KERNELS]]
+        for first, kernel in zip([f"freedom, {row['training']}"] + [""] * KERNELS, kernels, strict=False):
+            yield [first, step if first else "", kernel["name"], f"{1e3 * kernel['seconds'] / row['passes']:.4f}"]
 
 
-_Cells = Callable[[str, list[Row]], Iterator[list[str]]]
-SECTIONS: dict[str, tuple[str, list[str], _Cells]] = {
+_Cells = Callable[[str, list[Row]], Iterable[Sequence[str]]]
+SECTIONS: dict[str, tuple[str, Sequence[str], _Cells]] = {
     "a": ("Parity: largest relative deviations from recorded or dense numbers", ["part", "what", "deviation"], _parity),
-    "b": (
-        "The price of Mirror Gradient",
-        ["data", "model", "interval", "form", "ms a batch", "over plain", "bound"],
-        _price,
-    ),
-    "c": (
-        "Beside the published trainer, seconds",
-        ["model", "training", "published, epoch", "ours", "faster", "published, evaluation", "ours", "faster"],
-        _trainer,
-    ),
+    "b": ("The price of Mirror Gradient", PRICE, _columns("step_throughput", PRICE)),
+    "c": ("Beside the published trainer", TRAINER, _columns("vs_pytorch", TRAINER)),
     "d": ("Sparse products and gathered rows", ["what", "case", "ms", "over the first", "over the floor"], _products),
-    "e": ("Memory", ["model", "data", "trained", "peak GiB", "parameters GiB", "s a batch", "s to build"], _memory),
-    "f": (
-        "A grid as one program",
-        ["model", "data", "members", "slots", "one by one, s", "sweep, s", "faster", "difference"],
-        _sweep,
-    ),
-    "g": ("Where a step goes", ["step", "ms", "kernel or floor", "ms a step, or distance"], _profile),
+    "e": ("Memory", MEMORY, _columns("scaling", MEMORY)),
+    "f": ("A grid as one program", SWEEP, _columns("sweep_throughput", SWEEP)),
+    "g": ("Where a step goes", ["step", "ms", "kernel or floor", "ms per step, or distance"], _profile),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

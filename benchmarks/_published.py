@@ -19,10 +19,11 @@ import platform
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Imported by the trainer and never reached by a training run.
 NEVER_USED = ("PIL", "lmdb", "matplotlib", "sklearn", "torch_scatter", "torchvision")
-REMOVED_ALIASES = {"bool": bool, "float": float, "int": int, "object": object, "str": str}
 
 
 def main(path: str) -> None:
@@ -34,8 +35,7 @@ def main(path: str) -> None:
     import scipy.sparse
     import torch
 
-    restore_aliases(numpy)
-    restore_dok_update(scipy.sparse.dok_matrix)
+    restore_removed(numpy, scipy.sparse.dok_matrix)
     patch_torch(torch, job["device"])
     torch.set_num_threads(job["threads"])
     record = run(job, torch)
@@ -49,21 +49,17 @@ def limit_cores(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def restore_aliases(numpy: types.ModuleType) -> None:
-    """`numpy.float` and its kin, gone since NumPy 1.24."""
-    for name, value in REMOVED_ALIASES.items():
-        if name not in vars(numpy):
-            setattr(numpy, name, value)
-
-
-def restore_dok_update(dok_matrix: type) -> None:
-    """`dok_matrix._update(entries)`, gone since SciPy 1.13: a dictionary of entries put in without checks."""
-    if not hasattr(dok_matrix, "_update"):
+def restore_removed(numpy: Any, dok_matrix: Any) -> None:
+    """`numpy.float` and its kin, gone since NumPy 1.24, and `dok_matrix._update(entries)`, gone since SciPy 1.13."""
+    for alias in (bool, float, int, object, str):
+        if alias.__name__ not in vars(numpy):
+            setattr(numpy, alias.__name__, alias)
+    if not hasattr(dok_matrix, "_update"):  # puts a dictionary of entries in, without checks
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
 
 @contextlib.contextmanager
-def stand_ins():
+def stand_ins() -> Iterator[None]:
     """An empty module in place of each one in `NEVER_USED` that is not installed, while the block imports."""
     finder = _StandIns()
     sys.meta_path.append(finder)
@@ -76,27 +72,25 @@ def stand_ins():
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        del path, target
-        if name.split(".")[0] in NEVER_USED:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        known = name.split(".")[0] in NEVER_USED
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _Anything(spec.name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         pass
 
 
 class _Anything(types.ModuleType):
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> _Anything:
         if name.startswith("__"):
             raise AttributeError(name)
         return _Anything(f"{self.__name__}.{name}")
 
 
-def patch_torch(torch, device: str) -> None:
+def patch_torch(torch: Any, device: str) -> None:
     """Load the trainer's own pickled caches as before PyTorch 2.6; on the CPU, act as on a GPU.
 
     `.cuda()` stays where it is. A parameter's `.to(device)` gives a copy, as it does on a GPU: the trainer writes
@@ -104,7 +98,7 @@ def patch_torch(torch, device: str) -> None:
     """
     load = torch.load
 
-    def load_own_cache(*args, **kwargs):
+    def load_own_cache(*args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("weights_only", False)
         return load(*args, **kwargs)
 
@@ -115,13 +109,12 @@ def patch_torch(torch, device: str) -> None:
         torch.nn.Parameter.to = lambda self, *args, **kwargs: torch.Tensor.to(self, *args, **kwargs).clone()
 
 
-def run(job, torch):
+def run(job: dict[str, Any], torch: Any) -> dict[str, Any]:
     """Train as its own entry point does and return what the timers saw."""
     sys.path[:] = [job["source"], *paths_without_rivals(sys.path)]
     with stand_ins():
-        from common.trainer import Trainer
-        from utils.quick_start import quick_start
-
+        trainer_class = importlib.import_module("common.trainer").Trainer
+        quick_start = importlib.import_module("utils.quick_start").quick_start
         importlib.import_module("models." + job["model"].lower())
 
     def now() -> float:
@@ -129,64 +122,58 @@ def run(job, torch):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    record = {"epochs": [], "evaluations": [], "valid": {}, "test": {}}
-    attach_timers(Trainer, record, now)
+    record: dict[str, Any] = {"epochs": [], "evaluations": [], "valid": {}, "test": {}}
+    attach_timers(trainer_class, record, now)
     started = now()
-    quick_start(
-        model=job["model"], dataset=job["dataset"], config_dict=job["config"], save_model=False, mg=job["mirror"]
-    )
+    what = {"model": job["model"], "dataset": job["dataset"], "config_dict": job["config"]}
+    quick_start(**what, save_model=False, mg=job["mirror"])
     record["seconds_run"] = now() - started
-    record["versions"] = {"python": platform.python_version(), **installed("torch", "numpy", "scipy")}
+    installed = {name: str(importlib.import_module(name).__version__) for name in ("torch", "numpy", "scipy")}
+    record["versions"] = {"python": platform.python_version(), **installed}
     record["device"] = torch.cuda.get_device_name(0) if job["device"] != "cpu" else None
     return record
 
 
-def paths_without_rivals(paths):
+def paths_without_rivals(paths: list[str]) -> list[str]:
     """The trainer's `models`, `common` and `utils` have no `__init__.py`: a package of that name elsewhere would win."""
     names = ("models", "common", "utils")
     return [path for path in paths if not any(os.path.isfile(os.path.join(path, n, "__init__.py")) for n in names)]
 
 
-def attach_timers(trainer_class, record, now) -> None:
+def attach_timers(trainer_class: Any, record: dict[str, Any], now: Callable[[], float]) -> None:
     """Time each epoch, from the start of `pre_epoch_processing` to the end of `_train_epoch`, and each evaluation."""
-    make, train, evaluate, fit = (
-        getattr(trainer_class, name) for name in ("__init__", "_train_epoch", "_valid_epoch", "fit")
-    )
-    begun = []
+    names = ("__init__", "_train_epoch", "_valid_epoch", "fit")
+    make, train, evaluate, fit = (getattr(trainer_class, name) for name in names)
+    begun: list[float] = []
 
-    def timed_init(self, config, model, *args, **kwargs):
+    def timed_init(self: Any, config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         make(self, config, model, *args, **kwargs)
         prepare = model.pre_epoch_processing
 
-        def timed_prepare():
+        def timed_prepare() -> Any:
             begun[:] = [now()]
             return prepare()
 
         model.pre_epoch_processing = timed_prepare
 
-    def timed_train(self, *args, **kwargs):
+    def timed_train(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = train(self, *args, **kwargs)
         record["epochs"].append(now() - begun[0])
         return result
 
-    def timed_evaluate(self, *args, **kwargs):
+    def timed_evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
         started = now()
         result = evaluate(self, *args, **kwargs)
         record["evaluations"].append(now() - started)
         return result
 
-    def kept_fit(self, *args, **kwargs):
+    def kept_fit(self: Any, *args: Any, **kwargs: Any) -> Any:
         best = fit(self, *args, **kwargs)
         record["valid"], record["test"] = ({name: float(x) for name, x in metrics.items()} for metrics in best[1:3])
         return best
 
     trainer_class.__init__, trainer_class._train_epoch = timed_init, timed_train
     trainer_class._valid_epoch, trainer_class.fit = timed_evaluate, kept_fit
-
-
-def installed(*names: str):
-    """Versions of modules by name."""
-    return {name: str(importlib.import_module(name).__version__) for name in names}
 
 
 if __name__ == "__main__":

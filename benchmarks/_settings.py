@@ -1,4 +1,4 @@
-"""The setting every model is measured at, and what the published trainer calls it.
+"""What is measured: the setting of every model, what the published trainer calls it, and the sizes of data.
 
 Adam at 1e-3, batches of 2,048 and embeddings of 64 throughout. VBPR, BM3 and FREEDOM have the hyper-parameters of the
 published reference runs; the others a point of their published grid (`mgrad_jax.training.grid.published_grid`).
@@ -10,8 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mgrad_jax import models
+from mgrad_jax.data import Interactions, load_interactions, synthetic, synthetic_interactions
+
 LEARNING_RATE, BATCH_SIZE, EMBEDDING = 1e-3, 2048, 64
-MIRROR = {"alpha1": 1.0, "alpha2": 0.2, "interval": 3}
+MIRROR: dict[str, Any] = {"alpha1": 1.0, "alpha2": 0.2, "interval": 3}
+FEATURED = ["vbpr", "bm3", "freedom"]  # the models of most benchmarks
+PRECISIONS = ("highest", "default", "float64")  # of the parity on a GPU
+SIZES = {"quick": synthetic.Size(300, 200, 3_000, 32, 16), **synthetic.SIZES}
+SOURCES = f"a directory in MMRec format, 'demo', or a size that is made up: {', '.join(SIZES)}"
+
+
+def dataset(source: str) -> Interactions:
+    """Data made up at one of the sizes, or read from a directory."""
+    return synthetic_interactions(SIZES[source], name=source) if source in SIZES else load_interactions(source)
+
+
+def make_model(name: str, data: Interactions) -> Any:
+    """A model at its setting."""
+    return models.create(name, data, **SETTINGS[name].hyper_parameters)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/propagation.py
 
-Two graphs on made-up data of that size, or another with `--size`: `user-item` (26,495 nodes, 237,102 entries, symmetrically normalised) and
-`item` (7,050 nodes, the blend of two kNN graphs with k = 10). Each case is two steps of propagation of 64 columns,
-y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), with the graph an argument of the program:
+Two graphs on made-up data of that size, or another with `--size`: `user-item` (26,495 nodes, 237,102 entries,
+symmetrically normalised) and `item` (7,050 nodes, the blend of two kNN graphs with k = 10). Each case is two steps of propagation of 64 columns,
+y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), the graph an argument of the program:
 
     propagate   mgrad_jax.graph.propagate
     bipartite   mgrad_jax.graph.propagate_bipartite, what the models call (user-item only)
@@ -17,10 +17,9 @@ and on a GPU, besides
     rows, split, cusparse   `propagate` by the other products of mgrad_jax.graph.kernels
     bcoo/cusparse, ...      bcoo and bcsr with JAX's cuSPARSE lowering on
 
-The cases take turns in every round; `ratio` is the time over propagate's in the same round (above 1: slower). The
-floor counts the bytes that a product must move (entries and row starts, x once, y once) at the bandwidth of a copy,
-measured in the same rounds; on a machine whose cache holds x, nothing can be faster and much is slower. Before the
-timing all cases are compared: `largest_difference` is relative to propagate's largest number.
+`ratio` is the time over propagate's in the same round (above 1: slower). The floor counts the bytes that a product must
+move (entries and row starts, x once, y once) at the bandwidth of a copy, measured in the same rounds; what lies in the
+cache goes below it. `largest_difference` of the results is relative to propagate's largest number.
 """
 
 from __future__ import annotations
@@ -32,104 +31,62 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import (
-    RESULTS,
-    Parser,
-    check_at_least,
-    device_name,
-    earlier_rows,
-    exit_status,
-    interleaved,
-    ratios,
-    spread,
-    spread_cell,
-    versions,
-    write_json,
-)
+from _frame import Benchmark, Parser
+from _plots import bars
+from _settings import SIZES, dataset
+from _steps import deviation
+from _tables import Row
+from _timing import interleaved, ratios, spread
 from jax.experimental import sparse
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
-from mgrad_jax.data import synthetic_interactions
-from mgrad_jax.data.synthetic import SIZES, Size
-from mgrad_jax.graph import (
-    SparseGraph,
-    blend_graphs,
-    gpu_product,
-    knn_graph,
-    normalized_bipartite,
-    propagate,
-    propagate_bipartite,
-)
+from mgrad_jax import graph as graphs
+from mgrad_jax.graph import SparseGraph, gpu_product, propagate
 from mgrad_jax.graph.kernels import PRODUCTS
 
 TRAINING_PAIRS = 118_551  # of Amazon Baby's split
-QUICK = Size(300, 200, 3_000, 32, 16)
 LAYERS = 2
-COPY = "copy"
 CUSPARSE = "/cusparse"
 Array = jax.Array
 
 
-@exit_status
-def main() -> None:
-    """Measure, print, write and plot."""
-    options = _options()
-    for name in ("repeats", "columns", "calls"):
-        check_at_least(f"--{name}", getattr(options, name))
-    earlier_rows(options.output)
-    rows = [row for name, graph in _graphs(options).items() for row in _measure(name, graph, options)]
-    write_json(options.output, rows)
-    _print_table(rows)
-    _plot(rows, options.output.with_suffix(".png"))
+def _options(parser: Parser) -> None:
+    parser.option("--size", "baby", "of the paper's Table 1", "quick", choices=list(SIZES))
+    parser.number("--columns", 64, "width of x")
+    parser.number("--repeats", 15, "rounds", 2)
+    parser.number("--calls", 10, "calls per case and round, of which the mean is taken", 1)
 
 
-def _options() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="baby", help="of the paper's Table 1 (default baby)")
-    parser.add_argument("--columns", type=int, default=64, help="width of x (default 64)")
-    parser.add_argument("--repeats", type=int, help="rounds (default 15)")
-    parser.add_argument("--calls", type=int, help="calls a case and round, of which the mean is taken (default 10)")
-    parser.add_argument("--quick", action="store_true", help="tiny graphs: does it run, not how fast")
-    parser.add_argument("--output", type=Path, default=RESULTS / "propagation.json")
-    options = parser.parse_args()
-    for name, default in zip(("repeats", "calls"), (2, 1) if options.quick else (15, 10), strict=True):
-        setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
-    return options
+def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    for name, graph in _graphs(options.size).items():
+        yield _rows(name, graph, options)
 
 
-def _graphs(options: argparse.Namespace) -> dict[str, SparseGraph]:
-    data = synthetic_interactions(QUICK if options.quick else SIZES[options.size])
-    pairs = np.random.default_rng(0).permutation(data.train)[: TRAINING_PAIRS if options.size == "baby" else None]
-    near = [(weight, knn_graph(data.features[name], 10)) for weight, name in ((0.1, "image"), (0.9, "text"))]
+def _graphs(size: str) -> dict[str, SparseGraph]:
+    data = dataset(size)
+    pairs = np.random.default_rng(0).permutation(data.train)[: TRAINING_PAIRS if size == "baby" else None]
+    near = [(weight, graphs.knn_graph(data.features[name], 10)) for weight, name in ((0.1, "image"), (0.9, "text"))]
     return {
-        "user-item": normalized_bipartite(pairs[:, 0], pairs[:, 1], data.n_users, data.n_items),
-        "item": blend_graphs(near),
+        "user-item": graphs.normalized_bipartite(pairs[:, 0], pairs[:, 1], data.n_users, data.n_items),
+        "item": graphs.blend_graphs(near),
     }
 
 
 def _products(graph: SparseGraph) -> dict[str, tuple[Any, Callable[[Any, Array], Array]]]:
     """By case: the matrix in its own format, an argument of the program, and the product."""
-    indices = jnp.stack([graph.rows(), graph.columns], axis=1)
-    compressed = (graph.values, graph.columns, graph.row_starts)
-    products = {
+    indices = jnp.stack([graph.rows(), graph.indices], axis=1)
+    compressed = (graph.data, graph.indices, graph.indptr)
+    kind: dict[str, Any] = {"shape": graph.shape, "indices_sorted": True, "unique_indices": True}
+    products: dict[str, tuple[Any, Callable[[Any, Array], Array]]] = {
         "propagate": (graph, propagate),
-        "bcoo": (
-            sparse.BCOO((graph.values, indices), shape=graph.shape, indices_sorted=True, unique_indices=True),
-            operator.matmul,
-        ),
-        "bcsr": (
-            sparse.BCSR(compressed, shape=graph.shape, indices_sorted=True, unique_indices=True),
-            operator.matmul,
-        ),
-        "segment": ((graph.values, indices), partial(_segment, graph.shape[0])),
+        "bcoo": (sparse.BCOO((graph.data, indices), **kind), operator.matmul),
+        "bcsr": (sparse.BCSR(compressed, **kind), operator.matmul),
+        "segment": ((graph.data, indices), partial(_segment, graph.shape[0])),
     }
     if graph.n_users is not None:
         products["bipartite"] = graph, _bipartite
@@ -147,7 +104,7 @@ def _by(name: str, graph: SparseGraph, x: Array) -> Array:
 @contextlib.contextmanager
 def _lowering(case: str) -> Iterator[None]:
     """JAX's own products call cuSPARSE while this is on, if the case asks for it."""
-    before = jax.config.jax_bcoo_cusparse_lowering
+    before = jax.config.jax_bcoo_cusparse_lowering  # type: ignore[attr-defined]
     jax.config.update("jax_bcoo_cusparse_lowering", case.endswith(CUSPARSE))
     yield
     jax.config.update("jax_bcoo_cusparse_lowering", before)
@@ -160,10 +117,10 @@ def _segment(n_rows: int, matrix: tuple[Array, Array], x: Array) -> Array:
 
 
 def _bipartite(graph: SparseGraph, x: Array) -> Array:
-    return jnp.concatenate(propagate_bipartite(graph, x[: graph.n_users], x[graph.n_users :]))
+    return jnp.concatenate(graphs.propagate_bipartite(graph, x[: graph.n_users], x[graph.n_users :]))
 
 
-def _program(what: str, product: Callable[[Any, Array], Array]) -> Callable[[Any, Array, Array], Any]:
+def _program(what: str, product: Callable[[Any, Array], Array]) -> Any:
     """y = A (A x), or the value and gradient of <weights, y>; the sum keeps the compiler from dropping the value."""
 
     def layers(matrix: Any, x: Array) -> Array:
@@ -176,7 +133,7 @@ def _program(what: str, product: Callable[[Any, Array], Array]) -> Callable[[Any
     return jax.jit(jax.value_and_grad(lambda x, matrix, weights: jnp.vdot(weights, layers(matrix, x))))
 
 
-def _measure(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _rows(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[Row]:
     """All cases of one graph, and the copy, in turns: rows."""
     shape = graph.shape[0], options.columns
     x, weights = (jax.random.normal(jax.random.key(seed), shape) for seed in (0, 1))
@@ -189,17 +146,17 @@ def _measure(name: str, graph: SparseGraph, options: argparse.Namespace) -> list
             try:
                 with _lowering(case):
                     compiled = _program(what, product).lower(*arguments).compile()
-                results[what, case] = jax.block_until_ready(compiled(*arguments))
+                results[what, case] = jax.tree.leaves(jax.block_until_ready(compiled(*arguments)))
             except Exception as error:  # a product that this version or card does not have
                 print(f"{name}, {what}, {case}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
             compile_seconds[what, case] = time.perf_counter() - started
             runs[what, case] = partial(_repeated, partial(compiled, *arguments), options.calls)
     copy, copied_bytes = _copy(4 if options.quick else 256)
-    runs[COPY, COPY] = partial(_repeated, copy, options.calls)
+    runs["copy", ""] = partial(_repeated, copy, options.calls)
     jax.block_until_ready([run() for run in runs.values()])
     seconds = {key: np.array(times) / options.calls for key, times in interleaved(runs, options.repeats).items()}
-    bandwidth = copied_bytes / seconds.pop((COPY, COPY))
+    bandwidth = copied_bytes / seconds.pop(("copy", ""))
     rows = []
     for (what, case), times in seconds.items():
         floor = _bytes_to_move(graph, options.columns, what) / bandwidth
@@ -218,12 +175,9 @@ def _measure(name: str, graph: SparseGraph, options: argparse.Namespace) -> list
                 "seconds_floor": spread(floor.tolist()),
                 "times_floor": ratios(times, floor),
                 "copy_bytes_per_second": spread(bandwidth.tolist()),
-                "largest_difference": _difference(results[what, case], results[what, "propagate"]),
+                "largest_difference": max(map(deviation, results[what, case], results[what, "propagate"])),
                 "compile_seconds": compile_seconds[what, case],
-                "repeats": options.repeats,
                 "calls": options.calls,
-                "device": device_name(),
-                "versions": versions(),
             }
         )
     return rows
@@ -249,58 +203,21 @@ def _bytes_to_move(graph: SparseGraph, columns: int, what: str) -> int:
     return LAYERS * product * (1 if what == "value" else 2)
 
 
-def _difference(result: Any, expected: Any) -> float:
-    """The largest difference of any number, relative to the largest number of its array."""
-    pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
-    return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"two steps of {rows[0]['columns']} columns, {rows[0]['device']}")
-    for name in ("graph", "what", "case"):
-        table.add_column(name)
-    for name in ("ms", "over propagate", "over floor", "difference", "compile s"):
-        table.add_column(name, justify="right")
-    for number, row in enumerate(rows):
-        last = number + 1 == len(rows) or rows[number + 1]["what"] != row["what"]
-        table.add_row(
-            row["graph"],
-            row["what"],
-            row["case"],
-            spread_cell(row["seconds"], 2, 1e3),
-            spread_cell(row["ratio"], 2),
-            f"{row['times_floor']['median']:.1f}",
-            f"{row['largest_difference']:.0e}",
-            f"{row['compile_seconds']:.1f}",
-            end_section=last,
-        )
-    console = Console(width=140)
-    console.print(table)
-    console.print(f"copy: {rows[0]['copy_bytes_per_second']['median'] / 1e9:.1f} GB/s", rows[0]["versions"])
-
-
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds by case, a panel a graph; a black bar marks the floor."""
-    graphs, whats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("graph", "what"))
-    figure = Figure(figsize=(5 * len(graphs), 3.6), layout="constrained")
-    for axes, graph in zip(figure.subplots(1, len(graphs), squeeze=False)[0], graphs, strict=True):
-        shown = [row for row in rows if row["graph"] == graph]
-        cases = list(dict.fromkeys(row["case"] for row in shown))
-        for column, what in enumerate(whats):
-            mine = [row for row in shown if row["what"] == what]
-            x = np.array([cases.index(row["case"]) + 0.4 * column - 0.2 for row in mine])
-            middle, low, high = (1e3 * np.array([row["seconds"][key] for row in mine]) for key in spread([0.0]))
-            axes.bar(x, middle, 0.36, yerr=[middle - low, high - middle], label=what, error_kw={"elinewidth": 0.8})
-            floor = 1e3 * np.array([row["seconds_floor"]["median"] for row in mine])
-            axes.hlines(floor, x - 0.18, x + 0.18, colors="black")
-        axes.set_xticks(range(len(cases)), cases)
+def _plot(rows: list[Row]) -> Figure:
+    """Milliseconds by case."""
+    figure = bars(
+        rows,
+        panel="graph",
+        groups=["case"],
+        colour="what",
+        value=lambda row: tuple(1e3 * row["seconds"][key] for key in ("median", "min", "max")),
+        mark=lambda row: 1e3 * row["seconds_floor"]["median"],
+        label="ms (black: floor)",
+    )
+    for axes in figure.axes:
         axes.set_yscale("log")
-        axes.set_ylabel("ms (black: floor)")
-        axes.set_title(f"{graph}, {shown[0]['entries']:,} entries")
-        axes.legend()
-    figure.suptitle(rows[0]["device"])
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Benchmark("propagation", __doc__, _measure, _options, plot=_plot).main())

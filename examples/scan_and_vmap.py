@@ -15,7 +15,7 @@ from mgrad_jax.mirror import pass_schedule, restart_epoch
 
 N_BATCHES, N_EPOCHS, INTERVAL = 10, 20, 3
 # Outside the program, since it fixes the length of the scan; it does not depend on alpha.
-PASSES = pass_schedule(mirror_gradient(interval=INTERVAL).init(None), N_BATCHES)
+PASSES = jnp.asarray(pass_schedule(mirror_gradient(interval=INTERVAL).init(None), N_BATCHES))
 
 
 def loss_fn(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from mgrad_jax.training import fit
 
 
 def main(source: str = "demo", epochs: int = 15) -> dict[str, float]:
-    """Print one line a training and return its Recall@20 by name."""
+    """Print one line per training and return its Recall@20 by name."""
     data = load_interactions(source)
     adam = optax.adam(1e-3)
     trainings = {
@@ -36,4 +36,4 @@ def main(source: str = "demo", epochs: int = 15) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else "demo")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -51,19 +52,23 @@ def load_torch_state(model: Recommender, state: Mapping[str, Any] | str | Path) 
     """
     parameters = list(_named_parameters(model))
     expected = {name: _transposed(path, np.asarray(variable[...])).shape for path, name, variable in parameters}
-    arrays = _state_dict(_read(Path(state)) if isinstance(state, str | Path) else state, expected)
-    given = {name: _host(name, array) for name, array in arrays.items() if name not in model.ignored_names}
-    _check_fit(model.name, expected, given)
+    file = state if isinstance(state, str | Path) else None
+    source = "the checkpoint" if file is None else str(file)
+    arrays = _state_dict(source, _read(Path(file)) if file is not None else state, expected)
+    given = {name: _host(source, name, array) for name, array in arrays.items() if name not in model.ignored_names}
+    _check_fit(source, model.name, expected, given)
     values = {
-        name: _converted(name, _transposed(path, given[name]), variable[...].dtype)
+        name: _converted(source, name, _transposed(path, given[name]), variable[...].dtype)
         for path, name, variable in parameters
     }
     for _, name, variable in parameters:
-        variable[...] = jnp.asarray(values[name])
+        variable.set_value(jax.device_put(values[name]))  # `variable[...] =` would compile a program per shape
     return model
 
 
-def _check_fit(model: str, expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray]) -> None:
+def _check_fit(
+    source: str, model: str, expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray]
+) -> None:
     """Name everything that does not fit, in one sentence."""
     found = {
         "missing": sorted(expected.keys() - given.keys()),
@@ -76,7 +81,7 @@ def _check_fit(model: str, expected: Mapping[str, tuple[int, ...]], given: Mappi
     }
     complaints = [f"{kind}: {_listed(names)}" for kind, names in found.items() if names]
     if complaints:
-        raise UserError(f"the checkpoint does not fit {model} ({'; '.join(complaints)}); load the matching one.")
+        raise UserError(f"{source} does not fit {model} ({'; '.join(complaints)}); load the matching one.")
 
 
 def _listed(names: Iterable[str], most: int = 3) -> str:
@@ -98,19 +103,19 @@ def _transposed(path: str, array: np.ndarray) -> np.ndarray:
     return array.T if path.rpartition(".")[2] == "kernel" else array
 
 
-def _state_dict(state: Any, expected: Iterable[str]) -> dict[str, Any]:
+def _state_dict(source: str, state: Any, expected: Iterable[str]) -> dict[str, Any]:
     """The arrays by published name, wherever in a checkpoint they are; what is no array stays behind."""
     if not isinstance(state, Mapping):
-        raise UserError(f"the checkpoint holds a {type(state).__name__} and no state_dict; {_SAVE_ALONE}.")
+        raise UserError(f"{source} holds a {type(state).__name__} and no state_dict; {_SAVE_ALONE}.")
     if not set(expected) & {str(name) for name in state}:
         nested = next((state[place] for place in _PLACES if isinstance(state.get(place), Mapping)), None)
         if nested is not None:
-            return _state_dict(nested, expected)
+            return _state_dict(source, nested, expected)
     named = {str(name): value for name, value in state.items()}
     arrays = {name: value for name, value in named.items() if _is_array(value) or name in set(expected)}
     for prefix in _PREFIXES:
         if arrays and all(name.startswith(prefix) for name in arrays):
-            return _state_dict({name.removeprefix(prefix): value for name, value in arrays.items()}, expected)
+            return _state_dict(source, {name.removeprefix(prefix): value for name, value in arrays.items()}, expected)
     return arrays
 
 
@@ -118,13 +123,13 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") or hasattr(value, "detach")
 
 
-def _host(name: str, array: Any) -> np.ndarray:
+def _host(source: str, name: str, array: Any) -> np.ndarray:
     """A tensor as a NumPy array on the host; one that has no numbers is refused by name."""
     try:
         return np.asarray(_dense(array) if hasattr(array, "detach") else array)
     except Exception as error:  # frameworks raise whatever they like over what they cannot convert
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} of the checkpoint cannot be read ({shown(reason)}); {_SAVE_ALONE}.") from None
+        raise UserError(f"{name} of {source} cannot be read ({shown(reason)}); {_SAVE_ALONE}.") from None
 
 
 def _dense(tensor: Any) -> Any:
@@ -140,15 +145,15 @@ def _dense(tensor: Any) -> Any:
         return tensor.float().numpy()
 
 
-def _converted(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+def _converted(source: str, name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     """A parameter in the model's dtype; values that are no real numbers, or do not fit there, are refused by name."""
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise UserError(f"{name} of the checkpoint has values of type {array.dtype}; save it as float32.")
+        raise UserError(f"{name} of {source} has values of type {array.dtype}; save it as float32.")
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
     if not np.isfinite(converted).all():
         raise UserError(
-            f"{name} of the checkpoint has values that are NaN, infinite or too large for {converted.dtype}; load one "
+            f"{name} of {source} has values that are NaN, infinite or too large for {converted.dtype}; load one "
             "of an earlier epoch."
         )
     return converted

@@ -18,7 +18,8 @@ order in the step size that is gradient descent with a penalty on the squared gr
 `update_with`           calls an ``update`` with those extra arguments that it accepts
 ======================  ==============================================================================================
 
-This file needs JAX and Optax only, so that it can be copied into any project.
+This file needs JAX and Optax only, so that it can be copied into any project; ``ascent=True`` needs `mgrad_jax.ascent`
+beside it.
 
 References:
     Zhong, Huang, Li, Wen, Qin and Lin, *Mirror Gradient: Towards Robust Multimodal Recommender Systems via Exploring
@@ -100,7 +101,8 @@ class MirroredState(NamedTuple):
     """State of `mirrored` and `replayed`.
 
     Attributes:
-        inner_state: state of ``optax.chain(mirror_gradient(...), optimizer)``, always between two batches.
+        inner_state: state of ``optax.chain(mirror_gradient(...), optimizer)``, always between two batches; where
+            ``ascent`` is an optimizer of its own, its state follows as a third.
     """
 
     inner_state: Any
@@ -284,6 +286,7 @@ def mirrored(
     interval: int = 3,
     steps_per_epoch: int | None = None,
     max_norm: jax.typing.ArrayLike | None = None,
+    ascent: bool | optax.GradientTransformation = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wrap an optimizer so that one ``update`` per batch performs both updates of Mirror Gradient.
 
@@ -297,6 +300,15 @@ def mirrored(
     dropout in each pass, take ``grads`` with ``jax.random.fold_in(key, 0)`` and let ``grad_fn`` use
     ``jax.random.fold_in(key, 1 + index)``. In a data-parallel loop ``grad_fn`` returns the averaged gradient.
 
+    With ``ascent`` the second half-step is taken by an ascent :math:`A` of its own, and the optimizer, moments and
+    counters, is stepped once a batch:
+
+    .. math::
+        \theta'' = \theta' + A(-\alpha_2\, g(\theta'; b_j)), \qquad
+        A(\tau) = -\eta\, \tau / (\sqrt{\hat v} + \epsilon)
+
+    for Adam, with the learning rate :math:`\eta` of the first half-step and the second moment :math:`\hat v` after it.
+
     Args:
         optimizer: any Optax optimizer; it is stepped in both passes, moments and counters included.
         alpha1: as in `mirror_gradient`.
@@ -304,6 +316,10 @@ def mirrored(
         interval: as in `mirror_gradient`.
         steps_per_epoch: as in `mirror_gradient`.
         max_norm: as in `mirror_gradient`.
+        ascent: False: the optimizer takes both half-steps. True: gradient ascent with the step sizes that the
+            optimizer's own second moment gives (Adam and its relatives, RMSprop, Adagrad), and with its learning rate
+            alone where it has none (SGD, whose momentum takes no part). An optimizer: its update along
+            :math:`-\alpha_2 g(\theta')`, with a state of its own.
 
     Returns:
         A transformation with a `MirroredState`. ``update`` raises ValueError without ``params`` or ``grad_fn``.
@@ -311,7 +327,8 @@ def mirrored(
         renewed for the second.
 
     Raises:
-        ValueError: as `mirror_gradient`.
+        ValueError: as `mirror_gradient`; by ``init``, if ``ascent`` is True and the optimizer's state holds neither a
+            second moment that is known nor momentum alone.
 
     Warns:
         UserWarning: as `mirror_gradient`.
@@ -325,6 +342,9 @@ def mirrored(
         - The optimizer inside counts passes, as in `mirror_gradient`: give a learning-rate schedule through
           `schedule_over_passes`.
         - A ``value`` that is handed over is renewed for the second pass where ``value_fn(params)`` comes with it.
+        - With ``ascent=True`` clipping, weight decay, trust ratios and noise inside the optimizer act in the first
+          half-step alone; ``max_norm`` clips the second gradient. Schedules inside count batches: give them without
+          `schedule_over_passes`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -344,7 +364,9 @@ def mirrored(
     References:
         Zhong et al., https://arxiv.org/abs/2402.11262: Algorithm 1, Eqs. 2 and 3.
     """
-    return _opaque(_mirror(alpha1, alpha2, interval, steps_per_epoch, max_norm), optimizer)
+    if not isinstance(ascent, bool | optax.GradientTransformation):
+        raise ValueError(f"`ascent` must be True, False or an optimizer, not {ascent!r}.")
+    return _opaque(_mirror(alpha1, alpha2, interval, steps_per_epoch, max_norm), ascent, optimizer)
 
 
 def replayed(
@@ -385,7 +407,7 @@ def replayed(
     References:
         Zhong et al., https://arxiv.org/abs/2402.11262: the schedule of Algorithm 1; the control itself is not theirs.
     """
-    return _opaque(replay(interval, steps_per_epoch, max_norm), optimizer)
+    return _opaque(replay(interval, steps_per_epoch, max_norm), False, optimizer)
 
 
 def second_pass_pending(opt_state: Any) -> jax.Array:
@@ -893,18 +915,42 @@ def _two_passes(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _opaque(scaling: optax.GradientTransformationExtraArgs, optimizer: optax.GradientTransformation) -> Wrapping:
-    """Run both passes of the visible form inside one update."""
+def _opaque(
+    scaling: optax.GradientTransformationExtraArgs,
+    ascent: bool | optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
+) -> Wrapping:
+    """Run both passes of the visible form inside one update; the second by the ascent, if there is one."""
     visible = optax.chain(scaling, optimizer)
 
     def init_fn(params: Any) -> MirroredState:
-        scaling_state, optimizer_state = visible.init(params)
-        if _mirror_states(optimizer_state):
+        own = () if isinstance(ascent, bool) else (ascent.init(params),)
+        state = (*visible.init(params), *own)
+        if _mirror_states(state[1:]):
             raise ValueError(
                 "mirrored(optimizer) makes both passes by itself: leave mirror_gradient out of its optimizer."
             )
-        check_loop((scaling_state, optimizer_state))
-        return MirroredState((scaling_state, optimizer_state))
+        check_loop(state)
+        if ascent is True:
+            from mgrad_jax.ascent import check_own_ascent
+
+            check_own_ascent(optimizer, params)
+        return MirroredState(state)
+
+    def ascend(grads: Any, before: Any, after: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
+        """The second half-step by the ascent, and the state after it; ``before`` is that before the batch."""
+        wanted, scaling_state = update_with(scaling.update, grads, after[0], params, **extra_args)
+        if not isinstance(ascent, bool):
+            step, own = update_with(ascent.update, wanted, after[2], params, **extra_args)
+            return step, (scaling_state, after[1], own)
+        from mgrad_jax.ascent import own_ascent
+
+        nowhere = jax.tree.map(jnp.zeros_like, params)  # weight decay finds nothing to act on
+
+        def update(gradient: Any, state: Any) -> tuple[Any, Any]:
+            return update_with(optimizer.update, gradient, state, nowhere, **extra_args)
+
+        return own_ascent(update, wanted, before[1], after[1]), (scaling_state, after[1])
 
     def update_fn(
         updates: Any,
@@ -927,17 +973,21 @@ def _opaque(scaling: optax.GradientTransformationExtraArgs, optimizer: optax.Gra
                 renewed["grad"] = grads
             if "value" in extra_args and "value_fn" in extra_args:
                 renewed["value"] = extra_args["value_fn"](moved)
-            second, inner_state = update_with(visible.update, grads, inner_state, moved, grad_fn=grad_fn, **renewed)
+            renewed["grad_fn"] = grad_fn
+            if ascent is False:
+                second, inner_state = update_with(visible.update, grads, inner_state, moved, **renewed)
+            else:
+                second, inner_state = ascend(grads, state.inner_state, inner_state, moved, renewed)
             return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), first, second), inner_state
 
-        first, inner_state = update_with(
-            visible.update, updates, state.inner_state, params, grad_fn=grad_fn, **extra_args
+        first, visible_state = update_with(
+            visible.update, updates, state.inner_state[:2], params, grad_fn=grad_fn, **extra_args
         )
-        pending = inner_state[0].second
-        total, inner_state = _when(pending, second_pass, first, inner_state)
+        pending = visible_state[0].second
+        total, inner_state = _when(pending, second_pass, first, (*visible_state, *state.inner_state[2:]))
         return total, MirroredState(inner_state)
 
-    return Wrapping.of(optimizer, partial(_opaque, scaling), init_fn, update_fn)
+    return Wrapping.of(optimizer, partial(_opaque, scaling, ascent), init_fn, update_fn)
 
 
 def gradient_again(grad_fn: GradFn, params: Any, index: int) -> Any:

@@ -1,4 +1,4 @@
-"""Choosing the largest of many numbers."""
+"""A mask of the largest of many numbers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mgrad_jax.deprecation import renamed
 
-def largest(values: Float[Array, " n"], count: jax.typing.ArrayLike) -> Bool[Array, " n"]:
-    """Which are the `count` largest, of equal ones the first; unlike in `jax.lax.top_k` the count may be traced.
+renamed(__name__, {"largest": "top_k_mask"})
 
-    Only the smallest of them is looked for, by sorting the numbers as whole ones: on a CPU that takes a fifth of a sort
-    of floating-point numbers, which asks after NaN at every comparison.
+
+def top_k_mask(values: Float[Array, " n"], count: jax.typing.ArrayLike) -> Bool[Array, " n"]:
+    """Mask of the `count` largest values, of equal ones the first; `count` may be traced, as `jax.lax.top_k`'s may not.
+
+    Sorts the bit patterns as unsigned integers: on a CPU, XLA's sort of floating-point numbers takes five times as long,
+    because it checks for NaN at every comparison.
 
     Args:
         values: float32 or float64, no NaN.

@@ -32,7 +32,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from mgrad_jax.mirror import PASS_GRAD_FN, GradFn, Wrapping, gradient_again, update_with
-from mgrad_jax.selection import largest
+from mgrad_jax.selection import top_k_mask
 
 Renew: TypeAlias = Callable[["SSAMState", jax.Array, Any, Any, dict[str, Any]], Any]
 
@@ -211,7 +211,7 @@ def ssam_f(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
         chosen = jax.random.choice(key, n_samples, (min(fisher_samples, n_samples),), replace=False)
         fisher = _flat(_fisher(sample_grad_fn, moved, chosen))
-        return _unflatten(largest(fisher, int(fisher.size * (1 - sparsity))), moved)
+        return _unflatten(top_k_mask(fisher, int(fisher.size * (1 - sparsity))), moved)
 
     return _sparse(optimizer, rho, refresh_epochs, steps_per_epoch, seed, empty_mask, renew)
 
@@ -294,7 +294,7 @@ def ssam_d(
 
     def random_mask(key: jax.Array, params: Any) -> Any:
         size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
-        return _unflatten(largest(jax.random.uniform(key, (size,)), size - math.ceil(size * sparsity)), params)
+        return _unflatten(top_k_mask(jax.random.uniform(key, (size,)), size - math.ceil(size * sparsity)), params)
 
     def renew(state: SSAMState, epoch: jax.Array, grads: Any, moved: Any, extra_args: dict[str, Any]) -> Any:
         del moved, extra_args
@@ -302,8 +302,8 @@ def ssam_d(
         stay, grow = _exchange(alive.size, sparsity, drop_rate, refresh_epochs, epochs)
         now = jnp.minimum(epoch // refresh_epochs, len(stay) - 1)
         drawn = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch), alive.shape)
-        staying = largest(jnp.where(alive, steepness + _SSAM_EPSILON, 0), jnp.asarray(stay)[now])
-        growing = largest(jnp.where(alive, 0, drawn + _SSAM_EPSILON), jnp.asarray(grow)[now])
+        staying = top_k_mask(jnp.where(alive, steepness + _SSAM_EPSILON, 0), jnp.asarray(stay)[now])
+        growing = top_k_mask(jnp.where(alive, 0, drawn + _SSAM_EPSILON), jnp.asarray(grow)[now])
         return _unflatten(staying | growing, state.mask)
 
     return _sparse(optimizer, rho, refresh_epochs, steps_per_epoch, seed, random_mask, renew)

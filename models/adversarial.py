@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses, models
+from mgrad_jax import models
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
-from mgrad_jax.models.base import Recommender, Scalar
+from mgrad_jax.models import losses
+from mgrad_jax.models.base import Recommender, TracedHyperParameter
 
 
 class AdversarialRecommender(Recommender):
@@ -52,6 +53,8 @@ class AdversarialRecommender(Recommender):
         Tang, Du, He, Yuan, Tian and Chua, *Adversarial Training Towards Robust Multimedia Recommender System*, IEEE
         TKDE 2019, https://arxiv.org/abs/1809.07062.
     """
+
+    stops_gradient: ClassVar[bool] = True
 
     epsilon: nnx.Variable[Array]
     weight: nnx.Variable[Array]
@@ -99,8 +102,8 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
         weight: of the loss on perturbed features; published 1.
 
     Returns:
-        A copy of the model, a subclass of its class under the same name, whose `epsilon` and `weight` are `Scalar`
-        variables.
+        A copy of the model, a subclass of its class under the same name, whose `epsilon` and `weight` are traced as its
+        hyper-parameters are.
 
     Raises:
         UserError: a model whose loss reads no features or that is adversarial already, or a number that is not positive.
@@ -117,7 +120,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
     if isinstance(model, AdversarialRecommender):
         raise UserError(f"this {model.name} is trained adversarially already; give the plain model.")
     copy: Any = nnx.clone(model)
-    tables = copy.open_feature_tables()
+    tables = copy.expose_features()
     if not tables:
         able = ", ".join(name for name in models.names() if models.model_class(name).needs)
         raise UserError(
@@ -126,8 +129,8 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
         )
     object.__setattr__(copy, "__class__", _adversarial_class(type(model)))
     copy.tables = tables
-    copy.epsilon = Scalar(jnp.asarray(epsilon, model.dtype))
-    copy.weight = Scalar(jnp.asarray(weight, model.dtype))
+    copy.epsilon = TracedHyperParameter(jnp.asarray(epsilon, model.dtype))
+    copy.weight = TracedHyperParameter(jnp.asarray(weight, model.dtype))
     return copy
 
 

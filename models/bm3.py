@@ -11,36 +11,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
-from mgrad_jax.errors import UserError
-from mgrad_jax.graph import normalized_bipartite
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
-from mgrad_jax.models.propagation import lightgcn_layers
+from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
+from mgrad_jax.models import losses
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class BM3Config(ModelConfig):
     """Hyper-parameters of BM3 under their published names."""
 
-    n_layers: int = dataclasses.field(default=1, metadata={"help": "propagation steps over the user-item graph"})
-    dropout: float = dataclasses.field(
-        default=0.3, metadata={"help": "share of a target vector's entries dropped", "traced": True}
-    )
-    reg_weight: float = dataclasses.field(
-        default=0.1, metadata={"help": "weight of the norms of all users' and items' vectors", "traced": True}
-    )
-    cl_weight: float = dataclasses.field(
-        default=2.0, metadata={"help": "weight of the alignment of features with ids", "traced": True}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_layers < 0:
-            raise UserError(f"n_layers is {self.n_layers}; it must not be negative.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+    n_layers: int = hyper(1, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    dropout: float = hyper(0.3, "share of a target vector's entries dropped", traced=True, least=0, below=1)
+    reg_weight: float = hyper(0.1, "weight of the norms of all users' and items' vectors", traced=True, least=0)
+    cl_weight: float = hyper(2.0, "weight of the alignment of features with ids", traced=True, least=0)
 
 
 class BM3(Recommender):
@@ -69,6 +55,7 @@ class BM3(Recommender):
     item_tables: ClassVar[tuple[str, ...]] = ("item_id_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
+    stops_gradient: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2),
         "dropout": (0.3, 0.5),
@@ -110,11 +97,12 @@ class BM3(Recommender):
             table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
             setattr(self, f"{modality}_trs", projection(table.shape[1]))
-        self.graph = Frozen(
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """F of each modality; their rows are trained."""
         return tuple(f"{modality}_embedding" for modality in self.modalities)
 
@@ -146,7 +134,7 @@ class BM3(Recommender):
     def representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """h_u and h_i, before the predictor."""
         ids = self.item_id_embedding[...]
-        users, items = lightgcn_layers(self.graph.get_value(), self.user_embedding[...], ids, self.config.n_layers)
+        users, items = lightgcn_mean(self.graph.get_value(), self.user_embedding[...], ids, self.config.n_layers)
         return users, items + ids
 
     def _target(self, key: Array, rows: Float[Array, "batch dim"], ids: Int[Array, " batch"]) -> Array:

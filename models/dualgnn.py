@@ -11,38 +11,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.data.user_graph import (
+from mgrad_jax.data.user_graph import build_user_graph, cache_directory
+from mgrad_jax.errors import UserError
+from mgrad_jax.graph import (
     UserGraph,
-    build_user_graph,
-    cache_directory,
     mix_neighbours,
+    normalized_bipartite,
+    propagate_bipartite,
     sample_user_graph,
 )
-from mgrad_jax.errors import UserError
-from mgrad_jax.graph import normalized_bipartite, propagate_bipartite
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models import losses
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.hyper_parameters import hyper
 
-STEPS = 2
-HIDDEN = 4
+N_STEPS = 2
+HIDDEN_FACTOR = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class UserGraphConfig(ModelConfig):
     """Hyper-parameters that DualGNN and DRAGON share (the published width is always 64, `embedding_dim` here)."""
 
-    user_k: int = dataclasses.field(default=40, metadata={"help": "nearest users in the user graph, as published 40"})
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squares of preferences and modality weights", "traced": True}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.user_k < 1:
-            raise UserError(f"user_k is {self.user_k}; it must be at least 1.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
+    user_k: int = hyper(40, "nearest users in the user graph, as published 40", least=1)
+    reg_weight: float = hyper(1e-3, "weight of the squares of preferences and modality weights", traced=True, least=0)
 
 
 class UserGraphRecommender(Recommender):
@@ -92,18 +84,18 @@ class UserGraphRecommender(Recommender):
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         self.modalities = self.features_given(data)
         pairs = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
         dim = config.embedding_dim
         for modality in self.modalities:
             table = self.feature(data, modality)
             preference = nnx.Param(xavier_normal(rngs.params(), (data.n_users, dim), dtype))
-            setattr(self, f"{modality}_features", Frozen(table))
+            setattr(self, f"{modality}_features", Constant(table))
             setattr(self, f"{modality}_preference", preference)
-            setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN * dim, rngs=rngs, dtype=dtype))
-            setattr(self, f"{modality}_map", linear(HIDDEN * dim, dim, rngs=rngs, dtype=dtype))
+            setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN_FACTOR * dim, rngs=rngs, dtype=dtype))
+            setattr(self, f"{modality}_map", linear(HIDDEN_FACTOR * dim, dim, rngs=rngs, dtype=dtype))
         self.user_weights = nnx.Param(modality_weights(rngs.params(), data.n_users, len(self.modalities), dtype))
         graph = build_user_graph(data, config.user_k, cache=cache_directory(data), write=False)
-        self.user_graph = Frozen(jax.tree.map(jnp.asarray, graph))
+        self.user_graph = Constant(jax.tree.map(jnp.asarray, graph))
         self.user_sample = EpochState(sample_user_graph(rngs.params(), self.user_graph.get_value(), dtype))
 
     def use_user_graph(self, graph: UserGraph, key: Array) -> None:
@@ -120,7 +112,8 @@ class UserGraphRecommender(Recommender):
         """The epoch's user graph, short lists filled up anew."""
         return {"user_sample": sample_user_graph(key, self.user_graph.get_value(), self.dtype)}
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X of each modality."""
         return tuple(f"{modality}_features" for modality in self.modalities)
 
@@ -157,7 +150,7 @@ class UserGraphRecommender(Recommender):
         item_parts = [losses.normalize(self._mapped(m)) for m in self.modalities]
         users, items = jnp.concatenate(user_parts, axis=1), jnp.concatenate(item_parts, axis=1)
         graph, total_users, total_items = self.graph.get_value(), users, items
-        for _ in range(STEPS):
+        for _ in range(N_STEPS):
             users, items = propagate_bipartite(graph, users, items)
             total_users, total_items = total_users + users, total_items + items
         shape = len(self.modalities), self.config.embedding_dim
@@ -177,9 +170,8 @@ def modality_weights(key: Array, rows: int, modalities: int, dtype: Any) -> Floa
 class DualGNNConfig(UserGraphConfig):
     """Hyper-parameters of DualGNN under their published names."""
 
-    separate_modalities: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "weigh a user's own image and text vectors, as the paper says and the code does not"},
+    separate_modalities: bool = hyper(
+        False, "weigh a user's own image and text vectors, as the paper says and the code does not"
     )
 
 

@@ -12,43 +12,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mgrad_jax import losses
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
-from mgrad_jax.graph import normalized_bipartite
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
-from mgrad_jax.models.propagation import lightgcn_layers
+from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
+from mgrad_jax.models import losses
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class SLMRecConfig(ModelConfig):
     """Hyper-parameters of SLMRec under their published names (the published `recdim` is `embedding_dim` here)."""
 
-    layer_num: int = dataclasses.field(default=3, metadata={"help": "propagation steps over the user-item graph"})
-    temp: float = dataclasses.field(
-        default=0.2, metadata={"help": "temperature of the contrast between users and items", "traced": True}
-    )
-    ssl_temp: float = dataclasses.field(
-        default=0.2, metadata={"help": "temperature of the contrast between modalities", "traced": True}
-    )
-    ssl_alpha: float = dataclasses.field(
-        default=0.1, metadata={"help": "weight of the contrast between modalities", "traced": True}
-    )
-    sigmoid_scores: bool = dataclasses.field(
-        default=False, metadata={"help": "scores in (0, 1) as published; rankings go by the dot product all the same"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.embedding_dim < 2:
-            raise UserError(f"embedding_dim is {self.embedding_dim}; SLMRec halves it, so it must be at least 2.")
-        if self.layer_num < 0:
-            raise UserError(f"layer_num is {self.layer_num}; it must not be negative.")
-        for field, value in (("temp", self.temp), ("ssl_temp", self.ssl_temp)):
-            if value <= 0:
-                raise UserError(f"{field} is {value}; it must be positive.")
-        if self.ssl_alpha < 0:
-            raise UserError(f"ssl_alpha is {self.ssl_alpha}; it must not be negative.")
+    embedding_dim: int = hyper(64, "width of the embeddings, of which two heads give half", least=2)
+    layer_num: int = hyper(3, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    temp: float = hyper(0.2, "temperature of the contrast between users and items", traced=True, above=0)
+    ssl_temp: float = hyper(0.2, "temperature of the contrast between modalities", traced=True, above=0)
+    ssl_alpha: float = hyper(0.1, "weight of the contrast between modalities", traced=True, least=0)
+    sigmoid_scores: bool = hyper(False, "scores in (0, 1) as published; rankings go by the dot product all the same")
 
 
 class SLMRec(Recommender):
@@ -125,9 +105,9 @@ class SLMRec(Recommender):
 
     def __init__(self, data: Interactions, config: SLMRecConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        self.image = Frozen(losses.normalize(self.feature(data, "image")))
-        self.text = Frozen(losses.normalize(self.feature(data, "text")))
-        self.graph = Frozen(
+        self.image = Constant(losses.normalize(self.feature(data, "image")))
+        self.text = Constant(losses.normalize(self.feature(data, "text")))
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, eps=1e-8, dtype=dtype)
         )
         dim = config.embedding_dim
@@ -147,7 +127,8 @@ class SLMRec(Recommender):
         self.head_coarse_narrow = dense(dim, dim // 2)
         self.head_text = dense(dim, dim // 2)
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X_v and X_t, whose rows have unit length."""
         return "image", "text"
 
@@ -182,7 +163,7 @@ class SLMRec(Recommender):
         items = jnp.concatenate(
             [self.item_embedding[...], self.image_map(self.image[...]), self.text_map(self.text[...])], axis=1
         )
-        return lightgcn_layers(self.graph.get_value(), users, items, self.config.layer_num)
+        return lightgcn_mean(self.graph.get_value(), users, items, self.config.layer_num)
 
     def _modality_contrast(self, item_rows: Float[Array, "batch views"]) -> Float[Array, ""]:
         """CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp): id with image (fine), both with text (coarse)."""

@@ -22,7 +22,7 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", 
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
 # answer a hyper-parameter of the wrong type before the configuration's own sentence does. So do sparse structures and
 # their products, which JAX fills with placeholders while it differentiates.
-CHECKED = ["losses", "dropout", "selection", "evaluation", "graph.items", "data.sampling"]
+CHECKED = ["models.losses", "dropout", "selection", "evaluation", "graph.items", "data.sampling"]
 install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -59,8 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compile what is marked `quick_compilation` without LLVM's optimisations: half of the time of asking for
-    equations.
+    """Compile what is marked `quick_compilation` without LLVM's optimisations, in half of the time.
 
     Before any fixture of the test, and with nothing compiled in the other way left: a helper that a test before has
     compiled differently rounds differently, which a run in another process would not.

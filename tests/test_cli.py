@@ -152,6 +152,20 @@ def test_models(capfd: pytest.CaptureFixture[str]) -> None:
     assert "reg_weight" in out
 
 
+def test_one_model_is_shown_with_ranges_and_published_grid(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "slmrec"]) == 0
+    out = capfd.readouterr().out
+    row = next(line for line in out.splitlines() if "ssl_temp" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["ssl_temp", "float", "0.2", "> 0", "yes", "0.1, 0.2, 0.5, 1.0", cells[-1]]
+    assert "published grid of learning_rate: 0.0001, 0.001, 0.01, 0.1" in out
+    assert "needs image and text" in out
+    assert main(["models", "popularity"]) == 0
+    assert "popularity ranks by" in capfd.readouterr().out
+    code = main(["models", "slmrek"])
+    assert_one_sentence(code, capfd.readouterr(), "did you mean slmrec?")
+
+
 def test_prepare_then_info(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     pairs = np.argwhere(rng.random((30, 20)) < 0.6)
@@ -307,6 +321,20 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "flat-minima argument of another method": (
         ["--flat-minima-arg", "rho=0.1"],
         "mirror training takes no flat-minima argument 'rho'; leave it out.",
+    ),
+    "unknown method": (
+        ["--method", "miror"],
+        "unknown method 'miror'; choose one of mirror, plain, replay, sam, ssam-f,",
+    ),
+    "near method": (["--method", "reply"], "(did you mean replay?)"),
+    "two methods": (["--method", "plain", "--mirror"], "--method plain and --mirror exclude each other; leave one"),
+    "two other methods": (
+        ["--method", "sam", "--flat-minima", "ssam-d"],
+        "--method sam and --flat-minima ssam-d exclude",
+    ),
+    "two spellings of an argument": (
+        ["--method", "sam", "--method-arg", "rho=1", "--flat-minima-arg", "rho=2"],
+        "--method-arg rho is given twice",
     ),
     "flat minima and mirror": (["--flat-minima", "sam", "--mirror"], "--mirror and --flat-minima sam exclude"),
     "flat minima and no mirror": (["--flat-minima", "ssam-f", "--no-mirror"], "exclude each other"),

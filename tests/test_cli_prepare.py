@@ -14,7 +14,8 @@ import pytest
 from mgrad_jax import models
 from mgrad_jax.cli import main
 from mgrad_jax.data import load_interactions, user_graph
-from mgrad_jax.data.user_graph import UserGraph, build_user_graph
+from mgrad_jax.data.user_graph import build_user_graph
+from mgrad_jax.graph import UserGraph
 
 TINY = Path(__file__).parent / "golden" / "tiny"
 

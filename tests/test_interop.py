@@ -153,6 +153,15 @@ def test_values_that_are_no_parameters_are_refused_by_name_and_nothing_changes(c
     assert same(before, interop.torch_state(model))
 
 
+def test_what_a_file_holds_is_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
+    model, file = vbpr(), tmp_path / "state.npz"
+    state = interop.torch_state(model)
+    for change in ({"u_embedding": state["u_embedding"] * np.nan}, {"u_embedding": np.zeros(3, np.float32)}):
+        np.savez(file, **{**state, **change})
+        with pytest.raises(UserError, match=re.escape(str(file))):
+            interop.load_torch_state(model, file)
+
+
 @pytest.mark.parametrize("place", ["state_dict", "model_state_dict", "model"])
 def test_the_state_is_found_beside_what_a_trainer_keeps(place: str) -> None:
     source, target = vbpr(1), vbpr(2)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgrad_jax.selection import largest
+from mgrad_jax.selection import top_k_mask
 
 
 def expected(values: Any, count: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def test_they_are_the_first_of_a_stable_sort(dtype: Any) -> None:
         "both zeros": np.array([0.0, -0.0, 1.0, -0.0, 0.0, -1.0]),
         "extremes": np.array([-np.inf, np.inf, 1e-45, -1e-45, 3e38, -3e38, 0.0]),
     }
-    select = jax.jit(largest)
+    select = jax.jit(top_k_mask)
     for name, values in cases.items():
         values = values.astype(dtype)
         for count in {0, min(2, len(values)), len(values) // 2, max(0, len(values) - 1), len(values)}:
@@ -41,5 +41,5 @@ def test_they_are_the_first_of_a_stable_sort(dtype: Any) -> None:
 def test_under_vmap_every_row_has_its_own_count() -> None:
     values = jax.random.normal(jax.random.key(0), (3, 50))
     counts = np.array([0, 7, 50])
-    together = jax.vmap(largest)(values, jnp.asarray(counts))
+    together = jax.vmap(top_k_mask)(values, jnp.asarray(counts))
     np.testing.assert_array_equal(together, [expected(*row) for row in zip(values, counts, strict=True)])

@@ -121,7 +121,7 @@ def test_first_step_of_ssam_f_is_plain():
 # --- the masks --------------------------------------------------------------------------------------------------------
 
 
-def largest(values, count):
+def top_k_mask(values, count):
     return np.isin(np.arange(len(values)), np.argsort(-values, kind="stable")[:count])
 
 
@@ -137,7 +137,7 @@ def test_ssam_f_equals_numpy_over_epochs(sparsity):
         w = w - 0.01 * regression(rows)(w + 0.5 * g / (np.linalg.norm(g) + 1e-7) * mask)
         if t in (0, 6):
             fisher = sum(regression([n])(w) ** 2 for n in range(len(Y)))
-            mask = largest(fisher, {0.0: 10, 0.35: 6, 0.9: 0}[sparsity])  # int(10 * (1 - 0.9)) is 0
+            mask = top_k_mask(fisher, {0.0: 10, 0.35: 6, 0.9: 0}[sparsity])  # int(10 * (1 - 0.9)) is 0
         params, state = step(tx, params, state, rows)
         np.testing.assert_allclose(flat(params), w, rtol=1e-11, err_msg=f"batch {t}")
         np.testing.assert_array_equal(flat(state.mask), mask, err_msg=f"batch {t}")
@@ -199,7 +199,7 @@ def test_ssam_d_equals_numpy_over_epochs():
             np.testing.assert_array_equal(new, old, err_msg=f"batch {t}")
             continue
         stay, grow = [(3, 3), (3, 2), (4, 1), (5, 0), (6, 0), (6, 0)][t // 3]
-        staying = largest((np.abs(g) + 1e-7) * old, stay)
+        staying = top_k_mask((np.abs(g) + 1e-7) * old, stay)
         assert (staying & ~new).sum() == 0, t
         assert (new & ~staying).sum() == grow, t
         assert (new & ~staying & old).sum() == 0, f"batch {t}: what was dropped grew back"

@@ -5,45 +5,79 @@ Every comparison shows them: what a trained model adds is what it has above them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from scipy import sparse
 
 from mgrad_jax.data import Interactions
-from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores
+from mgrad_jax.errors import UserError, shown
+from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 
 Scores = Callable[[np.ndarray], np.ndarray]
 NEIGHBOURS = (10, 20, 50, 100, 200)
 SHRINKS = (0.0, 10.0, 100.0)
+# Names, and what each ranks by.
+BASELINES: Mapping[str, str] = {
+    "popularity": "training interactions of an item",
+    "itemknn": "items with the same users as those of the user",
+    "itemknn-features": "items with features like those of the user's items",
+}
 _BLOCK = 1024
 
 
-def baselines(
-    data: Interactions, metric: str, ks: Sequence[int], split: Literal["valid", "test"] = "test"
-) -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Metrics of every baseline the data allow, user by user.
+class Baseline(NamedTuple):
+    """A recommender without training.
 
-    `popularity`, `itemknn` (neighbours by interactions) and, with features, `itemknn-features`. How many neighbours an
-    item has, and the shrinkage, are chosen among `NEIGHBOURS` and `SHRINKS` by the metric on validation.
-
-    Returns:
-        By name: the evaluated users (n,), ascending, and `{"recall@5": (n,), ...}`.
+    Attributes:
+        scores: gives the scores (n, n_items) of all items for users (n,).
+        setting: what was chosen on validation, in words; "" where there is nothing to choose.
     """
-    rankers = {name: make_ranker(data, name, ks) for name in ("valid", split)}
-    found = {"popularity": metrics_of_scores(rankers[split], popularity(data))}
-    for name, features, shrinks in (("itemknn", None, SHRINKS), ("itemknn-features", data.features, (0.0,))):
-        if features is not None and not features:
-            continue
-        tried: dict[tuple[float, int], Scores] = {}
-        for shrink in shrinks:
-            nearest = nearest_items(data, max(NEIGHBOURS), features, shrink)
-            tried.update({(shrink, k): itemknn(data, nearest, k) for k in NEIGHBOURS})
-        valid = {setting: metrics_of_scores(rankers["valid"], s)[1][metric].mean() for setting, s in tried.items()}
-        found[name] = metrics_of_scores(rankers[split], tried[max(valid, key=valid.__getitem__)])
-    return found
+
+    scores: Scores
+    setting: str
+
+
+def check_baseline(name: str, data: Interactions) -> None:
+    """Refuse a name that does not exist, and neighbours by features where the data have none."""
+    if name not in BASELINES:
+        raise UserError(f"unknown recommender {shown(name)}; choose one of {', '.join(BASELINES)}.")
+    if name == "itemknn-features" and not data.features:
+        raise UserError(f"itemknn-features compares features, and {data.source} has none; choose itemknn.")
+
+
+def make_baseline(name: str, data: Interactions, metric: str) -> Baseline:
+    """A recommender without training; how many neighbours an item has, and the shrinkage, are chosen on validation.
+
+    Args:
+        name: one of `BASELINES`.
+        data: the interactions.
+        metric: what is best on validation, e.g. "recall@5"; among `NEIGHBOURS` and, by interactions, `SHRINKS`.
+
+    Raises:
+        UserError: see `check_baseline`.
+    """
+    check_baseline(name, data)
+    if name == "popularity":
+        return Baseline(popularity(data), "")
+    features, shrinks = (None, SHRINKS) if name == "itemknn" else (data.features, (0.0,))
+    tried: dict[tuple[float, int], Scores] = {}
+    for shrink in shrinks:
+        nearest = nearest_items(data, max(NEIGHBOURS), features, shrink)
+        tried.update({(shrink, k): itemknn(data, nearest, k) for k in NEIGHBOURS})
+    eval_split = make_eval_split(data, "valid", (int(metric.partition("@")[2]),))
+    valid = {setting: metrics_of_scores(eval_split, scores)[1][metric].mean() for setting, scores in tried.items()}
+    shrink, k = max(valid, key=valid.__getitem__)
+    chosen = f"{k} neighbours" + (f", shrink {shrink:g}" if features is None else "")
+    return Baseline(tried[shrink, k], f"{chosen}, the best of {len(tried)} settings by validation {metric}")
+
+
+def baselines(data: Interactions, metric: str) -> dict[str, Baseline]:
+    """Every recommender without training that the data allow, by name; see `make_baseline`."""
+    able = (name for name in BASELINES if name != "itemknn-features" or data.features)
+    return {name: make_baseline(name, data, metric) for name in able}
 
 
 def popularity(data: Interactions) -> Scores:

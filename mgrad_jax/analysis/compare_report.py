@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,27 +13,47 @@ import numpy as np
 from mgrad_jax.analysis import figures
 from mgrad_jax.analysis.baselines import baselines
 from mgrad_jax.analysis.compare import Comparison, by_cell, comparisons, label, verdicts
+from mgrad_jax.analysis.compare_equal import (
+    at_equal_updates,
+    equal_comparisons,
+    equal_table,
+    equal_tests_table,
+    equal_verdicts,
+)
 from mgrad_jax.analysis.convergence import SHARE, Convergence, Curve, convergence, curve
 from mgrad_jax.analysis.report import Column, Table, csv_records, provenance, to_csv, to_latex, to_markdown
 from mgrad_jax.analysis.statistics import Spread, spread
-from mgrad_jax.analysis.study import Cell, Run, Study
-from mgrad_jax.data import load_interactions
+from mgrad_jax.analysis.study import Cell, Outcome, Run, Study, Tried
+from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
+from mgrad_jax.evaluation.candidates import CANDIDATE_METRICS, CAPTION, candidate_metrics, read_candidates
+from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 from mgrad_jax.files import write_whole
 from mgrad_jax.training.config import RunConfig
 
 BASELINE = "no training"
-Baselines = Mapping[str, tuple[np.ndarray, dict[str, np.ndarray]]]
+# Each user's metrics by name, of the recommenders without training.
+Baselines = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """The tables of a study and its sentences, one a comparison."""
+    """The tables of a study and its sentences, one a comparison; `tried` is None where nothing was tuned."""
 
     means: Table
     tests: Table
+    equal: Table
+    equal_tests: Table
     convergence: Table
+    tried: Table | None
     verdicts: tuple[str, ...]
+
+    @property
+    def shown(self) -> tuple[Table, ...]:
+        """The tables that people read, in order."""
+        tuned = () if self.tried is None else (self.tried,)
+        tests = (readable(self.tests), self.equal, readable(self.equal_tests))
+        return self.means, *tuned, *tests, self.convergence
 
 
 def check_metrics(metrics: Sequence[str], config: RunConfig) -> None:
@@ -42,44 +63,65 @@ def check_metrics(metrics: Sequence[str], config: RunConfig) -> None:
             raise UserError(f"unknown metric '{metric}'; choose among {', '.join(config.metric_names)}.")
 
 
-def write_report(study: Study, runs: Sequence[Run], metrics: Sequence[str]) -> Report:
+def write_report(study: Study, outcome: Outcome, metrics: Sequence[str]) -> Report:
     """Make every table and picture of a study and write them into its directory.
 
     Args:
         study: what was compared.
-        runs: from `train_study`.
-        metrics: what the tables show; the runs' own metric comes first and is the one to go by.
+        outcome: from `train_study`.
+        metrics: what the tables show; the runs' own metric comes first and is the one to go by, those on sampled
+            candidates come last.
     """
     config = next(iter(study.configs().values()))
-    metrics = list(dict.fromkeys([config.metric, *metrics]))
-    data = load_interactions(study.data)
+    of_history = list(dict.fromkeys([config.metric, *metrics]))
+    metrics = [*of_history, *(CANDIDATE_METRICS if study.candidates else ())]
+    data, runs = load_interactions(study.data), outcome.runs
     made = comparisons(runs, metrics)
+    at_budget = at_equal_updates(runs, of_history, config.metric)
+    made_equal = equal_comparisons(at_budget, of_history)
     curves = curves_of(runs, config.metric, len(data.train), config.batch_size)
-    untrained = baselines(data, config.metric, config.ks)
+    untrained = _untrained(study, data, config)
     report = Report(
         means_table(runs, untrained, metrics, data.name),
         comparison_table(made),
+        equal_table(at_budget, of_history),
+        equal_tests_table(made_equal),
         convergence_table(curves, config.metric),
-        tuple(verdicts(made, config.metric)),
+        tried_table(outcome.tried, config.metric) if outcome.tried else None,
+        (*verdicts(made, config.metric), *equal_verdicts(made_equal, config.metric)),
     )
-    shown = (report.means, readable(report.tests), report.convergence)
     sentences = "".join(f"- {sentence}\n" for sentence in report.verdicts)
     files: dict[str, str | bytes] = {
-        "table.md": "\n".join([*map(to_markdown, shown), sentences]),
-        "table.tex": "\n".join(map(to_latex, shown)),
+        "table.md": "\n".join([*map(to_markdown, report.shown), sentences]),
+        "table.tex": "\n".join(map(to_latex, report.shown)),
         "table.csv": to_csv(report.means),
         "tests.csv": to_csv(report.tests),
+        "equal.csv": to_csv(report.equal),
+        "equal_tests.csv": to_csv(report.equal_tests),
         "convergence.csv": to_csv(report.convergence),
         "runs.csv": to_csv(runs_table(runs, metrics)),
         "curves.csv": to_csv(curves_table(curves, runs)),
         "result.json": _result(study, runs, report),
     }
+    if report.tried is not None:
+        files["tried.csv"] = to_csv(report.tried)
     if curves:  # not every run diverged
         files["curves.png"] = figures.png(figures.convergence_curves(_by_model(curves), config.metric))
         files["bars.png"] = figures.png(figures.metric_bars(*_bars(runs, untrained, metrics)))
     for name, content in files.items():
         write_whole(study.directory / name, content)
     return report
+
+
+def _untrained(study: Study, data: Interactions, config: RunConfig) -> dict[str, dict[str, np.ndarray]]:
+    """The recommenders without training, measured as the runs are."""
+    eval_split = make_eval_split(data, "test", config.ks)
+    candidates = None if study.candidates is None else read_candidates(Path(study.candidates), data)
+    found = {}
+    for name, baseline in baselines(data, config.metric).items():
+        sampled = {} if candidates is None else candidate_metrics(candidates, baseline.scores)[1]
+        found[name] = {**metrics_of_scores(eval_split, baseline.scores)[1], **sampled}
+    return found
 
 
 def _result(study: Study, runs: Sequence[Run], report: Report) -> str:
@@ -91,7 +133,10 @@ def _result(study: Study, runs: Sequence[Run], report: Report) -> str:
         verdicts=list(report.verdicts),
         means=csv_records(report.means),
         tests=csv_records(report.tests),
+        equal=csv_records(report.equal),
+        equal_tests=csv_records(report.equal_tests),
         convergence=csv_records(report.convergence),
+        tried=[] if report.tried is None else csv_records(report.tried),
     )
 
 
@@ -111,7 +156,7 @@ def _bars(
         for metric in metrics:
             values = [float(_mean(run.metrics[metric], 0)) for run in found.values()]
             bars[metric].setdefault(cell.model, {})[label(cell, list(finished))] = spread(values)
-    levels = {m: {name: float(_mean(values[m], 0)) for name, (_, values) in untrained.items()} for m in metrics}
+    levels = {m: {name: float(_mean(values[m], 0)) for name, values in untrained.items()} for m in metrics}
     return bars, levels
 
 
@@ -125,23 +170,38 @@ def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str
     columns += [*map(Column, metrics), Column("best epoch", ".0f"), Column("diverged"), Column("note")]
     rows: list[tuple[Any, ...]] = [
         (name, BASELINE, "", None, None, *(float(_mean(values[m], 0)) for m in metrics), None, None, "")
-        for name, (_, values) in baselines.items()
+        for name, values in baselines.items()
     ]
     for cell, finished in by_cell(runs).items():
         spreads = [_spread([float(_mean(run.metrics[m], 0)) for run in finished.values()]) for m in metrics]
         epochs = _spread([run.result["best_epoch"] for run in finished.values() if run.result])
         lost = sum(run.cell == cell and run.result is None for run in runs)
         above = [
-            name
-            for name, (_, values) in baselines.items()
-            if spreads[0] and spreads[0].mean < _mean(values[metrics[0]], 0)
+            name for name, values in baselines.items() if spreads[0] and spreads[0].mean < _mean(values[metrics[0]], 0)
         ]
-        note = f"below {', '.join(above)}" if above else ""
-        rows.append((*_names(cell), len(finished), *spreads, epochs, lost, note))
+        notes = [f"below {', '.join(above)}"] if above else []
+        notes += dict.fromkeys(run.note for run in runs if run.cell == cell and run.note)
+        rows.append((*_names(cell), len(finished), *spreads, epochs, lost, "; ".join(notes)))
     caption = (
         f"Test metrics on {data} at the best epoch by validation, mean ± standard deviation over seeds. "
         "Popularity and item neighbours are not trained; what a model adds is what it has above them. The note names those "
-        f"that are above it by {metrics[0]}."
+        f"that are above it by {metrics[0]}, and in how many tries a training was tuned."
+    )
+    caption += f" {CAPTION}" if any(metric in CANDIDATE_METRICS for metric in metrics) else ""
+    return Table(caption, tuple(columns), tuple(rows))
+
+
+def tried_table(tried: Sequence[Tried], metric: str) -> Table:
+    """A row a try of every training that was tuned; what is chosen is chosen on validation."""
+    heads = ["model", "method", "optimizer", "interval", "setting", "seeds"]
+    columns = [*map(Column, heads), Column(f"valid {metric}"), Column("diverged"), Column("chosen")]
+    rows = [
+        (*_names(t.cell), t.setting, len(t.valid), _spread(t.valid), t.diverged, "yes" if t.is_chosen else "")
+        for t in tried
+    ]
+    caption = (
+        f"Tries of the trainings that were tuned, by mean validation {metric} over seeds; the best one stands in the other "
+        "tables. replay is tried as often with other seeds, so that it has as many chances; plain training has one."
     )
     return Table(caption, tuple(columns), tuple(rows))
 
@@ -182,7 +242,7 @@ def comparison_table(made: Sequence[Comparison]) -> Table:
 
 def readable(tests: Table) -> Table:
     """The table of tests without the columns that only a program reads."""
-    left_out = {"users", "t over seeds", "t over users", "note on users", "p over users"}
+    left_out = {"users", "t", "t over seeds", "t over users", "note on users", "p over users"}
     if len({row[2] for row in tests.rows}) < 2:
         left_out.add("optimizer")
     kept = [number for number, column in enumerate(tests.columns) if column.name not in left_out]

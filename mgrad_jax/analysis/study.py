@@ -3,7 +3,10 @@
 | file | holds |
 |---|---|
 | `study.yaml` | what was asked for last |
-| `runs/<model>-<method>-<optimizer>[-i<interval>]-s<seed>/` | a run (`mgrad_jax.training.run`), and `users.npz`: each user's test metrics |
+| `runs/<model>-<method>-<optimizer>[-i<interval>][-<setting>]-s<seed>/` | a run (`mgrad_jax.training.run`), and `users.npz`: each user's test metrics; `candidates.npz`: the same on sampled candidates |
+
+Some trainings are tried several times (`Study.tune`): with every setting, and `replay` with as many sets of other seeds. The
+try with the best mean on validation stands for the training; nothing else enters the tables.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,18 +27,21 @@ import yaml
 from mgrad_jax import models
 from mgrad_jax.analysis.convergence import gradient_evaluations
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
-from mgrad_jax.files import locked, write_whole, written_whole
-from mgrad_jax.training.config import TRAININGS, RunConfig
+from mgrad_jax.errors import UserError, shown
+from mgrad_jax.evaluation.candidates import Candidates, candidate_metrics, read_candidates, scores_of
+from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
+from mgrad_jax.files import Damaged, locked, read_mapping, write_whole, written_whole
+from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
-from mgrad_jax.training.grid import UNUSED
 from mgrad_jax.training.history import History, read_rows
+from mgrad_jax.training.methods import METHODS, SETTINGS, unused
 from mgrad_jax.training.run import load_run, train_run
 
 STUDY_FILE = "study.yaml"
 USERS_FILE = "users.npz"
+CANDIDATES_FILE = "candidates.npz"
 _DIVERGED_FILE = "diverged.txt"
+_STRIDE = 100_000  # between the seeds of one try of `replay` and the next
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -54,16 +61,26 @@ class Cell(NamedTuple):
     interval: int | None
 
 
+class Key(NamedTuple):
+    """One run of a study: a training, a seed, and which of the tries it belongs to."""
+
+    cell: Cell
+    seed: int
+    attempt: int = 0
+
+
 class Run(NamedTuple):
     """What came of one run.
 
     Attributes:
-        cell, seed, directory: which it is.
+        cell, seed, directory: which it is. Where `replay` is tried with other seeds, `seed` is the one it stands for.
         result: the content of `result.json`; None where the run diverged.
         history: rows of `history.csv`.
         evaluations: gradient evaluations until the end of every epoch of the history.
         users: (n,) the evaluated test users, ascending.
-        metrics: each user's test metrics at the best epoch, `{"recall@5": (n,), ...}`.
+        metrics: each user's test metrics at the best epoch, `{"recall@5": (n,), ...}`; those on sampled candidates are of
+            the users who have some.
+        note: how the training was tuned; "" where it was not.
     """
 
     cell: Cell
@@ -74,6 +91,31 @@ class Run(NamedTuple):
     evaluations: np.ndarray
     users: np.ndarray
     metrics: dict[str, np.ndarray]
+    note: str = ""
+
+
+class Tried(NamedTuple):
+    """One try of a training that is tuned.
+
+    Attributes:
+        cell, setting: the training, and the setting in words.
+        valid: mean validation metric of each seed that finished.
+        diverged: how many did not.
+        is_chosen: whether it stands for the training.
+    """
+
+    cell: Cell
+    setting: str
+    valid: tuple[float, ...]
+    diverged: int
+    is_chosen: bool
+
+
+class Outcome(NamedTuple):
+    """The runs that stand for their trainings, seed by seed, and all tries of those that were tuned."""
+
+    runs: list[Run]
+    tried: list[Tried]
 
 
 @dataclass(frozen=True)
@@ -87,6 +129,11 @@ class Study:
         out: the study's directory.
         hyper_parameters: of the models. A name is for every model that has it, `model.name` for one.
         settings: further arguments of `RunConfig`, the same in every run.
+        tune: values by name of a setting that some of the methods have, such as alpha2. Those methods are trained with
+            every combination, and `replay` with as many sets of seeds, `_STRIDE` apart.
+        candidates: an .npy file of sampled candidates (`mgrad_jax.evaluation.candidates`), on which runs are ranked, too.
+        start_from: a run whose parameters every run begins with, or a study, whose plain run of the same model and seed
+            it is.
 
     Raises:
         UserError: a name that does not exist, a value out of range, or a list that is empty or repeats itself.
@@ -101,6 +148,9 @@ class Study:
     seeds: tuple[int, ...] = (999, 1000, 1001, 1002, 1003)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    candidates: str | None = None
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("models", "methods", "optimizers", "intervals", "seeds"):
@@ -111,13 +161,14 @@ class Study:
                 repeated = next(value for value in values if values.count(value) > 1)
                 raise UserError(f"--{name} names {repeated} twice; name each once.")
         for method in self.methods:
-            if method not in TRAININGS:
-                raise UserError(f"unknown method '{method}'; choose among {', '.join(TRAININGS)}.")
+            if method not in METHODS:
+                raise UserError(f"unknown method '{method}'; choose among {', '.join(METHODS)}.")
         if "replay" not in self.methods:
             place = self.methods.index("plain") + 1 if "plain" in self.methods else 0
             methods = (*self.methods[:place], "replay", *self.methods[place:])
             object.__setattr__(self, "methods", methods)
-        known = {name: _hyper_parameter_names(name) for name in self.models}
+        self._check_tune()
+        known = {name: hyper_parameter_names(name) for name in self.models}
         for key in self.hyper_parameters:
             model, separator, name = key.rpartition(".")
             if separator and model not in known:
@@ -135,25 +186,43 @@ class Study:
     def cells(self) -> list[Cell]:
         """Every training of every model, in the order of the tables."""
         cells = [
-            Cell(model, method, optimizer, None if "interval" in UNUSED[method] else interval)
+            Cell(model, method, optimizer, None if "interval" in unused(method) else interval)
             for model, optimizer, method, interval in itertools.product(
                 self.models, self.optimizers, self.methods, self.intervals
             )
         ]
         return list(dict.fromkeys(cells))
 
-    def configs(self) -> dict[tuple[Cell, int], RunConfig]:
-        """The configuration of every run, by cell and seed."""
+    def tries(self, cell: Cell) -> list[dict[str, float]]:
+        """The settings that a training is tried with; those of `replay`, which has none of them, differ by their seeds."""
+        if cell.method == "replay":
+            return [{}] * max(len(_combinations(_tuned(self.tune, method))) for method in self.methods)
+        return _combinations(_tuned(self.tune, cell.method))
+
+    def configs(self) -> dict[Key, RunConfig]:
+        """The configuration of every run."""
         return self._configs
 
     @functools.cached_property
-    def _configs(self) -> dict[tuple[Cell, int], RunConfig]:
-        return {(cell, seed): self._config(cell, seed) for cell in self.cells() for seed in self.seeds}
+    def _configs(self) -> dict[Key, RunConfig]:
+        return {
+            Key(cell, seed, attempt): self._config(cell, seed, attempt, setting)
+            for cell in self.cells()
+            for attempt, setting in enumerate(self.tries(cell))
+            for seed in self.seeds
+        }
 
-    def _config(self, cell: Cell, seed: int) -> RunConfig:
+    def _config(self, cell: Cell, seed: int, attempt: int = 0, setting: Mapping[str, float] | None = None) -> RunConfig:
         interval = "" if cell.interval is None else f"-i{cell.interval}"
-        name = f"{cell.model}-{cell.method}-{cell.optimizer}{interval}-s{seed}"
+        setting = setting or {}
+        # A try at what is set anyway is the run of a study that is not tuned.
+        own = {name: value for name, value in setting.items() if value != self._base(name)}
+        tried = "".join(f"-{name}-{value:g}" for name, value in own.items())
+        if cell.method == "replay":
+            seed += attempt * _STRIDE
+        name = f"{cell.model}-{cell.method}-{cell.optimizer}{interval}{tried}-s{seed}"
         given = {} if cell.interval is None else {"interval": cell.interval}
+        start = {} if self.start_from is None else {"start_from": self._start(cell, seed)}
         return RunConfig(
             model=cell.model,
             data=self.data,
@@ -162,11 +231,35 @@ class Study:
             seed=seed,
             hyper_parameters=self._hyper_parameters(cell.model),
             out=str(self.directory / "runs" / name),
-            **{**self.settings, **given},
+            **{**self.settings, **given, **setting, **start},
         )
 
+    def _base(self, name: str) -> Any:
+        defaults = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+        return self.settings.get(name, defaults[name])
+
+    def _start(self, cell: Cell, seed: int) -> str:
+        """The run that one begins with."""
+        place = Path(str(self.start_from))
+        if (place / "config.yaml").exists():
+            return str(place)
+        return str(place / "runs" / f"{cell.model}-plain-{cell.optimizer}-s{seed}")
+
+    def _check_tune(self) -> None:
+        tunable = sorted(set(SETTINGS) - {"interval"})
+        for name, values in self.tune.items():
+            if name not in tunable:
+                raise UserError(
+                    f"--tune has no setting {shown(name)}; choose among {', '.join(tunable)}, which some methods have and "
+                    "others do not."
+                )
+            if all(name in unused(method) for method in self.methods):
+                raise UserError(f"--tune {name} has no effect in {' or '.join(self.methods)}; leave it out.")
+            if len(set(values)) < len(values):
+                raise UserError(f"--tune {name} names a value twice; name each once.")
+
     def _hyper_parameters(self, model: str) -> dict[str, Any]:
-        known = _hyper_parameter_names(model)
+        known = hyper_parameter_names(model)
         shared = {name: value for name, value in self.hyper_parameters.items() if name in known}
         own = {key.partition(".")[2]: v for key, v in self.hyper_parameters.items() if key.startswith(f"{model}.")}
         return {**shared, **own}
@@ -174,14 +267,26 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "out"}
-        return {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _hyper_parameter_names(model: str) -> list[str]:
+def _tuned(tune: Mapping[str, Sequence[float]], method: str) -> dict[str, Sequence[float]]:
+    """What is tuned of a method."""
+    return {name: values for name, values in tune.items() if name not in unused(method)}
+
+
+def _combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def hyper_parameter_names(model: str) -> list[str]:
+    """The names of a model's hyper-parameters."""
     return [f.name for f in dataclasses.fields(models.model_class(model).config_class)]
 
 
@@ -190,13 +295,13 @@ def train_study(
     *,
     resume: bool = False,
     progress: Callable[[int, RunConfig, EpochReport | None], None] | None = None,
-) -> list[Run]:
-    """Train what is missing of a study, and read all of its runs.
+) -> Outcome:
+    """Train what is missing of a study, and read the runs that stand for their trainings.
 
     Args:
         study: what is compared.
         resume: go on with the study that is there; finished runs are not trained again, so that it may also be extended
-            by models, methods, intervals or seeds.
+            by models, methods, intervals, seeds or settings to try.
         progress: called with the number of runs before this one, its configuration, and every epoch's report; once
             without one as it starts.
 
@@ -214,24 +319,30 @@ def train_study(
     if resume and not (study.directory / STUDY_FILE).exists():
         raise UserError(f"{study.directory} holds no study to resume; leave --resume out to begin one.")
     data = load_interactions(study.data)
+    candidates = None if study.candidates is None else read_candidates(Path(study.candidates), data)
     configs = study.configs()
     _check_models(configs.values(), data)
-    runs: list[Run] = []
+    for start in filter(None, dict.fromkeys(config.start_from for config in configs.values())):
+        if not (Path(start) / "config.yaml").exists():
+            raise UserError(f"{start} holds no run to start from; train it first, or give another --start-from.")
+    results: dict[Key, dict[str, Any] | None] = {}
     with locked(study.directory):
         write_whole(study.directory / STUDY_FILE, yaml.safe_dump(study.to_dict(), sort_keys=False))
         try:
-            for (cell, seed), config in configs.items():
+            for key, config in configs.items():
                 if progress is not None:
-                    progress(len(runs), config, None)
+                    progress(len(results), config, None)
 
                 def report(epoch: EpochReport, config: RunConfig = config) -> None:
                     if progress is not None:
-                        progress(len(runs), config, epoch)
+                        progress(len(results), config, epoch)
 
-                runs.append(_train(cell, seed, config, data, report))
+                results[key] = _train(config, report)
+            chosen, tried = _choose(study, results)
+            runs = [_read(key, results[key], configs[key], data, candidates, chosen[key]) for key in chosen]
         except KeyboardInterrupt:
-            raise StudyInterrupted(study.directory, len(runs), len(configs)) from None
-    return runs
+            raise StudyInterrupted(study.directory, len(results), len(configs)) from None
+    return Outcome(runs, tried)
 
 
 def _check_models(configs: Iterable[RunConfig], data: Interactions) -> None:
@@ -242,22 +353,66 @@ def _check_models(configs: Iterable[RunConfig], data: Interactions) -> None:
             raise UserError(sentence)
 
 
-def _train(cell: Cell, seed: int, config: RunConfig, data: Interactions, report: Callable[[EpochReport], None]) -> Run:
-    """One run, trained as far as it is not yet."""
-    directory, result = config.directory, None
+def _train(config: RunConfig, report: Callable[[EpochReport], None]) -> dict[str, Any] | None:
+    """One run, trained as far as it is not yet; its result, or None where it diverged."""
+    directory = config.directory
     diverged = directory / _DIVERGED_FILE
-    if not diverged.exists():
-        try:
-            result = train_run(config, resume=(directory / "config.yaml").exists(), progress=report)
-        except TrainingDiverged as error:
-            # One setting that diverges is a finding, and no reason to lose the others.
-            write_whole(diverged, f"{error}\n")
+    if diverged.exists():
+        return None
+    try:
+        return train_run(config, resume=(directory / "config.yaml").exists(), progress=report)
+    except TrainingDiverged as error:
+        # One setting that diverges is a finding, and no reason to lose the others.
+        write_whole(diverged, f"{error}\n")
+        return None
+
+
+def _choose(study: Study, results: Mapping[Key, dict[str, Any] | None]) -> tuple[dict[Key, str], list[Tried]]:
+    """The runs of every training's best try by the mean validation metric, each with a note; and what was tried."""
+    chosen: dict[Key, str] = {}
+    tried: list[Tried] = []
+    for cell in study.cells():
+        settings = study.tries(cell)
+        found = [[results[Key(cell, seed, attempt)] for seed in study.seeds] for attempt in range(len(settings))]
+        metric = next(iter(study.configs().values())).metric
+        valid = [tuple(float(result["valid"][metric]) for result in runs if result is not None) for runs in found]
+        # Fewest diverged first; of equal tries the first.
+        best = min(range(len(found)), key=lambda i: (-len(valid[i]), -float(np.mean(valid[i])) if valid[i] else 0.0))
+        words = [_in_words(cell, setting, attempt) for attempt, setting in enumerate(settings)]
+        several = len(settings) > 1
+        note = f"best of {len(settings)} tries on validation: {words[best]}" if several else ""
+        chosen.update({Key(cell, seed, best): note for seed in study.seeds})
+        if several:
+            lost = [len(runs) - len(values) for runs, values in zip(found, valid, strict=True)]
+            rows = zip(words, valid, lost, strict=True)
+            tried += [Tried(cell, *row, i == best) for i, row in enumerate(rows)]
+    return chosen, tried
+
+
+def _in_words(cell: Cell, setting: Mapping[str, float], attempt: int) -> str:
+    if cell.method == "replay":
+        return f"seeds + {attempt * _STRIDE}" if attempt else "seeds as given"
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+
+
+def _read(
+    key: Key,
+    result: dict[str, Any] | None,
+    config: RunConfig,
+    data: Interactions,
+    candidates: Candidates | None,
+    note: str,
+) -> Run:
+    """What came of a run that has been trained."""
+    directory = config.directory
     history = History(config.metric_names, read_rows(directory / "history.csv")).rows()
     evaluations = gradient_evaluations(config, len(data.train), len(history))
     if result is None:
-        return Run(cell, seed, directory, None, history, evaluations, np.zeros(0, np.int64), {})
+        return Run(key.cell, key.seed, directory, None, history, evaluations, np.zeros(0, np.int64), {}, note)
     users, metrics = _user_metrics(directory, result)
-    return Run(cell, seed, directory, result, history, evaluations, users, metrics)
+    if candidates is not None:
+        metrics = {**metrics, **_candidate_metrics(directory, result, candidates)}
+    return Run(key.cell, key.seed, directory, result, history, evaluations, users, metrics, note)
 
 
 def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -267,11 +422,28 @@ def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarra
     if kept is None or int(kept.pop("epoch")) != result["best_epoch"]:
         loaded = load_run(directory)
         vectors = loaded.vectors()
-        users, metrics = per_user_metrics(make_ranker(loaded.data, "test", loaded.config.ks), *vectors)
-        with written_whole(path, "wb") as stream:
-            np.savez(stream, epoch=result["best_epoch"], users=users, **metrics)  # type: ignore[arg-type]
+        users, metrics = per_user_metrics(make_eval_split(loaded.data, "test", loaded.config.ks), *vectors)
+        _write_users(path, epoch=result["best_epoch"], users=users, **metrics)
         return users, metrics
     return kept.pop("users"), kept
+
+
+def _candidate_metrics(directory: Path, result: Mapping[str, Any], candidates: Candidates) -> dict[str, np.ndarray]:
+    """Each user's metrics on the candidates at the best epoch, kept in `candidates.npz` beside the run."""
+    path = directory / CANDIDATES_FILE
+    kept = _read_users(path)
+    same = {"epoch": result["best_epoch"], "digest": candidates.digest}
+    if kept is None or any(str(kept.pop(name, None)) != str(value) for name, value in same.items()):
+        users, metrics = candidate_metrics(candidates, scores_of(*load_run(directory).vectors()))
+        _write_users(path, **same, users=users, **metrics)
+        return metrics
+    del kept["users"]
+    return kept
+
+
+def _write_users(path: Path, **arrays: Any) -> None:
+    with written_whole(path, "wb") as stream:
+        np.savez(stream, **arrays)
 
 
 def _read_users(path: Path) -> dict[str, np.ndarray] | None:
@@ -286,6 +458,8 @@ def _read_users(path: Path) -> dict[str, np.ndarray] | None:
 
 def study_runs(directory: Path) -> list[Path]:
     """The run directories of a finished study, for commands that read runs.
+
+    Of a training that was tuned they are those of the best setting, and of `replay` those with the seeds as given.
 
     Raises:
         UserError: no study there, or one whose runs are not all finished.
@@ -302,14 +476,27 @@ def study_runs(directory: Path) -> list[Path]:
         raise UserError(
             f"{directory / STUDY_FILE} cannot be read ({reason}); repeat the study with --resume."
         ) from None
-    found = [config.directory for config in study.configs().values()]
-    missing = [run for run in found if not any((run / name).exists() for name in ("result.json", _DIVERGED_FILE))]
+    found = {key: config.directory for key, config in study.configs().items()}
+    missing = [run for run in found.values() if not _is_finished(run)]
     if missing:
         raise UserError(
             f"{directory} is a study with {len(found) - len(missing)} of {len(found)} runs finished; "
             "go on with it with --resume first."
         )
-    return [run for run in found if not (run / _DIVERGED_FILE).exists()]
+    keys = list(found)
+    if study.tune:
+        chosen, _ = _choose(study, {key: _read_result(run) for key, run in found.items()})
+        keys = [key._replace(attempt=0) if key.cell.method == "replay" else key for key in chosen]
+    return [found[key] for key in keys if not (found[key] / _DIVERGED_FILE).exists()]
+
+
+def _read_result(run: Path) -> dict[str, Any] | None:
+    if (run / _DIVERGED_FILE).exists():
+        return None
+    try:
+        return read_mapping(run / "result.json", json.loads)
+    except Damaged as damage:
+        raise UserError(f"{run / 'result.json'} is damaged ({damage}); repeat the study with --resume.") from None
 
 
 class Estimate(NamedTuple):
@@ -320,6 +507,7 @@ class Estimate(NamedTuple):
         runs: how many there are to train, finished ones left out.
         compilation: of one run, where nothing is in the cache.
         epoch: of training and evaluating once.
+        evaluation: of the latter alone.
         least, most: of all the runs: patience + 1 epochs each, and all the epochs that are allowed.
     """
 
@@ -329,6 +517,7 @@ class Estimate(NamedTuple):
     epoch: float
     least: float
     most: float
+    evaluation: float
 
 
 def estimate(study: Study) -> Iterator[Estimate]:
@@ -345,12 +534,12 @@ def estimate(study: Study) -> Iterator[Estimate]:
         if key not in measured:
             measured[key] = _measure(study._config(cell._replace(method="plain", interval=None), study.seeds[0]), data)
         compilation, gradient, evaluation = measured[key]
-        configs = [study.configs()[cell, seed] for seed in study.seeds]
+        configs = [config for key, config in study.configs().items() if key.cell == cell]
         runs = sum(not _is_finished(config.directory) for config in configs)
         epoch = float(gradient_evaluations(configs[0], len(data.train), 1)[0]) * gradient + evaluation
         patience, epochs = configs[0].patience, configs[0].epochs
         least, most = (runs * (compilation + n * epoch) for n in (min(patience + 1, epochs), epochs))
-        yield Estimate(cell, runs, compilation, epoch, least, most)
+        yield Estimate(cell, runs, compilation, epoch, least, most, evaluation)
 
 
 def _is_finished(run: Path) -> bool:

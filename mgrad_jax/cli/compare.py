@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,13 +11,14 @@ import typer
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.console import print_table, progress
-from mgrad_jax.cli.options import pairs
+from mgrad_jax.cli.options import pairs, scalar
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
+from mgrad_jax.training.methods import METHODS
 
 if TYPE_CHECKING:
     from mgrad_jax.analysis.report import Table
-    from mgrad_jax.analysis.study import Run, Study
+    from mgrad_jax.analysis.study import Outcome, Study
     from mgrad_jax.training.config import RunConfig
     from mgrad_jax.training.fit import EpochReport
 
@@ -30,8 +31,7 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="How to train: plain, replay, mirror, sam, ssam-f, ssam-d. replay, the control with as many updates, "
-            "is always there.",
+            help=f"How to train: {', '.join(METHODS)}. replay, the control with as many updates, is always there.",
         ),
     ] = "plain,replay,mirror",
     optimizers: Annotated[str, typer.Option(metavar="NAME,...", help="Optimizers, as in `train`.")] = "adam",
@@ -56,12 +56,33 @@ def compare(
     learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="As in `train`.")] = 0.0,
     max_norm: Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="Try a setting that only some methods have, alpha2=0.1,0.2,0.3, and keep the best on validation; replay "
+            "is tried as often with other seeds.",
+        ),
+    ] = None,
+    adversarial: Annotated[
+        str | None, typer.Option(metavar="KEY=VALUE,...", help="As in `train`, in every run: epsilon=0.1,weight=1.")
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="As in `train`; of a study, the plain run of the same model and seed."),
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="NPY", help="Also rank held-out items among sampled candidates, as AMR does.")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="The most epochs a run trains.")] = 1000,
     patience: Annotated[int, typer.Option(help="Epochs without improvement that are tolerated.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Interactions a batch.")] = 2048,
     metric: Annotated[
         str, typer.Option(help="What selects the best epoch, on validation; tests go by it.")
     ] = "recall@5",
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep the parameters of every N-th epoch of every run, for `landscape`.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with an estimate of the time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, or extend it.")] = False,
 ) -> None:
@@ -78,7 +99,7 @@ def compare(
         methods=names("--methods", methods),
         optimizers=names("--optimizers", optimizers),
         intervals=whole_numbers("--intervals", intervals),
-        seeds=_seeds(seeds, seed),
+        seeds=seeds_of(seeds, seed),
         hyper_parameters=pairs("--set", hyper or ()),
         settings={
             "alpha1": alpha1,
@@ -90,15 +111,20 @@ def compare(
             "patience": patience,
             "batch_size": batch_size,
             "metric": metric,
+            **({} if adversarial is None else {"adversarial": pairs("--adversarial", adversarial.split(","))}),
+            **({} if keep_every is None else {"keep_every": keep_every}),
         },
+        tune=values_by_name("--tune", tune or ()),
+        candidates=candidates,
+        start_from=start_from,
     )
     shown = names("--metrics", metrics)
     check_metrics(shown, next(iter(study.configs().values())))
     if dry_run:
         _print_estimate(study)
         return
-    report = write_report(study, _train(study, resume), shown)
-    print_tables(report.means, report.convergence)
+    report = write_report(study, train_outcome(study, resume), shown)
+    print_tables(report.means, *(() if report.tried is None else (report.tried,)), report.equal, report.convergence)
     for sentence in report.verdicts:
         print(sentence)
     print(f"Tables, tests and pictures: {study.directory}")
@@ -112,6 +138,22 @@ def names(option: str, text: str) -> tuple[str, ...]:
     return found
 
 
+def values_by_name(option: str, arguments: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """The lists of numbers in `name=value,value` arguments."""
+    found: dict[str, tuple[float, ...]] = {}
+    for argument in arguments:
+        name, separator, values = (part.strip() for part in argument.partition("="))
+        numbers = tuple(scalar(value.strip()) for value in values.split(","))
+        if not separator or not name or not all(type(number) in (int, float) for number in numbers):
+            raise UserError(
+                f"{option} {argument} is not of the form name=number,number; write for example {option} alpha2=0.1,0.2."
+            )
+        if name in found:
+            raise UserError(f"{option} {name} is given twice; write all its values in one list.")
+        found[name] = numbers
+    return found
+
+
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
     """The whole numbers in a list with commas."""
     try:
@@ -120,7 +162,8 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
         raise UserError(f"{option} {text} is no list of whole numbers; write for example {option} 1,3,5.") from None
 
 
-def _seeds(text: str, first: int) -> tuple[int, ...]:
+def seeds_of(text: str, first: int) -> tuple[int, ...]:
+    """The seeds that `--seeds` names: so many from the first on, or a list."""
     numbers = whole_numbers("--seeds", text)
     if len(numbers) > 1:
         return numbers
@@ -129,7 +172,7 @@ def _seeds(text: str, first: int) -> tuple[int, ...]:
     return tuple(range(first, first + numbers[0]))
 
 
-def _train(study: Study, resume: bool) -> list[Run]:
+def train_outcome(study: Study, resume: bool) -> Outcome:
     """Train and tell how far it is; a signal to stop leaves every finished epoch on disk."""
     from mgrad_jax.analysis.study import STUDY_FILE, StudyInterrupted, train_study
 
@@ -166,10 +209,10 @@ def _print_estimate(study: Study) -> None:
     rows, total = [], [0.0, 0.0]
     for row in estimate(study):
         interval = "" if row.cell.interval is None else str(row.cell.interval)
-        times = map(_duration, (row.least, row.most))
+        times = map(duration, (row.least, row.most))
         rows.append([*row.cell[:3], interval, str(row.runs), f"{row.epoch:.3g}", *times])
         total = [total[0] + row.least, total[1] + row.most]
-    rows.append(["all", "", "", "", "", "", *map(_duration, total)])
+    rows.append(["all", "", "", "", "", "", *map(duration, total)])
     notes = [
         "at least: every run stops after patience + 1 epochs; at most: every run trains all --epochs",
         *(str(config.directory) for config in study.configs().values()),
@@ -177,7 +220,8 @@ def _print_estimate(study: Study) -> None:
     print_table(f"{len(study.configs())} runs in {study.directory / 'runs'}", headings, rows, notes)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as one reads them."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -22,6 +22,7 @@ _Features = Annotated[
     typer.Option(metavar="NPY IDS", help="Features (rows, dim), and a text file with the raw item id of each row."),
 ]
 # What `prepare` reads where it makes the user graph only; the other options are of raw ratings.
+_OF_AMR = ("amr", "source", "destination", "name", "seed", "overwrite")
 _OF_USER_GRAPH = ("source", "user_graph", "user_k", "published_user_graph")
 
 
@@ -79,8 +80,15 @@ def prepare(
         Path | None,
         typer.Option(metavar="FILE", help="Store a dataset's user graph from a published user_graph_dict.npy instead."),
     ] = None,
+    amr: Annotated[
+        bool,
+        typer.Option("--amr", help="SOURCE is a directory of AMR's authors: pos.txt, neg.txt, f_resnet.npy."),
+    ] = False,
 ) -> None:
     """Filter, split and re-index raw ratings into a dataset directory; store its user graph."""
+    if amr:
+        _prepare_amr(context, source, destination, name, seed, overwrite)
+        return
     _check_preparation(context, source, destination, user_graph, published_user_graph)
     if destination is None:
         _store_user_graph(source, user_k, published_user_graph)
@@ -111,6 +119,23 @@ def prepare(
     _print_values(str(destination), _told(prepared))
     if user_graph:
         _store_user_graph(prepared.file, user_k)
+
+
+def _prepare_amr(
+    context: typer.Context, source: Path, destination: Path | None, name: str | None, seed: int, overwrite: bool
+) -> None:
+    """`prepare --amr`: its dataset has ids, a test split and features already."""
+    if destination is None:
+        raise UserError("DESTINATION is missing; name the directory to write.")
+    said = _options_given(context)
+    for parameter, option in said.items():
+        if parameter not in _OF_AMR:
+            raise UserError(f"{option} is for raw ratings, and --amr reads none; leave {option} out.")
+    from mgrad_jax.data.amr import prepare_amr
+
+    prepared = prepare_amr(source, destination, name=name, seed=seed, overwrite=overwrite)
+    candidates = prepared.file.with_name("candidates.npy")
+    _print_values(str(destination), {**_told(prepared), "candidates": candidates})
 
 
 def _told(prepared: Prepared) -> dict[str, Any]:
@@ -230,11 +255,23 @@ def _shown(value: Any) -> str:
     return f"{value:.4%}" if isinstance(value, float) else f"{value:,}"
 
 
-def list_models() -> None:
-    """List the models, what they need, and their hyper-parameters."""
+def list_models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show this model's hyper-parameters alone.")
+    ] = None,
+) -> None:
+    """List the models, what they need, and their hyper-parameters, and what `evaluate` ranks by without training.
+
+    Of one model its hyper-parameters are shown with types, ranges and the published grid.
+    """
     import dataclasses
 
+    if name is not None:
+        _show_model(name)
+        return
+
     from mgrad_jax import models
+    from mgrad_jax.analysis.baselines import BASELINES
 
     table = Table("model", "needs", "hyper-parameter", "default", "meaning")
     for name in models.names():
@@ -244,4 +281,42 @@ def list_models() -> None:
             table.add_row(*heading, field.name, str(field.default), field.metadata.get("help", ""))
             heading = ("", "")
         table.add_section()
+    for name, meaning in BASELINES.items():
+        needs = "no training, image or text" if name == "itemknn-features" else "no training"
+        table.add_row(name, needs, "", "", f"ranks by {meaning}")
     console().print(table)
+
+
+def _show_model(name: str) -> None:
+    """One model: where it is from, what it needs, and all there is to know of every hyper-parameter."""
+    import dataclasses
+
+    from mgrad_jax import models
+    from mgrad_jax.analysis.baselines import BASELINES
+
+    if name in BASELINES:
+        console().print(f"{name} ranks by {BASELINES[name]}; it has no hyper-parameters.", soft_wrap=True)
+        return
+    cls = models.model_class(name)
+    grid = {axis: ", ".join(map(str, values)) for axis, values in cls.grid.items()}
+    table = Table("hyper-parameter", "type", "default", "range", "traced", "published grid", "meaning")
+    for field in dataclasses.fields(cls.config_class):
+        hyper = field.metadata
+        limit = "" if hyper["limit"] is None else f"<= {hyper['limit']}"
+        table.add_row(
+            field.name,
+            type(field.default).__name__,
+            str(field.default),
+            ", ".join(part for part in (str(hyper["range"]), limit) if part),
+            "yes" if hyper["traced"] else "no",
+            grid.pop(field.name, ""),
+            hyper["help"],
+        )
+    terminal = console()
+    terminal.print(f"{name} needs {cls.needs_in_words()}. {cls.paper}.", soft_wrap=True)
+    terminal.print(table)
+    for axis, values in grid.items():
+        terminal.print(f"published grid of {axis}: {values}", soft_wrap=True)
+    terminal.print(
+        "traced: a sweep trains all values in one compiled program; otherwise one per value.", soft_wrap=True
+    )

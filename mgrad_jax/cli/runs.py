@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.console import print_metrics
+from mgrad_jax.cli.console import print_metrics, print_table
 from mgrad_jax.cli.train import train_and_tell
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import written_whole
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from mgrad_jax.data import Interactions
     from mgrad_jax.training.run import LoadedRun
 
+_SPLITS: tuple[Literal["valid", "test"], ...] = ("valid", "test")
 _Run = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Directory of a run, of a sweep (its best setting) or of a sweep's member."),
@@ -36,37 +39,125 @@ _InternalIds = Annotated[
 
 
 def evaluate(
-    run: _Run,
-    data: _RunData = None,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Directory of a run, of a sweep (its best setting) or of a sweep's member; or popularity, itemknn or "
+            "itemknn-features, which need no training, with --data.",
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Where the run's data lie now, if they were moved; the data of what needs no run."),
+    ] = None,
     per_user: Annotated[
         Path | None, typer.Option(help="Also write each user's test metrics to this .csv or .parquet file.")
     ] = None,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NPY", help="Also rank held-out items among these candidates; `prepare --amr` writes them."
+        ),
+    ] = None,
     internal_ids: _InternalIds = False,
 ) -> None:
-    """Evaluate a run's best parameters on validation and test."""
+    """Evaluate a run's best parameters, or a recommender without training, on validation and test."""
     if per_user is not None:
         _check_output("--per-user", per_user)
     use_compilation_cache()
 
-    from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
+    from mgrad_jax.evaluation.candidates import CAPTION, candidate_metrics, read_candidates
+
+    started = time.perf_counter()
+    evaluated = _evaluated_baseline(str(run), data) if _is_baseline(run) else _evaluated_run(run, data)
+    means = {
+        split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in evaluated.values.items()
+    }
+    sampled = None
+    if candidates is not None:
+        sampled = candidate_metrics(read_candidates(candidates, evaluated.data), evaluated.scores)
+    if per_user is not None:
+        _write_users(per_user, evaluated, sampled, internal_ids)
+    seconds = f"{time.perf_counter() - started:.1f} s"
+    notes = (
+        [*evaluated.notes, seconds]
+        if _is_baseline(run)
+        else [f"{evaluated.notes[0]}   {seconds}", *evaluated.notes[1:]]
+    )
+    print_metrics(evaluated.title, notes, means["valid"], means["test"])
+    if sampled is not None:
+        rows = [[name, f"{float(values.mean()):.4f}"] for name, values in sampled[1].items()]
+        print_table(f"{len(sampled[0])} users, held-out items among candidates", ["metric", "value"], rows, [CAPTION])
+
+
+class _Evaluated(NamedTuple):
+    """What `evaluate` shows: users and their metrics by split, and scores for further questions."""
+
+    title: str
+    notes: list[str]
+    data: Interactions
+    source: str
+    values: Mapping[Literal["valid", "test"], tuple[np.ndarray, dict[str, np.ndarray]]]
+    scores: Callable[[np.ndarray], np.ndarray]
+
+
+def _is_baseline(run: Path) -> bool:
+    """Whether a name alone is meant; a directory of that name is ./NAME."""
+    from mgrad_jax.analysis.baselines import BASELINES
+
+    return str(run) in BASELINES
+
+
+def _evaluated_run(run: Path, data: str | None) -> _Evaluated:
+    from mgrad_jax.evaluation.candidates import scores_of
+    from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
 
     loaded, notes = _open(run, data)
-    started = time.perf_counter()
     vectors = loaded.vectors()
-    splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
     values = {
-        split: per_user_metrics(make_ranker(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
-        for split in splits
+        split: per_user_metrics(make_eval_split(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
+        for split in _SPLITS
     }
-    means = {split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in values.items()}
-    if per_user is not None:
-        import pandas as pd
+    title, notes = f"{loaded.config.model} on {loaded.data.name}", [f"best epoch {loaded.epoch}", *notes, str(run)]
+    return _Evaluated(title, notes, loaded.data, loaded.config.data, values, scores_of(*vectors))
 
-        users, metrics = values["test"]
-        names = None if internal_ids else _raw_ids(loaded, "user")
-        _write_table(pd.DataFrame({"user": users if names is None else names[users], **metrics}), per_user)
-    notes = [f"best epoch {loaded.epoch}   {time.perf_counter() - started:.1f} s", *notes, str(run)]
-    print_metrics(f"{loaded.config.model} on {loaded.data.name}", notes, means["valid"], means["test"])
+
+def _evaluated_baseline(name: str, data: str | None) -> _Evaluated:
+    from mgrad_jax.analysis.baselines import make_baseline
+    from mgrad_jax.data import load_interactions
+    from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
+    from mgrad_jax.training.config import RunConfig
+
+    if data is None:
+        raise UserError(f"{name} needs no run and has no data of its own; name a dataset with --data.")
+    interactions, defaults = load_interactions(data), RunConfig("vbpr", data)
+    baseline = make_baseline(name, interactions, defaults.metric)
+    values = {
+        split: metrics_of_scores(make_eval_split(interactions, split, defaults.ks), baseline.scores)
+        for split in _SPLITS
+    }
+    notes = [f"no training{f'; {baseline.setting}' if baseline.setting else ''}"]
+    return _Evaluated(f"{name} on {interactions.name}", notes, interactions, data, values, baseline.scores)
+
+
+def _write_users(
+    file: Path,
+    evaluated: _Evaluated,
+    sampled: tuple[np.ndarray, dict[str, np.ndarray]] | None,
+    internal_ids: bool,
+) -> None:
+    """Each user's test metrics; those on candidates beside them, empty where a user has none."""
+    import pandas as pd
+
+    users, metrics = evaluated.values["test"]
+    table = pd.DataFrame({"user": users, **metrics})
+    if sampled is not None:
+        table = table.merge(pd.DataFrame({"user": sampled[0], **sampled[1]}), "outer", "user").sort_values("user")
+    names = None if internal_ids else _raw_ids(evaluated.source, evaluated.data, "user")
+    if names is not None:
+        table["user"] = names[table["user"]]
+    _write_table(table, file)
 
 
 def recommend(
@@ -95,7 +186,9 @@ def recommend(
 
     loaded, notes = _open(run, data)
     n_users = loaded.data.n_users
-    names = {kind: None if internal_ids else _raw_ids(loaded, kind) for kind in ("user", "item")}
+    names = {
+        kind: None if internal_ids else _raw_ids(loaded.config.data, loaded.data, kind) for kind in ("user", "item")
+    }
     chosen = np.arange(n_users) if users is None else read_users(users, n_users, names["user"])
     vectors = loaded.vectors()
     items, scores = top_items(vectors[0], vectors[1], loaded.data.train, chosen, top_k)
@@ -145,20 +238,19 @@ def _open(directory: Path, data: str | None) -> tuple[LoadedRun, list[str]]:
     return load_run(place, data), notes
 
 
-def _raw_ids(loaded: LoadedRun, kind: str) -> np.ndarray | None:
-    """The users' own names of users or items by id, where the dataset has them."""
+def _raw_ids(source: str, data: Interactions, kind: str) -> np.ndarray | None:
+    """The users' own names of users or items by id, where the dataset at `source` has them."""
     from mgrad_jax.data.id_maps import read_id_map
 
-    if loaded.config.data == "demo":
+    if source == "demo":
         return None
-    n = loaded.data.n_users if kind == "user" else loaded.data.n_items
-    return read_id_map(loaded.config.data, kind, n)
+    return read_id_map(source, kind, data.n_users if kind == "user" else data.n_items)
 
 
 _HEADERS = ("user", "userid", "user_id")
 
 
-def read_users(path: Path, n_users: int, names: np.ndarray | None) -> np.ndarray:
+def read_users(path: Path, n_users: int, names: np.ndarray | None = None) -> np.ndarray:
     """User ids from a file, one a line, each once, in the file's order.
 
     Args:
@@ -194,6 +286,9 @@ def read_users(path: Path, n_users: int, names: np.ndarray | None) -> np.ndarray
     if not ids:
         raise UserError(f"{path} names no user; write one user id a line.")
     return np.fromiter(ids, np.int64)
+
+
+_read_users = read_users  # its first name, which scripts still import
 
 
 def _user_id(text: str, n_users: int) -> int | None:

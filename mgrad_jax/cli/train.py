@@ -26,19 +26,26 @@ def train(
     out: Annotated[
         str | None, typer.Option(help="The run's directory; runs/<model>-<data>-<training>-s<seed> by default.")
     ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Begin with the best parameters of this run of the same model.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep the parameters of every N-th epoch, for `landscape`; none by default.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
     ] = False,
 ) -> None:
     """Train a model to its best validation epoch."""
+    of_run = {"start_from": start_from, "keep_every": keep_every}
     if dry_run:
         from mgrad_jax.cli.dry_run import show_run
 
-        show_run(options.config(out), resume)
+        show_run(options.config(out, **of_run), resume)
         return
     use_compilation_cache()
-    config = options.config(out)
+    config = options.config(out, **of_run)
     result = train_and_tell(config, resume=resume)
     _print_result(result, config.directory)
 

@@ -5,29 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mgrad_jax.data.features import MODALITIES, check_finite, check_shape
-from mgrad_jax.data.features import read_features as read_features  # known under this name, too
+from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError, shown
 
 SPLITS = ("train", "valid", "test")
 # Past this an id is taken for a raw identifier: arrays are sized by the largest id.
 MAX_ID = 50_000_000
 
-
-class Batch(NamedTuple):
-    """A training batch.
-
-    Attributes:
-        users, positives, negatives: (B,) int32; a negative is an item the user does not have in training.
-    """
-
-    users: Any
-    positives: Any
-    negatives: Any
+renamed(
+    __name__,
+    {"Batch": "mgrad_jax.data.sampling.Batch", "read_features": "mgrad_jax.data.features.read_features"},
+)
 
 
 class PairsInTwoSplits(UserError):

@@ -22,6 +22,7 @@ from mgrad_jax.data.tables import few, opened
 from mgrad_jax.errors import UserError, shown
 
 _MAPS = ("user_map.tsv", "item_map.tsv")
+_CANDIDATES = "candidates.npy"
 _MOST = 2**31 - 1
 
 
@@ -109,7 +110,7 @@ def prepare(
     """
     source, destination = Path(source), Path(destination)
     _check_numbers(k_core, seed, min_rating)
-    file = destination / f"{_checked_name(name, destination)}.inter"
+    file = destination / f"{checked_name(name, destination)}.inter"
     features = dict(features or {})
     _check_modalities(features)
     if source.is_dir():
@@ -117,7 +118,7 @@ def prepare(
     beside = [modality for modality in MODALITIES if (source.parent / f"{modality}_feat.npy").exists()]
     inputs = [source, *(Path(path) for pair in features.values() for path in pair)]
     inputs += [source.parent / f"{modality}_feat.npy" for modality in beside]
-    _check_destination(file, [*features, *beside], inputs, overwrite)
+    check_destination(file, [*features, *beside], inputs, overwrite)
 
     given = {
         role: column for role, column in (("user", user), ("item", item), ("rating", rating)) if column is not None
@@ -147,14 +148,14 @@ def prepare(
     table = pd.DataFrame({"userID": users, "itemID": items, "x_label": labels})
     table = table.sort_values(["userID", "x_label", "itemID"], kind="stable")
     contents: dict[str, Callable[[Path], object]] = {
-        f"{modality}_feat.npy": partial(_write_array, array) for modality, array in tables.items()
+        f"{modality}_feat.npy": partial(write_array, array) for modality, array in tables.items()
     }
     for map_name, names in zip(_MAPS, (user_names, item_names), strict=True):
-        contents[map_name] = partial(_write_map, names)
+        contents[map_name] = partial(write_map, names)
     contents[file.name] = partial(table.to_csv, sep="\t", index=False)
     with writing(destination):
-        _check_destination(file, tables, inputs, overwrite)
-        replace_files(destination, contents, [path.name for path in _dataset_files(destination)])
+        check_destination(file, tables, inputs, overwrite)
+        replace_files(destination, contents, [path.name for path in dataset_files(destination)])
     return Prepared(
         users=len(user_names),
         items=len(item_names),
@@ -182,7 +183,7 @@ def _check_numbers(k_core: int | None, seed: int, min_rating: float | None) -> N
         raise UserError(f"min_rating is {min_rating}; it must be a finite number.")
 
 
-def _checked_name(name: str | None, destination: Path) -> str:
+def checked_name(name: str | None, destination: Path) -> str:
     """The dataset's name, which stays inside of the destination."""
     chosen = destination.resolve().name if name is None else name
     if not chosen.strip() or chosen.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", chosen) or len(chosen) > 100:
@@ -203,27 +204,32 @@ def _check_modalities(features: Mapping[str, object]) -> None:
             raise UserError(f"there are no {shown(modality)} features; choose among {', '.join(MODALITIES)}.")
 
 
-def _dataset_files(destination: Path) -> list[Path]:
-    """The files of a dataset in a directory: interactions, maps, features, and the user graphs made of them."""
+def dataset_files(destination: Path) -> list[Path]:
+    """The files of a dataset in a directory: interactions, maps, features, candidates, and the user graphs made of them."""
     if not destination.is_dir():
         return []
     fixed = [destination / name for name in (*_MAPS, *(f"{modality}_feat.npy" for modality in MODALITIES))]
+    fixed.append(destination / _CANDIDATES)
     found = [*sorted(destination.glob("*.inter")), *fixed, *sorted(destination.glob("user_graph-*.npz"))]
     return [path for path in found if path.exists()]
 
 
-def _check_destination(file: Path, features: Collection[str], inputs: Sequence[Path], overwrite: bool) -> None:
+def check_destination(file: Path, features: Collection[str], inputs: Sequence[Path], overwrite: bool) -> None:
     """Nothing that is read is replaced, nothing is replaced unasked, and no feature follows the ids of another dataset."""
     destination = file.parent
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is no directory; choose another destination.")
-    present = _dataset_files(destination)
+    present = dataset_files(destination)
     inters = [path for path in present if path.suffix == ".inter"]
     for path in inputs:
         if path.exists() and any(path.samefile(target) for target in present):
             raise UserError(f"{path} is read and would be replaced; choose another destination.")
     if inters and not overwrite:
         raise UserError(f"{inters[0]} already exists; choose another destination or overwrite it with --overwrite.")
+    if destination / _CANDIDATES in present and not overwrite:
+        raise UserError(
+            f"{destination / _CANDIDATES} follows other ids; move it away, or overwrite the dataset with --overwrite."
+        )
     if len(inters) > 1:
         raise UserError(
             f"{destination} holds several .inter files ({few([path.name for path in inters])}); choose another destination."
@@ -399,10 +405,12 @@ def _raw_names(source: Path, kind: str, names: np.ndarray) -> np.ndarray:
     return raw[[int(name) for name in names]]
 
 
-def _write_array(array: np.ndarray, path: Path) -> None:
+def write_array(array: np.ndarray, path: Path) -> None:
+    """Write an `.npy` file."""
     with path.open("wb") as stream:
         np.save(stream, array)
 
 
-def _write_map(names: np.ndarray, path: Path) -> None:
+def write_map(names: Sequence[str] | np.ndarray, path: Path) -> None:
+    """Write a map of ids, for `mgrad_jax.data.dataset_files.replace_files`."""
     write_id_map(path, names)

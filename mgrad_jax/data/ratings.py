@@ -385,10 +385,10 @@ def _wanted(name: str, source: Source) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value as text; empty where it is no text and no finite number."""
+    """A value as text; empty where it is no text and no finite number, also one that was turned into text."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
-    if isinstance(value, float) and not np.isfinite(value):
+    if (isinstance(value, float) and not np.isfinite(value)) or value in ("nan", "inf", "-inf"):
         return ""
     try:
         return str(value)

@@ -4,7 +4,7 @@ from mgrad_jax.graph.attention import edge_dot, edge_softmax
 from mgrad_jax.graph.gather import gather_rows
 from mgrad_jax.graph.items import blend_graphs, knn_graph, knn_indices
 from mgrad_jax.graph.kernels import gpu_product
-from mgrad_jax.graph.propagation import propagate, propagate_bipartite
+from mgrad_jax.graph.propagation import lightgcn_mean, propagate, propagate_bipartite
 from mgrad_jax.graph.sparse import (
     SparseGraph,
     Transpose,
@@ -21,11 +21,14 @@ from mgrad_jax.graph.user_item import (
     normalized_bipartite,
     prune_edges,
 )
+from mgrad_jax.graph.users import UserGraph, UserSample, mix_neighbours, nearest_users, sample_user_graph
 
 __all__ = [
     "BipartiteEdges",
     "SparseGraph",
     "Transpose",
+    "UserGraph",
+    "UserSample",
     "bipartite_edges",
     "blend_graphs",
     "drop_entries",
@@ -36,12 +39,16 @@ __all__ = [
     "keep_edges",
     "knn_graph",
     "knn_indices",
+    "lightgcn_mean",
     "mean_bipartite",
+    "mix_neighbours",
+    "nearest_users",
     "normalized_bipartite",
     "propagate",
     "propagate_bipartite",
     "prune_edges",
     "replace_values",
+    "sample_user_graph",
     "sparse_graph",
     "with_transpose",
 ]

@@ -170,15 +170,17 @@ class Checkpoints:
         entries = self._entries()
         return entries[-1].best_epoch if entries else None
 
-    def check_space(self, n_bytes: int) -> None:
+    def check_space(self, n_bytes: int, besides: int = 0) -> None:
         """Raise a `UserError` where the disk has no room for the checkpoints of a state of so many bytes.
 
         Two are kept, and a third is there for a moment; those that are there already need no more room.
+        `besides` is what the run will write besides.
         """
         place = next(place for place in (self.directory, *self.directory.parents) if place.exists())
         with contextlib.suppress(OSError, AttributeError):  # not every system tells
             status = os.statvfs(place)
-            free, needed = status.f_bavail * status.f_frsize, n_bytes * max(1, 2 - len(self._entries()))
+            free = status.f_bavail * status.f_frsize
+            needed = n_bytes * max(1, 2 - len(self._entries())) + besides
             if free < needed:
                 raise UserError(
                     f"{place} has {free / 2**20:.1f} MiB of free space, and the run's checkpoints need "
@@ -398,6 +400,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     leaves: dict[str, np.ndarray] = {}
     try:
+        _open_storage(path)
         with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
             # One leaf at a time: where one of several concurrent reads fails, the others complain on the terminal.
             for name in list(reader.metadata(path).item_metadata.keys()):
@@ -417,6 +420,14 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not intact:
         raise Damaged("its arrays are not those that were written")
     return leaves
+
+
+def _open_storage(path: Path) -> None:
+    """Raise where the storage's own index is damaged: orbax asks it for all leaves at once, and each complains aloud."""
+    import tensorstore
+
+    storage = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/"}}
+    tensorstore.KvStore.open(storage).result().list().result()
 
 
 def _read_sidecar(path: Path) -> dict[str, Any] | None:

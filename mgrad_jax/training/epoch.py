@@ -123,7 +123,7 @@ def run_epoch(
         getattr(model, name).set_value(value)
     epoch_state = nnx.state(model, EpochState)
     samples = _samples(train, model.uses_negatives, order_key, negative_key)
-    step = partial(_pass, graphdef, tx, epoch_state, constants, pass_key)
+    step = partial(train_pass, graphdef, tx, epoch_state, constants, pass_key)
 
     carry = (state.params, restart_epoch(state.opt_state))
     stale = None
@@ -168,7 +168,7 @@ def _segments(samples: Batch, plan: EpochPlan) -> list[tuple[Batch, np.ndarray, 
     return segments
 
 
-def _pass(
+def train_pass(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     epoch_state: nnx.State,

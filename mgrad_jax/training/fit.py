@@ -19,7 +19,7 @@ from flax import nnx
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.metrics import METRICS
-from mgrad_jax.evaluation.ranking import Ranker, make_ranker, rank_metrics
+from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics, make_eval_split
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.models import Recommender
@@ -37,6 +37,7 @@ from mgrad_jax.training.epoch import (
     split_model,
     training_data,
 )
+from mgrad_jax.training.kept import KeptParams
 
 
 class TrainingDiverged(UserError):
@@ -169,6 +170,7 @@ def fit(
     learning_rate_decay: tuple[float, float] = (1.0, 50.0),
     evaluate: Literal["fresh", "stale"] = "fresh",
     checkpoints: Checkpoints | None = None,
+    kept: KeptParams | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> FitResult:
@@ -194,6 +196,7 @@ def fit(
         evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
             published MMGCN, GRCN, DualGNN and SLMRec do.
         checkpoints: where the latest and the best state are kept.
+        kept: where the parameters of some epochs are kept, those that evaluation reads.
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
             lost is trained again.
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
@@ -220,6 +223,8 @@ def fit(
             history.append(report)
             if on_epoch is not None:
                 on_epoch(report)
+            if kept is not None:
+                kept.save(report.epoch, _scoring(run.state).params)
             if checkpoints is not None:
                 checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
         best_is_lost &= not report.is_best
@@ -385,7 +390,7 @@ def _compile(
     """Compile the epoch and the evaluation ahead of time, so that compilation is timed apart."""
     started = time.perf_counter()
     train = training_data(data)
-    rankers = (make_ranker(data, "valid", ks), make_ranker(data, "test", ks))
+    eval_splits = (make_eval_split(data, "valid", ks), make_eval_split(data, "test", ks))
 
     @partial(jax.jit, donate_argnums=0)
     def train_epoch(
@@ -394,16 +399,16 @@ def _compile(
         return run_epoch(parts.graphdef, tx, plan, state, constants, train, key)
 
     @jax.jit
-    def evaluate(scoring: _Scoring, constants: nnx.State, rankers: tuple[Ranker, Ranker]) -> _Evaluation:
+    def evaluate(scoring: _Scoring, constants: nnx.State, eval_splits: tuple[EvalSplit, EvalSplit]) -> _Evaluation:
         users, items = nnx.merge(parts.graphdef, scoring.params, scoring.epoch_state, constants).embed()
-        valid, test = (rank_metrics(ranker, users, items) for ranker in rankers)
+        valid, test = (full_sort_metrics(eval_split, users, items) for eval_split in eval_splits)
         return valid, test, jnp.isfinite(users.sum() + items.sum())
 
     trainer = train_epoch.lower(state, parts.constants, train, jax.random.key(0)).compile()
-    evaluator = evaluate.lower(_scoring(state), parts.constants, rankers).compile()
+    evaluator = evaluate.lower(_scoring(state), parts.constants, eval_splits).compile()
     return _Programs(
         lambda state, key: trainer(state, parts.constants, train, key),
-        lambda scoring: evaluator(scoring, parts.constants, rankers),
+        lambda scoring: evaluator(scoring, parts.constants, eval_splits),
         time.perf_counter() - started,
     )
 

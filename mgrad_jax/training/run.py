@@ -4,6 +4,7 @@
 |---|---|
 | `config.yaml` | the whole configuration, defaults included, and a digest of the data |
 | `checkpoint/` | the latest and the best state; each with the configuration and the rows of the history as of its epoch |
+| `kept/` | the parameters of every N-th epoch, where they are asked for (`mgrad_jax.training.kept`) |
 | `history.csv` | one row an epoch: loss and its parts, validation and test metrics, seconds |
 | `result.json` | the best epoch's metrics and everything needed to compare runs; written when training ends |
 | `curves.png` | loss and recall over the epochs |
@@ -35,9 +36,18 @@ from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, TrainingDiverged, fit, restore_best
 from mgrad_jax.training.history import History, draw_curves, read_rows
-from mgrad_jax.training.identity import differences, differing_machine, is_digest_of, machine, run_settings
+from mgrad_jax.training.identity import (
+    differences,
+    differing_machine,
+    identity,
+    is_digest_of,
+    machine,
+    run_settings,
+)
+from mgrad_jax.training.kept import KeptParams
 from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.record import nothing_left, read_record, result_record
+from mgrad_jax.training.start import start_from
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -57,10 +67,20 @@ class LoadedRun(NamedTuple):
     model: Recommender
     epoch: int
 
+    @property
+    def kept(self) -> KeptParams:
+        """The parameters that the run kept of some of its epochs."""
+        return kept_params(self.config, run_settings(self.config, self.data))
+
     def vectors(self) -> tuple[jax.Array, jax.Array]:
         """Users (n_users, dim) and items (n_items, dim), whose products are the scores, at the run's precision."""
         with as_configured(self.config):
             return jax.jit(lambda model: model.embed())(self.model)
+
+
+def kept_params(config: RunConfig, settings: Mapping[str, Any]) -> KeptParams:
+    """What a run with these settings keeps of its epochs."""
+    return KeptParams(config.directory, config.keep_every, identity(settings))
 
 
 def train_run(
@@ -123,6 +143,10 @@ class _Run:
             finished = self._finished(settings)
             if finished is not None:
                 return finished
+        start = self.config.start_from
+        # A resumed run does without it, unless a best epoch that was lost has to be trained again.
+        if start is not None and (self.checkpoints.latest_epoch() is None or Path(start).exists()):
+            start_from(model, load_run(start, self.config.data).model, start)
         with held_back(deliver=False):
             self._prepare(settings, data, model)
             outcome = self._fit(settings, data, model, progress)
@@ -178,7 +202,10 @@ class _Run:
         (self.path / "result.json").unlink(missing_ok=True)  # it tells of fewer epochs
         params = split_model(model).params
         state = jax.eval_shape(lambda: (params, self.config.transformation(data).init(params)))
-        self.checkpoints.check_space(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        kept = kept_params(self.config, settings)
+        best = self.checkpoints.best_epoch() or 0
+        self.checkpoints.check_space(n_bytes, kept.least_bytes(self.config, params, epoch or 0, best))
 
     def _fit(
         self,
@@ -212,6 +239,7 @@ class _Run:
                 learning_rate_decay=config.learning_rate_decay,
                 evaluate=config.evaluate,  # type: ignore[arg-type]  # checked by the configuration
                 checkpoints=self.checkpoints,
+                kept=kept_params(config, settings),
                 resume=True,
                 on_epoch=on_epoch,
             )

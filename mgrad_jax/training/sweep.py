@@ -10,7 +10,6 @@ a program of half the width: at most log2(slots) more compilations, and no more 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from flax import nnx
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import make_ranker, rank_metrics
+from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.training.config import RunConfig
@@ -62,12 +61,8 @@ class MemberResult:
 
 
 def _transformation(config: RunConfig, numbers: Mapping[str, Any], data: Interactions) -> optax.GradientTransformation:
-    """The configuration's Optax chain with other, possibly traced numbers, which cannot pass its checks."""
-    other = copy.copy(config)
-    for name, value in numbers.items():
-        object.__setattr__(other, name, value)
     with no_advice():
-        return other.transformation(data)
+        return config.transformation(data, numbers)
 
 
 class _Own(NamedTuple):
@@ -119,7 +114,7 @@ class _Group:
         schedule = pass_schedule(state.opt_state, -(-len(data.train) // first.batch_size))
         self.plan = EpochPlan(first.batch_size, tuple(int(i) for i in schedule), first.evaluate == "stale")
         self.train_data = training_data(data)
-        self.rankers = (make_ranker(data, "valid", first.ks), make_ranker(data, "test", first.ks))
+        self.eval_splits = (make_eval_split(data, "valid", first.ks), make_eval_split(data, "test", first.ks))
 
     def _split(self, member: RunConfig) -> SplitModel:
         return split_model(member.create_model(self.data))
@@ -127,7 +122,7 @@ class _Group:
     def _find_own(self, first: SplitModel) -> list[bool]:
         """Which constants differ between members: loss weights, and what is drawn at random. The others are kept once."""
         variables = jax.tree.leaves(first.constants, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        own = [isinstance(v, models.Scalar) for v in variables for _ in jax.tree.leaves(v)]
+        own = [isinstance(v, models.TracedHyperParameter) for v in variables for _ in jax.tree.leaves(v)]
         other = next((m for m in self.members if m.seed != self.members[0].seed), None)
         if other is None:
             return own
@@ -175,14 +170,14 @@ class _Group:
         own: _Own,
         standing: _Standing,
         shared: list[Any],
-        rankers: Any,
+        eval_splits: Any,
     ) -> _Scores:
         """Metrics of one member; test waits for a better selection metric than its best so far."""
         users, items = nnx.merge(self.graphdef, params, epoch_state, self._constants(own, shared)).embed()
-        valid = rank_metrics(rankers[0], users, items)
+        valid = full_sort_metrics(eval_splits[0], users, items)
         test = jax.lax.cond(
             valid[self.members[0].metric] > standing.best,
-            lambda: rank_metrics(rankers[1], users, items),
+            lambda: full_sort_metrics(eval_splits[1], users, items),
             lambda: jax.tree.map(jnp.zeros_like, valid),
         )
         return _Scores(valid, test, jnp.isfinite(users.sum() + items.sum()))
@@ -222,7 +217,7 @@ class _Lanes:
         trained = time.perf_counter()
         params = self.state.params if evaluated is None else evaluated
         scores = jax.device_get(
-            self.programs.evaluate(params, self.state.epoch_state, self.own, standing, group.shared, group.rankers)
+            self.programs.evaluate(params, self.state.epoch_state, self.own, standing, group.shared, group.eval_splits)
         )
         ended = time.perf_counter()
         if self.width == 1:
@@ -271,12 +266,12 @@ def _compile_lanes(group: _Group, width: int) -> _Programs:
             return group.train(state, own, standing, shared, train_data)
         return jax.vmap(lambda s, o, at: group.train(s, o, at, shared, train_data))(state, own, standing)
 
-    def evaluate(params: Any, epoch_state: Any, own: Any, standing: Any, shared: Any, rankers: Any) -> Any:
+    def evaluate(params: Any, epoch_state: Any, own: Any, standing: Any, shared: Any, eval_splits: Any) -> Any:
         if width == 1:
-            return group.evaluate(params, epoch_state, own, standing, shared, rankers)
+            return group.evaluate(params, epoch_state, own, standing, shared, eval_splits)
         # One member after another: scores of all members at once would not fit, and gain nothing.
         members = (params, epoch_state, own, standing)
-        return jax.lax.map(lambda m: group.evaluate(m[0], m[1], m[2], m[3], shared, rankers), members)
+        return jax.lax.map(lambda m: group.evaluate(m[0], m[1], m[2], m[3], shared, eval_splits), members)
 
     state, own = (
         group.shapes
@@ -288,7 +283,9 @@ def _compile_lanes(group: _Group, width: int) -> _Programs:
         standing = _lane(standing, 0)
     trainer = jax.jit(train, donate_argnums=0).lower(state, own, standing, group.shared, group.train_data).compile()
     evaluator = (
-        jax.jit(evaluate).lower(state.params, state.epoch_state, own, standing, group.shared, group.rankers).compile()
+        jax.jit(evaluate)
+        .lower(state.params, state.epoch_state, own, standing, group.shared, group.eval_splits)
+        .compile()
     )
     return _Programs(trainer, evaluator, time.perf_counter() - started)
 
@@ -379,6 +376,8 @@ def check_sweep(data: Interactions, members: Sequence[RunConfig], slots: int | N
         raise UserError("the sweep has no members; give each axis of the grid at least one value.")
     if slots is not None and slots < 1:
         raise UserError(f"slots is {slots}; it must be at least 1.")
+    if any(member.start_from is not None for member in members):
+        raise UserError("start_from is for single runs; leave it out of the sweep.")
     for split in ("valid", "test"):
         if not len(getattr(data, split)):
             raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")

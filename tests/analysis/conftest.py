@@ -12,7 +12,7 @@ from mgrad_jax.cli import main
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study: VBPR on the demo data, plain and mirror asked for, two seeds, two epochs."""
+    """A finished study: VBPR on the demo data, plain and mirror asked for, two seeds, two epochs, both kept."""
     out = tmp_path_factory.mktemp("studies") / "study"
     assert main(compare(out)) == 0
     return out

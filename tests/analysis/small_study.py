@@ -12,6 +12,7 @@ OPTIONS = {
     "--epochs": "2",
     "--batch-size": "7200",
     "--set": "embedding_dim=8",
+    "--keep-every": "1",
 }
 
 

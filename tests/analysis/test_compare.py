@@ -45,6 +45,7 @@ def assert_one_sentence(code: int, captured: Any, part: str) -> None:
 def test_files_of_a_study(study: Path) -> None:
     names = {path.name for path in study.iterdir()} - {".lock"}
     tables = {"table.md", "table.csv", "table.tex", "tests.csv", "runs.csv", "curves.csv", "convergence.csv"}
+    tables |= {"equal.csv", "equal_tests.csv"}
     assert names == tables | {"study.yaml", "runs", "result.json", "curves.png", "bars.png"}
     runs = {path.name for path in (study / "runs").iterdir()}
     assert runs == {f"vbpr-{m}-adam{'' if m == 'plain' else '-i3'}-s{s}" for m in METHODS for s in (999, 1000)}
@@ -90,6 +91,12 @@ def test_each_users_metrics_are_kept_with_the_run(study: Path) -> None:
         assert kept["epoch"] == result["best_epoch"]
         assert len(kept["users"]) == 600
         assert kept["recall@20"].mean() == pytest.approx(result["test"]["recall@20"], abs=1e-7)
+
+
+def test_every_run_keeps_the_parameters_that_are_asked_for(study: Path) -> None:
+    for run in (study / "runs").iterdir():
+        assert sorted(path.name for path in (run / "kept").iterdir()) == ["000001.npz", "000002.npz"]
+    assert {config.keep_every for config in again(study).configs().values()} == {1}
 
 
 def test_convergence_counts_gradients(study: Path) -> None:
@@ -158,14 +165,14 @@ def test_a_run_that_diverges_is_counted_and_the_others_are_kept(
         return original(config, **options)
 
     monkeypatch.setattr(study_module, "train_run", train_run)
-    runs = train_study(again(out), resume=True)
+    runs = train_study(again(out), resume=True).runs
     assert [run.result is None for run in runs] == [False] * 5 + [True]
     assert "became NaN or infinite" in (runs[-1].directory / "diverged.txt").read_text()
     rows = means_table(runs, {}, ["recall@5"], "demo").rows
     assert [(row[1], row[4], row[-2]) for row in rows] == [("plain", 2, 0), ("replay", 2, 0), ("mirror", 1, 1)]
     assert len(study_runs(out)) == 5
     monkeypatch.undo()
-    assert train_study(again(out), resume=True)[-1].result is None  # not tried once more
+    assert train_study(again(out), resume=True).runs[-1].result is None  # not tried once more
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +206,7 @@ def test_trainings_meet_plain_and_the_replay_of_their_interval() -> None:
 def test_a_hyper_parameter_goes_to_every_model_that_has_it_or_to_one() -> None:
     given = {"reg_weight": 0.1, "freedom.reg_weight": 0.2, "dropout": 0.5}
     configs = Study("demo", ("vbpr", "freedom"), "x", seeds=(1,), hyper_parameters=given).configs()
-    of_model = {cell.model: config.hyper_parameters for (cell, _), config in configs.items()}
+    of_model = {key.cell.model: config.hyper_parameters for key, config in configs.items()}
     assert of_model == {"vbpr": {"reg_weight": 0.1}, "freedom": {"reg_weight": 0.2, "dropout": 0.5}}
 
 

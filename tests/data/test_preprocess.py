@@ -164,6 +164,7 @@ def test_a_damaged_archive_is_one_sentence(tmp_path: Path) -> None:
         ("", "r.json", {}, "has no rows"),
         ("user,item\n", "r.csv", {}, "a header and no rows"),
         ('{"user": "a", "item": "b"}\n{"user": "a"}\n', "r.json", {}, "data row 2 has an empty user or item"),
+        ('{"user": "a", "item": "b"}\n{"user": "-inf", "item": "b"}\n', "r.json", {}, "data row 2 has an empty user"),
         ("when,buyer,thing\n3,u1,i1\n", "r.csv", {}, r"line 1 \(when, buyer, thing\) has neither a known column name"),
         ("user,item,stars\nu1,i1,3\n", "r.csv", {"rating": "points"}, "no column 'points'; it has user, item, stars"),
     ],

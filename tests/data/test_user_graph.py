@@ -14,15 +14,9 @@ import numpy as np
 import pytest
 
 from mgrad_jax.data import Interactions, demo_interactions, user_graph
-from mgrad_jax.data.user_graph import (
-    UserGraph,
-    build_user_graph,
-    cache_directory,
-    mix_neighbours,
-    read_published_user_graph,
-    sample_user_graph,
-)
+from mgrad_jax.data.user_graph import build_user_graph, cache_directory, read_published_user_graph
 from mgrad_jax.errors import UserError
+from mgrad_jax.graph import UserGraph, mix_neighbours, nearest_users, sample_user_graph
 
 
 def interactions(train: np.ndarray, n_users: int, n_items: int) -> Interactions:
@@ -61,7 +55,7 @@ def assert_same(a: UserGraph, b: UserGraph) -> None:
 @pytest.mark.parametrize("k", [1, 5, 200])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_brute_force_whatever_the_block(seed: int, k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_graph, "_BLOCK", block)
+    monkeypatch.setattr("mgrad_jax.graph.users._BLOCK", block)
     data = random_interactions(seed)
     assert_same(build_user_graph(data, k), brute_force(data, k))
 
@@ -77,7 +71,7 @@ def test_most_shared_come_first_and_equals_by_id() -> None:
 @pytest.mark.parametrize("train", [[], [(2, 3)], [(0, 0), (1, 1), (2, 2)]])
 def test_users_who_share_nothing_have_no_neighbours(train: list[tuple[int, int]]) -> None:
     # Below `build_user_graph`, for there is no dataset without training rows.
-    graph = user_graph._nearest_users(np.array(train, np.int64).reshape(-1, 2), 4, 4, 3)
+    graph = nearest_users(np.array(train, np.int64).reshape(-1, 2), 4, 4, 3)
     assert graph.neighbours.shape == graph.shared.shape == (4, 3)
     assert not graph.shared.any()
 
@@ -149,7 +143,7 @@ def test_a_graph_is_stored_once_and_read_afterwards(tmp_path: Path, monkeypatch:
     graph = build_user_graph(data, 5, cache=tmp_path / "new")
     (file,) = (tmp_path / "new").iterdir()
     assert file.name.startswith("user_graph-")
-    monkeypatch.setattr(user_graph, "_nearest_users", None)  # building again would fail
+    monkeypatch.setattr(user_graph, "nearest_users", None)  # building again would fail
     assert_same(build_user_graph(data, 5, cache=tmp_path / "new"), graph)
 
 

@@ -149,6 +149,21 @@ def test_damage_is_noticed_and_the_earlier_one_stays(tmp_path: Path, damage: str
     np.testing.assert_array_equal(restored["x"], values)
 
 
+def test_a_damaged_index_is_told_in_one_sentence_and_nothing_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    leaves = {f"leaf {number}": np.ones(3, np.float32) for number in range(64)}  # so many that some complain late
+    saved = Checkpoints(tmp_path)
+    saved.save(1, leaves, True)
+    saved.close()
+    index = next(tmp_path.glob("000001-*")) / "manifest.ocdbt"
+    for content in (index.read_bytes() * 2, b"something else\n"):
+        index.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            Checkpoints(tmp_path).restore(leaves)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_unwritable_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

@@ -37,7 +37,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import train_run
 sys.addaudithook(hook)
-train_run(RunConfig("vbpr", "demo", epochs=4, hyper_parameters={"embedding_dim": 4}, out=out), resume=resume)
+config = RunConfig("vbpr", "demo", epochs=4, keep_every=2, hyper_parameters={"embedding_dim": 4}, out=out)
+train_run(config, resume=resume)
 print(count)
 """
 
@@ -56,7 +57,9 @@ def content(out: Path) -> dict[str, Any]:
     saved = {path.name: checkpoint._read(path) for path in (out / "checkpoint").iterdir()}
     arrays = {name: {leaf: (x.dtype, x.tobytes()) for leaf, x in leaves.items()} for name, leaves in saved.items()}
     assert all(np.isfinite(x).all() for leaves in saved.values() for x in leaves.values())
-    return {"result": result, "files": sorted(os.listdir(out)), "history": table.to_dict(), "arrays": arrays}
+    kept = {path.name: path.read_bytes() for path in (out / "kept").iterdir()}
+    files = sorted(os.listdir(out))
+    return {"result": result, "files": files, "history": table.to_dict(), "arrays": arrays, "kept": kept}
 
 
 @pytest.mark.slow
