@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _frame import Benchmark
+from _steps import deviation
 from _tables import Row
 
 from mgrad_jax.data import Interactions, synthetic_interactions
@@ -57,7 +58,7 @@ def _compared(product: str, dtype: str, data: Interactions) -> Row:
         )
         repeated = {np.asarray(gradient(graph.data, x)[1]).tobytes() for _ in range(RUNS)}
         dense = _dense(graph, x, weights)
-    found = {name: _deviation(array, dense[name]) for name, array in ours.items()}
+    found = {name: deviation(array, dense[name]) for name, array in ours.items()}
     return {"deviation": found, "distinct": len(repeated), "entries": graph.nnz}
 
 
@@ -75,10 +76,6 @@ def _dense(graph: Any, x: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarr
         "by x": matrix.T @ pull,
         "second": matrix.T @ (-weights * np.sin(y) * y),  # along x itself
     }
-
-
-def _deviation(ours: Any, expected: np.ndarray) -> float:
-    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max())
 
 
 if __name__ == "__main__":

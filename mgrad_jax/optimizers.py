@@ -89,6 +89,54 @@ _OPTAX: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def register_optimizer(
+    name: str, *, coupled: bool = False
+) -> Callable[[Callable[..., optax.GradientTransformation]], Callable[..., optax.GradientTransformation]]:
+    """Make a function an optimizer that `make_optimizer`, and so every configuration, knows by its name.
+
+    Args:
+        name: what it is called.
+        coupled: whether weight decay joins the gradient before the function's optimizer sees it, as for `adam`;
+            otherwise it is handed to the function's own `weight_decay`, if it has one.
+
+    Returns:
+        A decorator for a function of the learning rate and named arguments with defaults; it returns the function.
+
+    Raises:
+        ValueError: a name that is taken.
+
+    >>> @register_optimizer("slow-sgd")
+    ... def slow_sgd(learning_rate, divisor=10.0):
+    ...     return optax.sgd(learning_rate / divisor)
+    >>> updates, _ = make_optimizer("slow-sgd", 0.1, divisor=2.0).update(1.0, (optax.EmptyState(), optax.EmptyState()))
+    >>> float(updates)
+    -0.05
+    """
+    if name in optimizer_names():
+        raise ValueError(f"There is an optimizer {name!r} already; choose another name.")
+
+    def register(build: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+        (_COUPLED if coupled else _OPTAX)[name] = build
+        return build
+
+    return register
+
+
+def clip(max_norm: float) -> optax.GradientTransformation:
+    """Scale gradients by min(1, max_norm / (norm + 1e-6)), PyTorch's rule for clipping by global norm.
+
+    >>> clip(1.0).update(jnp.array([3.0, 4.0]), optax.EmptyState())[0].round(3)
+    Array([0.6, 0.8], dtype=float32)
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)
+
+    return optax.stateless(update)
+
+
 def optimizer_names() -> list[str]:
     """The names `make_optimizer` knows, in alphabetical order."""
     return sorted({*_COUPLED, *_OPTAX})

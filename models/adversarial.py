@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class AdversarialRecommender(Recommender):
         Tang, Du, He, Yuan, Tian and Chua, *Adversarial Training Towards Robust Multimedia Recommender System*, IEEE
         TKDE 2019, https://arxiv.org/abs/1809.07062.
     """
+
+    stops_gradient: ClassVar[bool] = True
 
     epsilon: nnx.Variable[Array]
     weight: nnx.Variable[Array]

@@ -74,6 +74,7 @@ class Recommender(nnx.Module):
             items; learned where they are an `nnx.Param`.
         features_in_scores: whether `embed` reads the variables of `feature_paths`, untrained.
         feature_graphs: paths of the item graphs that `embed` reads and that are made of the features once.
+        stops_gradient: whether `loss` holds back gradients, so that its gradient is not that of its values.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,7 @@ class Recommender(nnx.Module):
     item_tables: ClassVar[tuple[str, ...]] = ()
     features_in_scores: ClassVar[bool] = False
     feature_graphs: ClassVar[tuple[str, ...]] = ()
+    stops_gradient: ClassVar[bool] = False
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         del rngs  # the subclasses draw their parameters from it

@@ -55,6 +55,7 @@ class BM3(Recommender):
     item_tables: ClassVar[tuple[str, ...]] = ("item_id_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
+    stops_gradient: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2),
         "dropout": (0.3, 0.5),

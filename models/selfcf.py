@@ -59,6 +59,7 @@ class SelfCF(Recommender):
     item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
+    stops_gradient: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2),
         "dropout": (0.1, 0.2, 0.5),

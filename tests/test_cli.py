@@ -322,6 +322,20 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
         ["--flat-minima-arg", "rho=0.1"],
         "mirror training takes no flat-minima argument 'rho'; leave it out.",
     ),
+    "unknown method": (
+        ["--method", "miror"],
+        "unknown method 'miror'; choose one of mirror, plain, replay, sam, ssam-f,",
+    ),
+    "near method": (["--method", "reply"], "(did you mean replay?)"),
+    "two methods": (["--method", "plain", "--mirror"], "--method plain and --mirror exclude each other; leave one"),
+    "two other methods": (
+        ["--method", "sam", "--flat-minima", "ssam-d"],
+        "--method sam and --flat-minima ssam-d exclude",
+    ),
+    "two spellings of an argument": (
+        ["--method", "sam", "--method-arg", "rho=1", "--flat-minima-arg", "rho=2"],
+        "--method-arg rho is given twice",
+    ),
     "flat minima and mirror": (["--flat-minima", "sam", "--mirror"], "--mirror and --flat-minima sam exclude"),
     "flat minima and no mirror": (["--flat-minima", "ssam-f", "--no-mirror"], "exclude each other"),
     "flat minima and replay": (["--flat-minima", "ssam-d", "--replay"], "exclude each other"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from mgrad_jax.analysis.statistics import Spread, spread
-from mgrad_jax.sharpness_aware import ssam_f
-from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
+from mgrad_jax.training.config import RunConfig
 
 Training = TypeVar("Training", bound=Hashable)
 
@@ -22,23 +20,13 @@ SHARE = 0.95  # of plain training's best validation metric: what a run is to rea
 def gradient_evaluations(config: RunConfig, n_train: int, epochs: int) -> np.ndarray:
     """Gradient evaluations until the end of every epoch, (epochs,).
 
-    With J batches an epoch costs J in plain training, J + ceil(J / interval) with mirror and replay, 2 J in the SAM
-    family, and where SSAM-F renews its mask one more for every sample it looks at.
+    What an epoch costs is the method's to say: with J batches J in plain training, J + ceil(J / interval) with mirror
+    and replay, 2 J in the SAM family, and where SSAM-F renews its mask one more for every sample it looks at.
 
     >>> gradient_evaluations(RunConfig("vbpr", "demo", batch_size=100), 1000, 2).tolist()
     [14, 28]
     """
-    batches = math.ceil(n_train / config.batch_size)
-    costs = {"mirror": batches + math.ceil(batches / config.interval), **dict.fromkeys(FLAT_MINIMA, 2 * batches)}
-    costs["replay"] = costs["mirror"]
-    counts = np.full(epochs, costs.get(config.training, batches), np.int64)
-    if config.training == "ssam-f":
-        defaults = {name: p.default for name, p in inspect.signature(ssam_f).parameters.items()}
-        given = {**defaults, **config.flat_minima_args}
-        # The renewal at batch 0 draws from the full batches, which leave the last, partial one out.
-        samples = n_train // config.batch_size * config.batch_size or n_train
-        counts[:: given["refresh_epochs"]] += min(given["fisher_samples"], samples)
-    return np.cumsum(counts)
+    return np.cumsum(config.method.gradient_evaluations(epochs, config.values, n_train), dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import yaml
 from mgrad_jax.analysis.study import STUDY_FILE, study_runs
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.training.checkpoint import Checkpoints
-from mgrad_jax.training.grid import UNUSED
+from mgrad_jax.training.methods import unused
 from mgrad_jax.training.run import load_run
 
 # What runs of one training may differ in, and what trainings of one model may.
@@ -27,6 +27,13 @@ _OF_TRAINING = (
     "alpha1",
     "alpha2",
     "interval",
+)
+
+
+# Which trainings are held against which, by their methods.
+_COMPARED = (
+    *((method, other) for method in ("mirror", "mirror-ascent") for other in ("plain", "replay")),
+    ("replay", "plain"),
 )
 
 
@@ -62,6 +69,28 @@ def group_runs(paths: Sequence[Path]) -> dict[str, dict[str, dict[int, Path]]]:
     return groups
 
 
+def compared_pairs(trainings: Sequence[str]) -> list[tuple[str, str]]:
+    """Which trainings are held against which; an interval meets its own only.
+
+    >>> compared_pairs(["plain", "replay every 3", "replay every 5", "mirror every 5"])[-2:]
+    [('replay every 3', 'plain'), ('replay every 5', 'plain')]
+    """
+
+    def parts(name: str) -> tuple[str, str, str]:
+        method, _, optimizer = name.partition(", ")
+        method, _, interval = method.partition(" every ")
+        return method, interval, optimizer
+
+    found = []
+    for ours, other in _COMPARED:
+        for a in trainings:
+            for b in trainings:
+                (m, i, o), (n, j, p) = parts(a), parts(b)
+                if (m, n) == (ours, other) and o == p and ("" in (i, j) or i == j):
+                    found.append((a, b))
+    return found
+
+
 def _expanded(path: Path) -> list[Path]:
     return study_runs(path) if (path / STUDY_FILE).exists() else [path]
 
@@ -93,9 +122,9 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
             name += f" every {run.settings['interval']}"
         named.setdefault(name + (f", {run.settings['optimizer']}" if several["optimizer"] else ""), []).append(run)
     for alike in named.values():
-        _check_alike(alike, UNUSED[alike[0].settings["training"]])
+        _check_alike(alike, unused(alike[0].settings["training"]))
     methods = {run.settings["training"] for run in runs}
-    if "mirror" in methods and len(methods) > 1 and "replay" not in methods:
+    if methods & {"mirror", "mirror-ascent"} and len(methods) > 1 and "replay" not in methods:
         raise UserError(
             f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many updates; "
             "add runs made with train --replay."
@@ -104,7 +133,7 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
 
 
 def _has(run: _Described, key: str) -> bool:
-    return key not in UNUSED[run.settings["training"]]
+    return key not in unused(run.settings["training"])
 
 
 def _by_seed(runs: Sequence[_Described]) -> dict[int, Path]:

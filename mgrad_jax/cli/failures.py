@@ -91,7 +91,9 @@ def _usage(error: Any) -> str:
         return f"{sentence}."
     # typer's own classes of usage errors are not public; an unknown option is told by what it brings.
     if hasattr(error, "possibilities"):
-        options = sorted(o for p in context.command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--"))
+        offered = [p for p in context.command.params if not getattr(p, "hidden", False)]
+        # The first spelling of each: a longer sentence would be cut.
+        options = sorted(o for p in offered for o in (*p.opts[:1], *p.secondary_opts) if o.startswith("--"))
         return (
             f"{context.command_path} has no option {shown(error.option_name)}; choose among {', '.join(options)}, "
             f"--help{did_you_mean(error.option_name, options)}."

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.training.methods import METHODS
 
 if TYPE_CHECKING:
     from mgrad_jax.training.config import RunConfig
+
+# What `--flat-minima` takes, from before there was `--method`.
+_FLAT_MINIMA = ("mirror", *(name for name, method in METHODS.items() if method.record == "flat_minima"))
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,22 @@ class TrainingOptions:
 
     model: Annotated[str, typer.Option(help="A model's name; `mgrad-jax models` lists them.")]
     data: Annotated[str, typer.Option(help="Directory in MMRec format, or 'demo'.")]
-    mirror: Annotated[
-        bool | None, typer.Option("--mirror/--no-mirror", help="Mirror Gradient (the default), or the plain optimizer.")
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"How to train: {'; '.join(f'{m.name}, {m.help}' for m in METHODS.values())}."
+        ),
     ] = None
-    replay: Annotated[
-        bool, typer.Option("--replay", help="The control with as many updates: mirror batches are repeated with +1.")
-    ] = False
+    method_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method-arg", "--flat-minima-arg", metavar="KEY=VALUE", help="An argument of the method; repeatable."
+        ),
+    ] = None
+    mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="--method mirror, or plain.")] = None
+    replay: Annotated[bool, typer.Option("--replay", help="--method replay.")] = False
     flat_minima: Annotated[
-        str | None, typer.Option(help="How to look for flat minima: mirror (the default), sam, ssam-f or ssam-d.")
-    ] = None
-    flat_minima_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of sam, ssam-f or ssam-d; repeatable.")
+        str | None, typer.Option(hidden=True, help=f"--method with one of {', '.join(_FLAT_MINIMA)}.")
     ] = None
     adversarial: Annotated[
         str | None,
@@ -88,12 +97,12 @@ class TrainingOptions:
         if self.deterministic:
             make_deterministic()
         values = asdict(self)
-        for name in ("mirror", "replay", "flat_minima"):
+        for name in ("method", "mirror", "replay", "flat_minima"):
             del values[name]
         perturbed = values.pop("adversarial")
         return RunConfig(
-            training=self._training(),
-            flat_minima_args=pairs("--flat-minima-arg", values.pop("flat_minima_arg") or ()),
+            training=self._method(),
+            flat_minima_args=pairs("--method-arg", values.pop("method_arg") or ()),
             adversarial=None if perturbed is None else pairs("--adversarial", perturbed.split(",")),
             optimizer_args=pairs("--optimizer-arg", values.pop("optimizer_arg") or ()),
             hyper_parameters=pairs("--set", values.pop("hyper") or ()),
@@ -102,27 +111,25 @@ class TrainingOptions:
             **of_run,
         )
 
-    def _training(self) -> str:
-        """The name of the training; what excludes each other is an error."""
-        from mgrad_jax.training.config import FLAT_MINIMA
-
-        if self.flat_minima not in (None, "mirror", *FLAT_MINIMA):
-            choices = ("mirror", *FLAT_MINIMA)
-            raise UserError(
-                f"unknown flat-minima method {shown(self.flat_minima)}; choose one of {', '.join(choices)}"
-                f"{did_you_mean(self.flat_minima, choices)}."
-            )
+    def _method(self) -> str:
+        """The name of the method; what excludes each other is an error."""
+        for what, name, choices in (("", self.method, METHODS), ("flat-minima ", self.flat_minima, _FLAT_MINIMA)):
+            if name not in (None, *choices):
+                raise UserError(
+                    f"unknown {what}method {shown(name)}; choose one of {', '.join(choices)}{did_you_mean(name, choices)}."
+                )
         said = {
+            f"--method {self.method}": self.method,
             "--mirror": "mirror" if self.mirror else None,
             "--no-mirror": "plain" if self.mirror is False else None,
             "--replay": "replay" if self.replay else None,
             f"--flat-minima {self.flat_minima}": self.flat_minima,
         }
-        options = [option for option, training in said.items() if training is not None]
-        trainings = {training for training in said.values() if training is not None}
-        if len(trainings) > 1:
+        options = [option for option, method in said.items() if method is not None]
+        methods = {method for method in said.values() if method is not None}
+        if len(methods) > 1:
             raise UserError(f"{' and '.join(options)} exclude each other; leave one of them out.")
-        return trainings.pop() if trainings else "mirror"
+        return methods.pop() if methods else "mirror"
 
 
 def takes_training_options(command: Callable[..., None]) -> Callable[..., None]:

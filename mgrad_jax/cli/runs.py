@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -98,7 +98,7 @@ class _Evaluated(NamedTuple):
     notes: list[str]
     data: Interactions
     source: str
-    values: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]
+    values: Mapping[Literal["valid", "test"], tuple[np.ndarray, dict[str, np.ndarray]]]
     scores: Callable[[np.ndarray], np.ndarray]
 
 

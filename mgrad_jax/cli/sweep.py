@@ -72,6 +72,7 @@ def read_grid(model: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
             raise UserError(
                 f"--grid {argument} is not of the form name=value,value; write for example --grid alpha1=0.1,0.5."
             )
+        name = "training" if name == "method" else name  # as `--method` has it, and as files do
         if name in axes:
             raise UserError(f"--grid {name} is given twice; write all its values in one list.")
         axes[name] = [scalar(value.strip()) for value in values.split(",")]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,27 +21,16 @@ from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError, did_you_mean, shown
 from mgrad_jax.evaluation.metrics import METRICS
-from mgrad_jax.mirror import mirror_gradient, replay
 from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
-from mgrad_jax.sharpness_aware import sam, ssam_d, ssam_f
 from mgrad_jax.training.decay import decayed, rate_factors
 from mgrad_jax.training.memory import check_memory, estimate
+from mgrad_jax.training.methods import METHODS, Method
 from mgrad_jax.training.numerics import MATMUL_PRECISIONS
 
-# Sharpness-aware trainings, and the constructor of each in `mgrad_jax.sharpness_aware`.
-_SHARPNESS_AWARE: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    "sam": sam,
-    "ssam-f": ssam_f,
-    "ssam-d": ssam_d,
-}
-FLAT_MINIMA = tuple(_SHARPNESS_AWARE)
-TRAININGS = ("mirror", "plain", "replay", *FLAT_MINIMA)
 # The numbers that the compiled programs hold: 32 bits, smaller ones are taken for zero.
 _INT32 = 2**31 - 1
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-# What the run itself knows and no argument may say.
-_GIVEN = ("optimizer", "steps_per_epoch")
 # The most that a setting usually is; beyond, it is named where a training diverges.
 _USUAL = {
     "learning_rate": 0.5,
@@ -65,10 +54,10 @@ class RunConfig:
     Attributes:
         model, hyper_parameters: the model and its hyper-parameters by published name; the rest keep their defaults.
         data: a directory in MMRec format, or "demo".
-        training: "mirror", "plain" (the optimizer alone), "replay" (the control with equally many updates), or one of the
-            flat-minima baselines "sam", "ssam-f", "ssam-d".
-        alpha1, alpha2, interval: of Mirror Gradient; replay uses the interval, the others none of them.
-        flat_minima_args: arguments of `mgrad_jax.sharpness_aware.sam`, `ssam_f` or `ssam_d`.
+        training: the method, by its name in `mgrad_jax.training.methods`: "mirror", "plain" (the optimizer alone),
+            "replay" (the control with equally many updates) ...
+        alpha1, alpha2, interval: of Mirror Gradient; a method uses those it takes.
+        flat_minima_args: arguments of the method's own, as of `mgrad_jax.sharpness_aware.ssam_f`.
         adversarial: None, or "epsilon" and "weight" of `mgrad_jax.models.adversarial.adversarial`.
         feature_dtype: type in which tables of features are held, "float32" or "bfloat16".
         matmul_precision: of dense float32 products, see docs/gpu.md: "highest" (float32), "high" or "default" (as the
@@ -120,13 +109,18 @@ class RunConfig:
         models.make_config(self.model, dict(self.hyper_parameters))
         self._check_numbers()
         self._check_choices()
-        if self.training in ("mirror", "replay"):
-            _positive("alpha1", self.alpha1)
-            _positive("alpha2", self.alpha2)
-            _at_least("interval", self.interval, 1)
         self._check_adversarial()
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """The method takes its settings and arguments, and the optimizer its own."""
+        for name in self.method.uses:
+            if name == "interval":
+                _at_least(name, self.interval, 1)
+            else:
+                _positive(name, getattr(self, name))
         self._check_update(self._optimizer, f"the {self.optimizer} optimizer", self.optimizer_args)
-        self._check_flat_minima_args()
+        self.method.check_arguments(self.flat_minima_args)
         self._check_update(self.transformation, self.training, self.flat_minima_args)
 
     def _check_update(
@@ -160,21 +154,9 @@ class RunConfig:
                 raise UserError(f"adversarial training lacks its {name}; give epsilon and weight.")
             _positive(name, self.adversarial[name])
 
-    def _check_flat_minima_args(self) -> None:
-        constructor = _SHARPNESS_AWARE.get(self.training)
-        known = [] if constructor is None else [n for n in inspect.signature(constructor).parameters if n not in _GIVEN]
-        for name in self.flat_minima_args:
-            if constructor is None:
-                raise UserError(f"{self.training} training takes no flat-minima argument {shown(name)}; leave it out.")
-            if name not in known:
-                raise UserError(
-                    f"{self.training} has no argument {shown(name)}; choose among {', '.join(known)}"
-                    f"{did_you_mean(name, known)}."
-                )
-
     def _check_choices(self) -> None:
         for what, value, choices in (
-            ("training", self.training, TRAININGS),
+            ("training", self.training, tuple(METHODS)),
             ("evaluate", self.evaluate, ("fresh", "stale")),
             ("feature dtype", self.feature_dtype, ("float32", "bfloat16")),
             ("matmul precision", self.matmul_precision, MATMUL_PRECISIONS),
@@ -229,33 +211,34 @@ class RunConfig:
         return [f"{name}@{k}" for name in METRICS for k in self.ks]
 
     @property
-    def mirror(self) -> dict[str, Any] | None:
-        """The factors and interval of Mirror Gradient, None in other trainings."""
-        if self.training != "mirror":
-            return None
-        return {"alpha1": self.alpha1, "alpha2": self.alpha2, "interval": self.interval}
+    def method(self) -> Method:
+        """The entry of the training's method."""
+        return METHODS[self.training]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All settings by name, as they are."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @property
     def summary(self) -> str:
         """The settings of training in words, for messages."""
-        details = {
-            "mirror": f"mirror gradient (alpha1 {self.alpha1:g}, alpha2 {self.alpha2:g}, interval {self.interval})",
-            "replay": f"replay (interval {self.interval})",
-            "plain": "plain training",
-        }
-        training = details.get(self.training, self.training)
+        training = self.method.description(self.values)
         return f"{self.model} with {training}, {self.optimizer}, learning rate {self.learning_rate:g}"
 
     @property
     def suspicion(self) -> str:
         """A sentence on the settings that are far from what is usual, for a training that diverged; mostly empty."""
         own = dataclasses.asdict(models.make_config(self.model, dict(self.hyper_parameters)))
-        values: dict[str, Any] = {**own, **self.optimizer_args, **self.flat_minima_args, **(self.adversarial or {})}
+        values: dict[str, Any] = {**own, **self.optimizer_args, **(self.adversarial or {})}
         values |= {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "max_norm": self.max_norm}
-        if self.training == "mirror":
-            values |= {"alpha1": self.alpha1, "alpha2": self.alpha2}
-        odd = [f"{name} {values[name]:g}" for name, most in _USUAL.items() if (values.get(name) or 0) > most]
-        if self.training == "mirror" and self.alpha2 >= self.alpha1:
+        values |= self.method.numbers(self.values)
+        odd = [
+            f"{name} {values[name]:g}"
+            for name, most in _USUAL.items()
+            if is_number(values.get(name)) and values[name] > most
+        ]
+        if {"alpha1", "alpha2"} <= {*self.method.uses} and self.alpha2 >= self.alpha1:
             odd.append(f"alpha2 {self.alpha2:g} beside alpha1 {self.alpha1:g}, at which mirror batches ascend")
         if self.learning_rate_decay[0] > 1:
             odd.append(f"learning_rate_decay {self.learning_rate_decay[0]:g}, with which the rate grows")
@@ -285,35 +268,28 @@ class RunConfig:
         """The factor on the learning rate in each epoch, None where the rate stays as it is."""
         return rate_factors(tuple(self.learning_rate_decay))
 
-    def _optimizer(self) -> optax.GradientTransformation:
-        optimizer = make_optimizer(
-            self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **self.optimizer_args
-        )
-        return decayed(optimizer, self.rate_factors)
+    def _optimizer(self, numbers: Mapping[str, Any] = MappingProxyType({})) -> optax.GradientTransformation:
+        values = {**self.values, "rate_factors": self.rate_factors, **numbers}
+        decay, arguments = values["weight_decay"], self.optimizer_args
+        optimizer = make_optimizer(self.optimizer, values["learning_rate"], weight_decay=decay, **arguments)
+        return decayed(optimizer, values["rate_factors"])
 
-    def transformation(self, data: Interactions | None = None) -> optax.GradientTransformation:
-        """The Optax chain of the run; `ssam-f` and `ssam-d` need the data, whose batches their masks are renewed by."""
-        optimizer = self._optimizer()
-        if self.training == "mirror":
-            return optax.chain(
-                mirror_gradient(self.alpha1, self.alpha2, self.interval, max_norm=self.max_norm), optimizer
-            )
-        if self.training == "replay":
-            return optax.chain(replay(self.interval, max_norm=self.max_norm), optimizer)
-        if self.max_norm is not None:
-            optimizer = optax.chain(clip(self.max_norm), optimizer)
-        if self.training == "plain":
-            return optimizer
-        constructor = _SHARPNESS_AWARE[self.training]
-        known = inspect.signature(constructor).parameters
+    def transformation(
+        self, data: Interactions | None = None, numbers: Mapping[str, Any] = MappingProxyType({})
+    ) -> optax.GradientTransformation:
+        """The Optax chain of the run.
+
+        Args:
+            data: what it trains on, for methods whose masks are renewed by its batches (`ssam-f`, `ssam-d`).
+            numbers: settings, and `rate_factors`, that take the place of the configuration's; they may be traced.
+        """
         steps = 1 if data is None else -(-len(data.train) // self.batch_size)
-        given = {"steps_per_epoch": steps, "epochs": self.epochs, "seed": self.seed}
-        given = {name: value for name, value in given.items() if name in known}
-        return constructor(optimizer, **{**given, **self.flat_minima_args})
+        values = {**self.values, **numbers, "steps_per_epoch": steps}
+        return self.method.transformation(self._optimizer(numbers), values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, the model's defaults filled in."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = self.values
         values["data"] = self.data if self.data == "demo" else str(Path(self.data).absolute())
         values["out"] = str(self.directory)
         values["start_from"] = None if self.start_from is None else str(Path(self.start_from).absolute())
@@ -345,18 +321,3 @@ def _at_least(name: str, value: Any, least: int, most: int = _INT32) -> None:
         raise UserError(f"{name} is {shown(value)}; it must be a whole number of at least {least}.")
     if value > most:
         raise UserError(f"{name} is {shown(value)}; it must be at most {most}.")
-
-
-def clip(max_norm: float) -> optax.GradientTransformation:
-    """Scale gradients by min(1, max_norm / (norm + 1e-6)), PyTorch's rule for clipping by global norm.
-
-    >>> clip(1.0).update(jnp.array([3.0, 4.0]), optax.EmptyState())[0].round(3)
-    Array([0.6, 0.8], dtype=float32)
-    """
-
-    def update(updates: Any, params: Any) -> Any:
-        del params
-        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)
-
-    return optax.stateless(update)

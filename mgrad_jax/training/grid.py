@@ -12,7 +12,8 @@ from typing import Any
 
 from mgrad_jax import models
 from mgrad_jax.errors import UserError, did_you_mean, shown
-from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
+from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.methods import follows_epochs, unused
 
 # Numbers of a run that may be traced; the model's traced hyper-parameters and the seed join them.
 TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
@@ -21,18 +22,6 @@ AXES = (*TRACED, "seed", "training", "interval", "optimizer", "batch_size")
 MOST_MEMBERS = 10_000
 # What no compiled program depends on.
 _NO_STRUCTURE = (*TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay", "keep_every")
-# What has no effect in a training, by its name.
-UNUSED: Mapping[str, tuple[str, ...]] = {
-    "mirror": (),
-    "replay": ("alpha1", "alpha2"),
-    **dict.fromkeys(("plain", *FLAT_MINIMA), ("alpha1", "alpha2", "interval")),
-}
-
-
-def follows_epochs(settings: Mapping[str, Any]) -> bool:
-    """Whether a training's schedule is spread over the planned epochs, so that their number changes its numbers."""
-    own = settings.get("flat_minima_args")
-    return settings.get("training") == "ssam-d" and not (isinstance(own, Mapping) and "epochs" in own)
 
 
 def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
@@ -66,7 +55,7 @@ def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunC
         members.setdefault(repr(member.to_dict()), member)
     trainings = {member.training for member in members.values()}
     for name in grid:
-        if all(name in UNUSED[training] for training in trainings):
+        if all(name in unused(training) for training in trainings):
             raise UserError(
                 f"the grid's axis '{name}' has no effect in {' or '.join(sorted(trainings))} training; leave it out."
             )
@@ -105,10 +94,8 @@ def _check_axis(name: str, values: Sequence[Any], hyper: Sequence[str]) -> None:
 
 def _canonical(config: RunConfig) -> RunConfig:
     """The same run with what has no effect in it at its default."""
-    if not UNUSED[config.training]:
-        return config
-    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
-    return dataclasses.replace(config, **{name: defaults[name] for name in UNUSED[config.training]})
+    defaults: dict[str, Any] = {name: getattr(RunConfig, name) for name in unused(config.training)}
+    return dataclasses.replace(config, **defaults) if defaults else config
 
 
 def group_members(members: Sequence[RunConfig]) -> list[list[int]]:

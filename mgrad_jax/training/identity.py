@@ -18,7 +18,7 @@ from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import shown
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.grid import UNUSED, follows_epochs
+from mgrad_jax.training.methods import follows_epochs, unused
 
 # Where a run lies, where its data lie (their digest counts), how far it goes, and what it keeps besides.
 _FREE = ("out", "data", "epochs", "patience", "keep_every")
@@ -38,13 +38,12 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     Hyper-parameters stand beside the other settings. Not decisive is what the training does not use, and how many
     epochs there are, unless its schedule is spread over them.
     """
-    training = settings.get("training")
-    unused = {*_FREE, "hyper_parameters", *(UNUSED.get(training, ()) if isinstance(training, str) else ())}
+    ignored = {*_FREE, "hyper_parameters", *unused(settings.get("training"))}
     if follows_epochs(settings):
-        unused.discard("epochs")
+        ignored.discard("epochs")
     hyper = settings.get("hyper_parameters")
     values = {**_DEFAULTS, **settings, **(hyper if isinstance(hyper, dict) else {})}
-    values = {name: _plain(value) for name, value in values.items() if name not in unused}
+    values = {name: _plain(value) for name, value in values.items() if name not in ignored}
     decay = values.get("learning_rate_decay")
     if isinstance(decay, list) and decay[:1] == [1.0]:
         values["learning_rate_decay"] = [1.0]  # over how many epochs nothing decays is all the same

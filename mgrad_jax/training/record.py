@@ -15,7 +15,7 @@ from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, read_mapping
-from mgrad_jax.training.config import FLAT_MINIMA, RunConfig
+from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.identity import identity, machine
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
@@ -36,7 +36,8 @@ def result_record(
 
     `run` is the digest of `settings` (`mgrad_jax.training.identity.run_settings`).
     """
-    here = machine()
+    here, method = machine(), config.method
+    numbers = method.numbers(config.values)
     return {
         "run": identity(settings),
         "model": config.model,
@@ -48,13 +49,15 @@ def result_record(
         },
         "seed": config.seed,
         "training": config.training,
-        "mirror": config.mirror,
-        "flat_minima": {"name": config.training, **config.flat_minima_args} if config.training in FLAT_MINIMA else None,
+        "method": {"name": config.training, **numbers},
+        # As earlier versions have it.
+        "mirror": numbers if method.record == "mirror" else None,
+        "replay": numbers if method.record == "replay" else None,
+        "flat_minima": {"name": config.training, **numbers} if method.record == "flat_minima" else None,
         "adversarial": None if config.adversarial is None else dict(config.adversarial),
         "feature_dtype": config.feature_dtype,
         "matmul_precision": config.matmul_precision,
         "deterministic": config.deterministic,
-        "replay": {"interval": config.interval} if config.training == "replay" else None,
         "optimizer": {
             "name": config.optimizer,
             "learning_rate": config.learning_rate,

@@ -10,7 +10,6 @@ a program of half the width: at most log2(slots) more compilations, and no more 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,12 +61,8 @@ class MemberResult:
 
 
 def _transformation(config: RunConfig, numbers: Mapping[str, Any], data: Interactions) -> optax.GradientTransformation:
-    """The configuration's Optax chain with other, possibly traced numbers, which cannot pass its checks."""
-    other = copy.copy(config)
-    for name, value in numbers.items():
-        object.__setattr__(other, name, value)
     with no_advice():
-        return other.transformation(data)
+        return config.transformation(data, numbers)
 
 
 class _Own(NamedTuple):
@@ -381,6 +376,8 @@ def check_sweep(data: Interactions, members: Sequence[RunConfig], slots: int | N
         raise UserError("the sweep has no members; give each axis of the grid at least one value.")
     if slots is not None and slots < 1:
         raise UserError(f"slots is {slots}; it must be at least 1.")
+    if any(member.start_from is not None for member in members):
+        raise UserError("start_from is for single runs; leave it out of the sweep.")
     for split in ("valid", "test"):
         if not len(getattr(data, split)):
             raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")

@@ -31,8 +31,9 @@ from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import Damaged, Lock, locked, read_mapping, remove_leftovers, write_whole, written_whole
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.grid import UNUSED, check_size, expand_grid
+from mgrad_jax.training.grid import check_size, expand_grid
 from mgrad_jax.training.identity import data_digest, is_digest_of
+from mgrad_jax.training.methods import unused
 from mgrad_jax.training.numerics import UNSAID
 from mgrad_jax.training.record import nothing_left, read_record, result_record
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
@@ -99,7 +100,7 @@ class SweepConfig:
     def setting(self, member: RunConfig) -> dict[str, Any]:
         """A member's values on the axes; None where an axis has no effect on it."""
         values = {**dataclasses.asdict(member), **member.hyper_parameters}
-        return {axis: None if axis in UNUSED[member.training] else values[axis] for axis in self.axes}
+        return {axis: None if axis in unused(member.training) else values[axis] for axis in self.axes}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, without what the grid replaces."""
@@ -271,8 +272,8 @@ def _check_same(directory: Path, settings: dict[str, Any], data: Interactions) -
             "or choose another --out."
         )
     old, new = _flat(before), _flat(settings)
-    unused = ("data", "data_digest", *_without_effect(settings))
-    differing = [key for key in {**old, **new} if key not in unused and old.get(key) != new.get(key)]
+    ignored = ("data", "data_digest", *_without_effect(settings))
+    differing = [key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key)]
     if differing:
         changes = ", ".join(f"{key} was {shown(old.get(key))} and is {shown(new.get(key))}" for key in differing)
         raise UserError(
@@ -283,7 +284,7 @@ def _check_same(directory: Path, settings: dict[str, Any], data: Interactions) -
 def _without_effect(settings: Mapping[str, Any]) -> set[str]:
     """What changes nothing in any of the sweep's trainings, unless it is an axis."""
     trainings = settings["grid"].get("training") or [settings["training"]]
-    return set.intersection(*(set(UNUSED[training]) for training in trainings)) - set(settings["grid"])
+    return set.intersection(*(set(unused(training)) for training in trainings)) - set(settings["grid"])
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

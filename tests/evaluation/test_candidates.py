@@ -1,4 +1,4 @@
-"""Ranks among sampled candidates equal the definition of AMR's authors; one sentence for every file that does not fit."""
+"""Ranks among sampled candidates are as AMR's authors define them; one sentence for every file that does not fit."""
 
 from __future__ import annotations
 
