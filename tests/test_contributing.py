@@ -13,6 +13,7 @@ import pytest
 
 from mgrad_jax import models
 from mgrad_jax.data import demo_interactions
+from mgrad_jax.training.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -67,6 +68,17 @@ def test_a_model_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.scores(np.arange(3)).shape == (3, data.n_items)
     with pytest.raises(ValueError, match="reg_weight is -1; it must not be negative"):
         changed_models.create("mf", data, reg_weight=-1)
+
+
+def test_a_method_is_added() -> None:
+    (_, method), (_, example) = page("Add a method")
+    names: dict[str, object] = {}
+    try:
+        exec(compile(method, "CONTRIBUTING.md", "exec"), names)
+        exec(compile(example, "CONTRIBUTING.md", "exec"), names)
+        assert METHODS["signed"].arguments == ("share",)
+    finally:
+        METHODS.pop("signed", None)
 
 
 def test_a_metric_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
