@@ -11,7 +11,7 @@ with :math:`U` the optimizer's update, :math:`m_s` the first moment after equall
 :math:`v` the second moment as the first half-step leaves it. For Adam that is
 :math:`-\eta\, \tau / (\sqrt{\hat v} + \epsilon)` to rounding. Nothing of the optimizer's state changes.
 
-This file needs JAX, Optax and `mgrad_jax.mirror` only.
+This file needs JAX and Optax only.
 """
 
 from __future__ import annotations

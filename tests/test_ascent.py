@@ -223,6 +223,7 @@ def test_groups_of_parameters_ascend_with_the_moments_of_their_own(x64):
     np.testing.assert_allclose(params["b"], by_hand(RMSprop(), 4), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*optimizers.optimizer_names()} - {"lion", "muon"}))
 def test_every_optimizer_with_a_second_moment_goes_uphill(name):
     """With the ascent instead of no second half-step a mirror batch ends further along the gradient."""

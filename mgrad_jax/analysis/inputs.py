@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.analysis.perturb import variable_at
 from mgrad_jax.analysis.theory import norm
 from mgrad_jax.data import Batch
+from mgrad_jax.data.interactions import MODALITIES
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics
 from mgrad_jax.models import Recommender
@@ -72,7 +73,7 @@ def open_inputs(model: Recommender) -> tuple[Recommender, tuple[str, ...]]:
         UserError: the model reads no features.
     """
     copy = nnx.clone(model)
-    tables = copy.open_feature_tables()
+    tables = copy.expose_features()
     if not tables:
         raise UserError(f"{model.name} reads no features in training, so it has no inputs to measure; leave it out.")
     return copy, tables
@@ -91,9 +92,10 @@ def first_layer(model: Recommender, table: str) -> str | None:
         if path[-1] == "kernel" and "layers" not in path
     }
     fitting = [path for path, shape in kernels.items() if shape[0] == width]
-    own = [path for path in fitting if path.startswith(table.split(".")[0].split("_")[0])]
-    chosen = own if own else fitting
-    return chosen[0] if len(chosen) == 1 else None
+    modality = table.split(".")[0].split("_")[0]
+    if modality in MODALITIES:
+        fitting = [path for path in fitting if path.startswith(modality)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def measure_inputs(

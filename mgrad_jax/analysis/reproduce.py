@@ -27,6 +27,7 @@ class Ours(NamedTuple):
 
     Attributes:
         model, method, setting, metric: what it is of; these find the paper's number.
+        paper: the setting that the paper's number has, where it calls it otherwise.
         value: mean and standard deviation over seeds, or a single number.
         plain, replay: relative to what plain training and replay have; None where that is not there.
         before: relative to the unchanged model, where there is a change at inference.
@@ -40,6 +41,7 @@ class Ours(NamedTuple):
     plain: float | None = None
     replay: float | None = None
     before: float | None = None
+    paper: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,14 @@ class Published:
                 values[key] = (*values.get(key, ()), float(row["value"]))
         return cls(values)
 
-    def find(self, name: str, data: str, ours: Ours, method: str | None = None) -> Spread | float | None:
-        """What the paper has for a number of ours; of another method where one is named."""
-        setting = ours.setting.partition(",")[0]
-        for known in (
-            setting,
-            *([""] if setting == "every 3" else []),
-        ):  # the paper's interval unless it says otherwise
-            found = self.values.get((name, data, ours.model, method or ours.method, known, ours.metric))
-            if found is not None:
-                return found[0] if len(found) == 1 else spread(found)
-        return None
-
-    def unchanged(self, name: str, data: str, ours: Ours) -> Spread | float | None:
-        """The paper's number before a change at inference."""
-        return self.find(name, data, ours._replace(setting=""))
+    def find(
+        self, name: str, data: str, ours: Ours, *, method: str | None = None, setting: str | None = None
+    ) -> Spread | float | None:
+        """What the paper has for a number of ours; of another method or setting where one is named."""
+        its_own = ours.setting if ours.paper is None else ours.paper
+        key = (name, data, ours.model, method or ours.method, its_own if setting is None else setting, ours.metric)
+        found = self.values.get(key, ())
+        return spread(found) if len(found) > 1 else next(iter(found), None)
 
 
 def beside(name: str, preset: Preset, found: Mapping[str, list[Ours]]) -> Table:
@@ -107,11 +102,8 @@ def beside(name: str, preset: Preset, found: Mapping[str, list[Ours]]) -> Table:
         for ours in numbers:
             paper = published.find(name, paper_data, ours)
             is_change = ours.before is not None
-            base = (
-                published.unchanged(name, paper_data, ours)
-                if is_change
-                else published.find(name, paper_data, ours, "plain")
-            )
+            of_base = {"setting": ""} if is_change else {"method": "plain"}
+            base = published.find(name, paper_data, ours, **of_base)
             change = None if ours.method == "plain" and not is_change else _relative(paper, base)
             mine = ours.before if is_change else ours.plain
             value, seeds = ours.value, ours.value.n if isinstance(ours.value, Spread) else None
@@ -198,6 +190,11 @@ def _of_intervals(asked: Asked) -> Iterator[Ours]:
     return of_study(asked.out / "study" / "result.json", setting=setting)
 
 
+def _of_flat_minima(asked: Asked) -> Iterator[Ours]:
+    for ours in _of_intervals(asked):
+        yield ours._replace(paper="") if ours.setting == "every 3" else ours
+
+
 def _of_optimizers(asked: Asked) -> Iterator[Ours]:
     yield from of_study(asked.out / "study" / "result.json", setting=lambda row: row["optimizer"])
     for model in asked.models:
@@ -240,7 +237,8 @@ def _of_change(asked: Asked, directory: str, what: str, places: Mapping[str, lis
         place = float(row["place"])
         if row["metric"] == "recall@5" and place in places[row["model"]]:
             value, lost = float(row["value"]), float(row["lost"])
-            yield Ours(row["model"], row["method"], f"{what}, {place:g}", "recall@5", value, before=-lost)
+            setting = f"{what}, {place:g}"
+            yield Ours(row["model"], row["method"], setting, "recall@5", value, before=-lost, paper=what)
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
@@ -295,17 +293,60 @@ def _of_alphas(asked: Asked) -> Iterator[Ours]:
             yield Ours(model, "mirror", setting, "recall@5", value, replay=_relative(row["test"], row["replay"]))
 
 
+def _of_landscape(asked: Asked) -> Iterator[Ours]:
+    """Flatness in numbers; no relative changes, for a number may be near 0 or negative."""
+    for row in _read(asked.out / "landscape" / "result.json")["summary"]:
+        metric = row["number"] + (f", {row['scale']}" if row["scale"] else "")
+        for method in (key for key in row if f"{key}_sd" in row and row[key] is not None):
+            value = Spread(row[method], row[f"{method}_sd"], len(asked.seeds))
+            yield Ours(row["model"], method, row["at"], metric, value)
+
+
+def _of_theorem(asked: Asked) -> Iterator[Ours]:
+    for model in asked.models:
+        slope = _read(asked.out / f"theory-{model}" / "result.json")["residual"]["slope"][model]
+        yield Ours(model, "mirror", "", "slope of the residual", slope)
+
+
+def _of_lemma(asked: Asked) -> Iterator[Ours]:
+    """Means over seeds of what `theory --inputs` found at the best epochs, and at equal loss where it could."""
+    found = _read(asked.out / "inputs" / "result.json")
+    yield from _inputs(found["inputs"], {"(1_+_|x|^2)_/_|W|^2": "constant"}, "")
+    at_equal_loss = found["equal_loss"]
+    numbers = {"|dL/dX|": "|dL/dX|", "sensitivity": "sensitivity"}
+    yield from _inputs(at_equal_loss or found["inputs"], numbers, "equal loss" if at_equal_loss else "best epoch")
+
+
+def _inputs(records: list[dict[str, Any]], metrics: Mapping[str, str], place: str) -> Iterator[Ours]:
+    for metric, name in metrics.items():
+        values: dict[tuple[str, str, str], list[float]] = {}
+        for row in records:
+            if row[metric] is not None:
+                values.setdefault((row["model"], row["method"], row["inputs"]), []).append(row[metric])
+        means = {key: spread(numbers) for key, numbers in values.items()}
+        for (model, method, table), mean in means.items():
+            plain, replay = (
+                _relative(mean, means.get((model, other, table))) if method not in ("plain", other) else None
+                for other in ("plain", "replay")
+            )
+            setting = ", ".join(filter(None, (table, place)))
+            yield Ours(model, method, setting, name, mean, plain, replay, paper="")
+
+
 _COLLECTORS: Mapping[str, Callable[[Asked], Iterator[Ours]]] = {
     "table2": _of_tuned,
     "table3": _of_tuned,
     "table4": _of_noise,
     "table5": _of_adjustment,
     "table6": _of_optimizers,
-    "table7": _of_intervals,
+    "table7": _of_flat_minima,
     "table8": _of_adversarial,
     "table10": _of_intervals,
+    "fig3": _of_landscape,
     "fig4": _of_convergence,
     "fig5": _of_alphas,
+    "theorem": _of_theorem,
+    "lemma": _of_lemma,
 }
 
 

@@ -168,7 +168,7 @@ class Study:
             methods = (*self.methods[:place], "replay", *self.methods[place:])
             object.__setattr__(self, "methods", methods)
         self._check_tune()
-        known = {name: _hyper_parameter_names(name) for name in self.models}
+        known = {name: hyper_parameter_names(name) for name in self.models}
         for key in self.hyper_parameters:
             model, separator, name = key.rpartition(".")
             if separator and model not in known:
@@ -241,7 +241,7 @@ class Study:
     def _start(self, cell: Cell, seed: int) -> str:
         """The run that one begins with."""
         place = Path(str(self.start_from))
-        if not (place / STUDY_FILE).exists():
+        if (place / "config.yaml").exists():
             return str(place)
         return str(place / "runs" / f"{cell.model}-plain-{cell.optimizer}-s{seed}")
 
@@ -259,7 +259,7 @@ class Study:
                 raise UserError(f"--tune {name} names a value twice; name each once.")
 
     def _hyper_parameters(self, model: str) -> dict[str, Any]:
-        known = _hyper_parameter_names(model)
+        known = hyper_parameter_names(model)
         shared = {name: value for name, value in self.hyper_parameters.items() if name in known}
         own = {key.partition(".")[2]: v for key, v in self.hyper_parameters.items() if key.startswith(f"{model}.")}
         return {**shared, **own}
@@ -285,7 +285,8 @@ def _combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
 
-def _hyper_parameter_names(model: str) -> list[str]:
+def hyper_parameter_names(model: str) -> list[str]:
+    """The names of a model's hyper-parameters."""
     return [f.name for f in dataclasses.fields(models.model_class(model).config_class)]
 
 
@@ -321,6 +322,9 @@ def train_study(
     candidates = None if study.candidates is None else read_candidates(Path(study.candidates), data)
     configs = study.configs()
     _check_models(configs.values(), data)
+    for start in filter(None, dict.fromkeys(config.start_from for config in configs.values())):
+        if not (Path(start) / "config.yaml").exists():
+            raise UserError(f"{start} holds no run to start from; train it first, or give another --start-from.")
     results: dict[Key, dict[str, Any] | None] = {}
     with locked(study.directory):
         write_whole(study.directory / STUDY_FILE, yaml.safe_dump(study.to_dict(), sort_keys=False))

@@ -53,7 +53,7 @@ class Residual:
     @property
     def slope(self) -> float | None:
         """Of log r over log eta, 3 by the theorem; None where r is lost in rounding, as with a quadratic loss."""
-        if (self.residuals < _ABOVE_ROUNDING * self.rounding).any():
+        if (self.residuals <= _ABOVE_ROUNDING * self.rounding).any():
             return None
         return float(np.polyfit(np.log(self.steps), np.log(self.residuals), 1)[0])
 

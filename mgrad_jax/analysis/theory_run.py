@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mgrad_jax import models
 from mgrad_jax.analysis import theory
 from mgrad_jax.analysis.inputs import InputNumbers, measure_inputs, open_inputs, worst_case_metrics
-from mgrad_jax.analysis.objective import Objective, draw_batches, in_float64, with_epoch_state
-from mgrad_jax.data import Batch, Interactions, load_interactions
+from mgrad_jax.analysis.landscape import Fixed, ModelLoss, objective, parameters, sample_batch
+from mgrad_jax.ascent import check_own_ascent
+from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.evaluation.ranking import make_eval_split
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.models import Recommender
+from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import EpochPlan, TrainState, run_epoch, split_model, training_data
@@ -29,6 +31,7 @@ from mgrad_jax.training.run import load_run
 
 # Along a run at most so many of its kept epochs are measured.
 MOST_PLACES = 12
+_Evaluate: TypeAlias = Callable[[nnx.State, Fixed], tuple[jax.Array, nnx.State]]
 WORST_CASE = (0.0, 0.01, 0.05, 0.1)
 
 
@@ -191,52 +194,75 @@ def examine(subject: Subject, settings: TheorySettings) -> Findings:
     config, data = subject.config, subject.data
     eta = config.learning_rate if settings.learning_rate is None else settings.learning_rate
     size = config.batch_size if settings.batch_size is None else settings.batch_size
-    epoch_key, batch_key, pass_key = jax.random.split(jax.random.key(settings.seed), 3)
     weights: list[Weight] = []
     with as_configured(config):
-        places = subject.places()
-        first = next(places)
-        objective = Objective.of(with_epoch_state(first.model, epoch_key), pass_key)
-        batches = draw_batches(data, first.model, settings.warm_up + 1, size, batch_key)
-        for place in itertools.chain([first], places):
-            model = with_epoch_state(place.model, epoch_key)
-            params = nnx.state(model, nnx.Param)
-            weights.append(_weight(place.epoch, objective, params, batches, eta, settings))
-        residual = _residual(model, config, data, batches[-1], pass_key, settings)
-        steps = _half_steps(objective, params, batches, eta, settings)
+        evaluate = None
+        for place in subject.places():
+            loss, fixed = objective(place.model, data, size, jax.random.key(settings.seed))
+            evaluate = evaluate or jax.jit(jax.value_and_grad(loss))
+            params, batches = parameters(place.model), _batches(place.model, data, size, fixed, settings)
+            weights.append(_weight(place.epoch, evaluate, params, batches, eta, settings))
+        assert evaluate is not None
+        residual = _residual(loss, fixed, params, config, data, settings)
+        steps = _half_steps(evaluate, params, batches, eta, settings)
     return Findings(subject, eta, residual, weights, steps)
 
 
+def _batches(model: Recommender, data: Interactions, size: int, fixed: Fixed, settings: TheorySettings) -> list[Fixed]:
+    """What the loss reads for some batches to warm up with, and for the measured one, which comes last."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), 1), settings.warm_up)
+    drawn = [sample_batch(data, size, key, negatives=model.uses_negatives) for key in keys]
+    return [*(fixed._replace(batch=batch) for batch in drawn), fixed]
+
+
 def _weight(
-    epoch: int, objective: Objective, params: nnx.State, batches: Sequence[Batch], eta: float, settings: TheorySettings
+    epoch: int, evaluate: _Evaluate, params: nnx.State, batches: Sequence[Fixed], eta: float, settings: TheorySettings
 ) -> Weight:
-    loss, g = objective.loss_and_gradient(params, batches[-1], objective.given)
-    v = theory.second_moment(objective.gradient(params, batch) for batch in batches)
+    loss, g = evaluate(params, batches[-1])
+    v = theory.second_moment(evaluate(params, batch)[1] for batch in batches)
     scales = jax.tree.map(jnp.ones_like, g), jax.tree.map(lambda x: 1 / (jnp.sqrt(x) + 1e-8), v)
     found = (theory.penalty_weight(loss, g, p, eta, settings.alpha1, settings.alpha2) for p in scales)
     return Weight(epoch, float(loss), *found)
 
 
 def _residual(
-    model: Recommender, config: RunConfig, data: Interactions, batch: Batch, key: jax.Array, settings: TheorySettings
+    loss: ModelLoss,
+    fixed: Fixed,
+    params: nnx.State,
+    config: RunConfig,
+    data: Interactions,
+    settings: TheorySettings,
 ) -> theory.Residual:
     """In float64, which holds for what is computed in here and nowhere else."""
+    narrow = nnx.merge(loss.graphdef, params, fixed.epoch_state, fixed.constants)
     with jax.enable_x64(True):
-        wide = in_float64(model, config, data)
-        objective = Objective.of(wide, key)
-        params = nnx.state(wide, nnx.Param)
-        return theory.theorem_residual(lambda p: objective.gradient(p, batch), params, settings.alpha1, settings.alpha2)
+        parts = split_model(_in_float64(narrow, config, data))
+        gradient = jax.jit(jax.grad(ModelLoss(loss.name, parts.graphdef)))
+        wide = Fixed(parts.epoch_state, parts.constants, fixed.batch, fixed.key)
+        return theory.theorem_residual(lambda p: gradient(p, wide), parts.params, settings.alpha1, settings.alpha2)
+
+
+def _in_float64(model: Recommender, config: RunConfig, data: Interactions) -> Recommender:
+    """The same model in float64; to be called under `jax.enable_x64(True)`."""
+    twin = models.create(config.model, data, seed=config.seed, dtype=jnp.float64, **config.hyper_parameters)
+    if config.adversarial is not None:
+        twin = adversarial(twin, **config.adversarial)
+    nnx.update(twin, jax.tree.map(lambda new, old: jnp.asarray(old, new.dtype), nnx.state(twin), nnx.state(model)))
+    return twin
 
 
 def _half_steps(
-    objective: Objective, params: nnx.State, batches: Sequence[Batch], eta: float, settings: TheorySettings
+    evaluate: _Evaluate, params: nnx.State, batches: Sequence[Fixed], eta: float, settings: TheorySettings
 ) -> list[Step]:
     """Of every optimizer, with the second half-step its own or the ascent, from zero and from running state."""
     *earlier, last = batches
     alphas = settings.alpha1, settings.alpha2
 
+    def of_batch(params: nnx.State, batch: Fixed) -> nnx.State:
+        return evaluate(params, batch)[1]
+
     def gradient(params: nnx.State) -> nnx.State:
-        return objective.gradient(params, last)
+        return of_batch(params, last)
 
     found = []
     for name in settings.optimizers:
@@ -245,7 +271,7 @@ def _half_steps(
             ascent = second == "ascent"
             zero = theory.half_steps(optimizer, gradient, params, optimizer.init(params), *alphas, ascent=ascent)
             found.append(Step(name, second, "zero", zero))
-            there, state = theory.warmed_up(optimizer, objective.gradient, params, earlier, *alphas, ascent=ascent)
+            there, state = theory.warmed_up(optimizer, of_batch, params, earlier, *alphas, ascent=ascent)
             running = theory.half_steps(optimizer, gradient, there, state, *alphas, ascent=ascent)
             found.append(Step(name, second, "running", running))
     return found
@@ -258,8 +284,6 @@ def _compiled(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
 
 def _has_ascent(optimizer: optax.GradientTransformation, params: nnx.State) -> bool:
     """Whether an optimizer has an ascent of its own that is not just what it does anyway."""
-    from mgrad_jax.ascent import check_own_ascent
-
     try:
         check_own_ascent(optimizer, params)
     except ValueError:
@@ -273,20 +297,20 @@ def examine_inputs(subject: Subject, settings: TheorySettings, metrics: Sequence
     Raises:
         UserError: a model that reads no features.
     """
-    epoch_key, batch_key, pass_key = jax.random.split(jax.random.key(settings.seed), 3)
     places: list[tuple[int, InputNumbers]] = []
     worst: list[dict[str, float]] = []
     trained = False
     with as_configured(subject.config):
         for place in subject.places():
-            model, tables = open_inputs(with_epoch_state(place.model, epoch_key))
-            batch = draw_batches(subject.data, model, 1, settings.pairs, batch_key)[0]
+            loss, fixed = objective(place.model, subject.data, settings.pairs, jax.random.key(settings.seed))
+            drawn = nnx.merge(loss.graphdef, parameters(place.model), fixed.epoch_state, fixed.constants)
+            model, tables = open_inputs(drawn)
             examples = settings.examples if place.best else 0
-            places.append((place.epoch, measure_inputs(model, tables, batch, pass_key, examples)))
+            places.append((place.epoch, measure_inputs(model, tables, fixed.batch, fixed.key, examples)))
             paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
             trained = not paths.isdisjoint(tables)
             if place.best and model.features_in_scores:
                 ks = sorted({int(name.partition("@")[2]) for name in metrics})
                 eval_split = make_eval_split(subject.data, "test", ks)
-                worst = worst_case_metrics(model, tables, batch, pass_key, WORST_CASE, eval_split)
+                worst = worst_case_metrics(model, tables, fixed.batch, fixed.key, WORST_CASE, eval_split)
     return InputFindings(subject, trained, places, [{name: row[name] for name in metrics} for row in worst])

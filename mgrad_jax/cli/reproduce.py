@@ -6,7 +6,8 @@ import hashlib
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ ASKED_FILE, STEPS_FILE = "reproduce.yaml", "steps.json"
 
 
 def reproduce(
+    context: typer.Context,
     name: Annotated[
         str | None, typer.Argument(help="table2 ... table12, fig3, fig4, fig5, theorem or lemma; none: list them.")
     ] = None,
@@ -80,7 +82,7 @@ def reproduce(
     try:
         for one in asked.values():
             for step in preset.steps(one):
-                _do(step, one)
+                _do(step, one, context)
     except stopping.Stopped:
         raise stopping.Stopped(how_to_go_on("stopped", place, ASKED_FILE)) from None
     _conclude(name, preset, place, asked)
@@ -136,13 +138,13 @@ def _begin(name: str, place: Path, asked: dict[str, Asked], resume: bool) -> Non
     write_whole(place / ASKED_FILE, yaml.safe_dump(content, sort_keys=False))
 
 
-def _do(step: Training | Call, asked: Asked) -> None:
+def _do(step: Training | Call, asked: Asked, context: typer.Context) -> None:
     from mgrad_jax.analysis.presets import Training
 
     if isinstance(step, Training):
         _train(step)
     else:
-        _call(step, asked)
+        _call(step, asked, partial(run_command, context))
 
 
 def _train(step: Training) -> None:
@@ -161,7 +163,7 @@ def _train(step: Training) -> None:
                 shutil.copy(file, step.copy)
 
 
-def _call(step: Call, asked: Asked) -> None:
+def _call(step: Call, asked: Asked, run: Callable[[Sequence[str]], None]) -> None:
     """Run another command, unless what it would write is there already."""
     from mgrad_jax.files import write_whole
 
@@ -176,7 +178,7 @@ def _call(step: Call, asked: Asked) -> None:
         words += ["--resume"] if (step.out / "config.yaml").exists() else []
     else:
         shutil.rmtree(step.out, ignore_errors=True)  # of other runs, or half written
-    run_command(words)
+    run(words)
     write_whole(file, json.dumps({**done, key: digest}, indent=2) + "\n")
 
 
@@ -190,12 +192,10 @@ def _digest(step: Call) -> str:
     return total.hexdigest()
 
 
-def run_command(words: Sequence[str]) -> None:
+def run_command(context: typer.Context, words: Sequence[str]) -> None:
     """Another command of this program, in this process."""
-    from mgrad_jax.cli.program import app
-
     print(f"mgrad-jax {shlex.join(words)}", flush=True)
-    app(args=list(words), standalone_mode=False)
+    context.find_root().command.main(args=list(words), prog_name="mgrad-jax", standalone_mode=False)
 
 
 def _conclude(name: str, preset: Preset, place: Path, asked: dict[str, Asked]) -> None:

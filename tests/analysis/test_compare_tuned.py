@@ -257,7 +257,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "twice": ({"tune": "alpha2=0.1,0.1"}, "--tune alpha2 names a value twice"),
     "out of range": ({"tune": "alpha2=0.1,-1"}, "alpha2 is -1; it must be a positive number"),
     "no candidates": ({"candidates": "nowhere.npy"}, "nowhere.npy does not exist; `mgrad-jax prepare --amr` writes"),
-    "no start": ({"start_from": "nowhere"}, "nowhere holds no run"),
+    "no start": ({"start_from": "nowhere"}, "nowhere/runs/vbpr-plain-adam-s999 holds no run to start from"),
     "half an adversary": ({"adversarial": "epsilon=0.1"}, "adversarial training lacks its weight"),
 }
 
@@ -269,3 +269,4 @@ def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     error = capfd.readouterr().err
     assert part in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "study").exists()

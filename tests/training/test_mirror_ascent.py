@@ -22,7 +22,8 @@ pytestmark = pytest.mark.quick_compilation
 SETTINGS = {"epochs": 2, "batch_size": 3000, "hyper_parameters": {"embedding_dim": 8}}
 
 
-def test_a_run_is_the_form_made_by_hand_and_a_member_of_a_sweep_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_a_run_is_the_form_made_by_hand_and_a_member_of_a_sweep_the_run() -> None:
     data = demo_interactions()
     results = []
     config = RunConfig("vbpr", "demo", training="mirror-ascent", alpha2=0.3, interval=2, **SETTINGS)
