@@ -79,14 +79,14 @@ def _graphs(size: str) -> dict[str, SparseGraph]:
 
 def _products(graph: SparseGraph) -> dict[str, tuple[Any, Callable[[Any, Array], Array]]]:
     """By case: the matrix in its own format, an argument of the program, and the product."""
-    indices = jnp.stack([graph.rows(), graph.columns], axis=1)
-    compressed = (graph.values, graph.columns, graph.row_starts)
+    indices = jnp.stack([graph.rows(), graph.indices], axis=1)
+    compressed = (graph.data, graph.indices, graph.indptr)
     kind: dict[str, Any] = {"shape": graph.shape, "indices_sorted": True, "unique_indices": True}
     products: dict[str, tuple[Any, Callable[[Any, Array], Array]]] = {
         "propagate": (graph, propagate),
-        "bcoo": (sparse.BCOO((graph.values, indices), **kind), operator.matmul),
+        "bcoo": (sparse.BCOO((graph.data, indices), **kind), operator.matmul),
         "bcsr": (sparse.BCSR(compressed, **kind), operator.matmul),
-        "segment": ((graph.values, indices), partial(_segment, graph.shape[0])),
+        "segment": ((graph.data, indices), partial(_segment, graph.shape[0])),
     }
     if graph.n_users is not None:
         products["bipartite"] = graph, _bipartite

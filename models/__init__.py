@@ -16,7 +16,7 @@ from flax import nnx
 from mgrad_jax.data import Interactions
 from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError, did_you_mean, shown
-from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, TracedHyperParameter, hold_features
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, TracedHyperParameter, cast_features
 
 renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
 
@@ -89,7 +89,7 @@ def create(
     config = make_config(name, hyper_parameters)
     model = model_class(name)(data, config, rngs=nnx.Rngs(seed), dtype=dtype)
     if feature_dtype is not None and feature_dtype != dtype:
-        hold_features(model, feature_dtype)
+        cast_features(model, feature_dtype)
     return model
 
 

@@ -120,7 +120,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
     if isinstance(model, AdversarialRecommender):
         raise UserError(f"this {model.name} is trained adversarially already; give the plain model.")
     copy: Any = nnx.clone(model)
-    tables = copy.open_feature_tables()
+    tables = copy.expose_features()
     if not tables:
         able = ", ".join(name for name in models.names() if models.model_class(name).needs)
         raise UserError(

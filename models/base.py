@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -19,7 +20,10 @@ from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.hyper_parameters import check, hyper
 
-renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
+renamed(
+    __name__,
+    {"Frozen": "Constant", "Scalar": "TracedHyperParameter", "hold_features": "cast_features"},
+)
 
 
 class Constant(nnx.Variable):
@@ -68,7 +72,7 @@ class Recommender(nnx.Module):
         grid: values that the published configuration searches, by name of the hyper-parameter, or "learning_rate".
         item_tables: paths of the tables that `embed` reads a row of for every item, be they items alone or users, then
             items; learned where they are an `nnx.Param`.
-        features_in_scores: whether `embed` reads the variables of `open_feature_tables`, untrained.
+        features_in_scores: whether `embed` reads the variables of `feature_paths`, untrained.
         feature_graphs: paths of the item graphs that `embed` reads and that are made of the features once.
         stops_gradient: whether `loss` holds back gradients, so that its gradient is not that of its values.
     """
@@ -145,15 +149,27 @@ class Recommender(nnx.Module):
         del key
         return {}
 
-    def open_feature_tables(self) -> tuple[str, ...]:
-        """Have `loss` read items' features from variables, and name these by path; none in a model without features.
-
-        For whoever changes the variables' values, as `mgrad_jax.models.adversarial` does.
-        """
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
+        """Paths of the variables that `loss` reads items' features from; empty in a model that reads none."""
         return ()
 
+    def expose_features(self) -> tuple[str, ...]:
+        """Have `loss` and `embed` follow changes of the variables at `feature_paths`, and return these paths.
+
+        To be called before their values are changed, as adversarial training and the study of perturbed features do;
+        a model that computes something from its features ahead computes it in every pass from then on.
+        """
+        return self.feature_paths
+
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """The former name of `expose_features`."""
+        told = "Recommender.open_feature_tables is expose_features now; the old name goes with the next version."
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return self.expose_features()
+
     def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
-        """What the variables of `open_feature_tables` hold for these raw features, by path; pure.
+        """What the variables of `feature_paths` hold for these raw features, by path; pure.
 
         Args:
             features: (n_items, dim) of every modality the model was made with.
@@ -179,7 +195,7 @@ class Recommender(nnx.Module):
         return user_vectors[jnp.asarray(users)] @ item_vectors.T
 
 
-def hold_features(model: Recommender, dtype: Any) -> None:
+def cast_features(model: Recommender, dtype: Any) -> None:
     """Hold the tables of features that the loss reads in another type.
 
     A row is widened to the model's type where it meets a parameter; a trained table, and the optimizer's moments of it,
@@ -188,7 +204,7 @@ def hold_features(model: Recommender, dtype: Any) -> None:
     Raises:
         UserError: the model reads no features.
     """
-    tables = model.open_feature_tables()
+    tables = model.expose_features()
     if not tables:
         raise UserError(f"{model.name} reads no features in training; leave the type of the features out.")
     for path in tables:

@@ -101,7 +101,8 @@ class BM3(Recommender):
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """F of each modality; their rows are trained."""
         return tuple(f"{modality}_embedding" for modality in self.modalities)
 

@@ -25,8 +25,8 @@ from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_normal
 from mgrad_jax.models.hyper_parameters import hyper
 
-STEPS = 2
-HIDDEN = 4
+N_STEPS = 2
+HIDDEN_FACTOR = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,8 @@ class UserGraphRecommender(Recommender):
             preference = nnx.Param(xavier_normal(rngs.params(), (data.n_users, dim), dtype))
             setattr(self, f"{modality}_features", Constant(table))
             setattr(self, f"{modality}_preference", preference)
-            setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN * dim, rngs=rngs, dtype=dtype))
-            setattr(self, f"{modality}_map", linear(HIDDEN * dim, dim, rngs=rngs, dtype=dtype))
+            setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN_FACTOR * dim, rngs=rngs, dtype=dtype))
+            setattr(self, f"{modality}_map", linear(HIDDEN_FACTOR * dim, dim, rngs=rngs, dtype=dtype))
         self.user_weights = nnx.Param(modality_weights(rngs.params(), data.n_users, len(self.modalities), dtype))
         graph = build_user_graph(data, config.user_k, cache=cache_directory(data), write=False)
         self.user_graph = Constant(jax.tree.map(jnp.asarray, graph))
@@ -112,7 +112,8 @@ class UserGraphRecommender(Recommender):
         """The epoch's user graph, short lists filled up anew."""
         return {"user_sample": sample_user_graph(key, self.user_graph.get_value(), self.dtype)}
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X of each modality."""
         return tuple(f"{modality}_features" for modality in self.modalities)
 
@@ -149,7 +150,7 @@ class UserGraphRecommender(Recommender):
         item_parts = [losses.normalize(self._mapped(m)) for m in self.modalities]
         users, items = jnp.concatenate(user_parts, axis=1), jnp.concatenate(item_parts, axis=1)
         graph, total_users, total_items = self.graph.get_value(), users, items
-        for _ in range(STEPS):
+        for _ in range(N_STEPS):
             users, items = propagate_bipartite(graph, users, items)
             total_users, total_items = total_users + users, total_items + items
         shape = len(self.modalities), self.config.embedding_dim

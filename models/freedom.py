@@ -114,7 +114,8 @@ class FREEDOM(Recommender):
             return {}
         return {"pruned_graph": prune_edges(key, self.edges.get_value(), self.n_keep)}
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """F of each modality, not the item graph that was made of the same features."""
         return tuple(f"{modality}_embedding" for modality in self.modalities)
 

@@ -113,7 +113,8 @@ class GRCN(Recommender):
             feature_map = linear(table.shape[1], width, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
             setattr(self, f"{modality}_map", feature_map)
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X of each modality."""
         return tuple(f"{modality}_features" for modality in self.modalities)
 
@@ -167,7 +168,7 @@ class GRCN(Recommender):
 
     def _edge_weights(self, graph: SparseGraph, attentions: list[Float[Array, " nnz"]]) -> Float[Array, " nnz"]:
         """w of every entry: the larger of the modalities' attention times confidence of the source, cut off at 0."""
-        confidence = self.confidence[...][graph.columns]
+        confidence = self.confidence[...][graph.indices]
         weights = [attention * confidence[:, m] for m, attention in enumerate(attentions)]
         # Where, not maximum: a tie passes its gradient to one modality, not half to each.
         return jax.nn.relu(functools.reduce(lambda a, b: jnp.where(a >= b, a, b), weights))

@@ -112,7 +112,7 @@ class LayerGCN(Recommender):
         user_rows = users[batch.users]
         difference = jnp.sum(user_rows * (items[batch.positives] - items[batch.negatives]), axis=-1)
         ranking = losses.bpr_loss_sum(difference)
-        regulariser = self.reg_weight[...] * losses.half_squares(
+        regulariser = self.reg_weight[...] * losses.l2_penalty(
             self.user_embedding[...][batch.users],
             self.item_embedding[...][batch.positives],
             self.item_embedding[...][batch.negatives],

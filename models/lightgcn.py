@@ -86,7 +86,7 @@ class LightGCN(Recommender):
         )
         if self.config.original_loss:
             ranking = losses.bpr_loss(difference)
-            penalty = losses.half_squares(*rows) / batch.users.shape[0]
+            penalty = losses.l2_penalty(*rows) / batch.users.shape[0]
         else:
             ranking = losses.bpr_loss_clipped(difference)
             penalty = losses.embedding_norm(*rows)

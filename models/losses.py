@@ -40,7 +40,7 @@ def embedding_norm(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
     return total / tables[-1].shape[0]
 
 
-def half_squares(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
+def l2_penalty(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
     """Half the sum of squares of all entries (published L2Loss)."""
     return 0.5 * sum((jnp.sum(table * table) for table in tables), jnp.zeros((), tables[-1].dtype))
 

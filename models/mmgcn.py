@@ -93,7 +93,7 @@ class _Branch(nnx.Module):
             start = self.start()
             self.first_input, self.first_neighbours = Constant(start), Constant(propagate(graph, start))
 
-    def open_features(self) -> None:
+    def expose_features(self) -> None:
         """Make layer 0 of the features in every pass, so that it follows a change of them."""
         if self.constant_start:
             del self.first_input, self.first_neighbours
@@ -192,11 +192,16 @@ class MMGCN(Recommender):
             table = jnp.asarray(preferences[modality], self.dtype)
             getattr(self, modality).use_preference(kind, table, self.graph.get_value())
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
+        """X of each modality."""
+        return tuple(f"{modality}.features" for modality in self.modalities)
+
+    def expose_features(self) -> tuple[str, ...]:
         """X of each modality; what was made of the texts ahead is made in every pass from then on."""
         for modality in self.modalities:
-            getattr(self, modality).open_features()
-        return tuple(f"{modality}.features" for modality in self.modalities)
+            getattr(self, modality).expose_features()
+        return self.feature_paths
 
     def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
         """X of each modality."""

@@ -122,5 +122,5 @@ class SelfCF(Recommender):
         similarity = 0.5 * jnp.mean(losses.cosine(self.predictor(user_rows), item_targets)) + 0.5 * jnp.mean(
             losses.cosine(self.predictor(item_rows), user_targets)
         )
-        regulariser = self.reg_weight[...] * losses.half_squares(user_rows, item_rows)
+        regulariser = self.reg_weight[...] * losses.l2_penalty(user_rows, item_rows)
         return regulariser - similarity, {"similarity": -similarity, "regulariser": regulariser}

@@ -127,7 +127,8 @@ class SLMRec(Recommender):
         self.head_coarse_narrow = dense(dim, dim // 2)
         self.head_text = dense(dim, dim // 2)
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X_v and X_t, whose rows have unit length."""
         return "image", "text"
 

@@ -71,7 +71,8 @@ class VBPR(Recommender):
             bias_init=nnx.initializers.zeros,
         )
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """x, text and image side by side."""
         return ("item_features",)
 

@@ -136,7 +136,7 @@ def changed_features(
         found, marks = _measure_rebuilt(change, run, inputs, given, cases)
     else:
         model = nnx.clone(model)  # the run's own stays as `evaluate` scores it
-        model.open_feature_tables()
+        model.expose_features()
         found, marks = _measure(change, model, inputs, given, cases)
     values = {name: _curve(inputs.clean[name], value, what.draws) for name, value in found.items()}
     return Response(inputs.clean, values, {}, _parts(inputs.clean, values, marks, what))

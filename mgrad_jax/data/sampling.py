@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mgrad_jax.data.interactions import Interactions, check_negatives, distinct_pairs
+from mgrad_jax.deprecation import Formerly
 
 
 class Batch(NamedTuple):
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["row_starts", "ranks", "candidates"],
+    data_fields=["indptr", "ranks", "candidates"],
     meta_fields=["max_degree"],
 )
 @dataclass(frozen=True)
@@ -36,16 +37,18 @@ class UserHistory:
     """Each user's training items, as positions in the list of candidates.
 
     Attributes:
-        row_starts: (n_users + 1,) int32; user u owns ranks[row_starts[u]:row_starts[u + 1]].
+        indptr: (n_users + 1,) int32; user u owns ranks[indptr[u]:indptr[u + 1]].
         ranks: (n_pairs,) int32, ascending within a user: positions of the user's items in `candidates`.
         candidates: (n_candidates,) int32, the items that occur in training, ascending.
         max_degree: most items of one user; static.
     """
 
-    row_starts: Int[Array, " users_plus_1"]
+    indptr: Int[Array, " users_plus_1"]
     ranks: Int[Array, " pairs"]
     candidates: Int[Array, " candidates"]
     max_degree: int
+
+    row_starts = Formerly("indptr")
 
 
 def user_history(data: Interactions) -> UserHistory:
@@ -59,7 +62,7 @@ def user_history(data: Interactions) -> UserHistory:
     candidates = np.flatnonzero(np.bincount(pairs[:, 1]))
     degrees = np.bincount(pairs[:, 0], minlength=data.n_users)
     return UserHistory(
-        row_starts=jnp.asarray(np.concatenate([[0], np.cumsum(degrees)]), jnp.int32),
+        indptr=jnp.asarray(np.concatenate([[0], np.cumsum(degrees)]), jnp.int32),
         ranks=jnp.asarray(np.searchsorted(candidates, pairs[:, 1]), jnp.int32),
         candidates=jnp.asarray(candidates, jnp.int32),
         max_degree=int(degrees.max()),
@@ -83,8 +86,8 @@ def sample_negatives(key: Array, users: Int[Array, " n"], history: UserHistory) 
     Returns:
         (n,) int32 item ids.
     """
-    start = history.row_starts[users]
-    degree = history.row_starts[users + 1] - start
+    start = history.indptr[users]
+    degree = history.indptr[users + 1] - start
     draw = jax.random.randint(key, users.shape, 0, history.candidates.shape[0] - degree)
     own_before, last = jnp.zeros_like(degree), history.ranks.shape[0] - 1
     for bit in reversed(range(history.max_degree.bit_length())):

@@ -376,6 +376,8 @@ def check_sweep(data: Interactions, members: Sequence[RunConfig], slots: int | N
         raise UserError("the sweep has no members; give each axis of the grid at least one value.")
     if slots is not None and slots < 1:
         raise UserError(f"slots is {slots}; it must be at least 1.")
+    if any(member.start_from is not None for member in members):
+        raise UserError("start_from is for single runs; leave it out of the sweep.")
     for split in ("valid", "test"):
         if not len(getattr(data, split)):
             raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")

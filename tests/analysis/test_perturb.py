@@ -164,7 +164,7 @@ def test_scores_are_made_of_the_tables_and_features_that_a_model_names(name: str
         swapped = FeatureChange("swap", ("image", "text")).features(GIVEN, ShareCase(30, KEY))
         changed = nnx.clone(model)
         tables = changed.feature_tables(swapped)
-        assert set(tables) == set(changed.open_feature_tables())
+        assert set(tables) == set(changed.expose_features())
         for path, table in tables.items():
             variable_at(changed, path).set_value(table)
         vectors = [np.asarray(x) for x in scored(changed)]

@@ -189,7 +189,7 @@ def test_grcn_attention_and_edge_weights_are_the_published_ones() -> None:
     weights = model._edge_weights(graph, attentions)
     assert 0 < np.count_nonzero(weights) < weights.size
     for ours, published in zip([*attentions, weights], ("v_attention", "t_attention", "edge_weight"), strict=True):
-        dense = dataclasses.replace(graph, values=ours).todense()
+        dense = dataclasses.replace(graph, data=ours).todense()
         np.testing.assert_allclose(dense, as_dense(numbers[f"out/{published}"]), atol=1e-12)
 
 

@@ -174,7 +174,7 @@ def test_no_setting_of_a_run_is_unknown_here() -> None:
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     by_model = {"adversarial", "feature_dtype"}  # through `RunConfig.create_model`
     by_numerics = {"matmul_precision", "deterministic"}  # through `numerics.as_configured`
-    assert fields == by_transformation | by_sweep | by_model | by_numerics | {"data", "out", "keep_every"}
+    assert fields == by_transformation | by_sweep | by_model | by_numerics | {"data", "out", "keep_every", "start_from"}
 
 
 def test_what_has_no_effect_makes_no_member() -> None:
@@ -235,6 +235,8 @@ def test_bad_sweep() -> None:
         sweep(DATA, [])
     with pytest.raises(UserError, match="slots is 0"):
         sweep(DATA, [VBPR], slots=0)
+    with pytest.raises(UserError, match="start_from is for single runs"):
+        sweep(DATA, [dataclasses.replace(VBPR, start_from="run")])
     empty = dataclasses.replace(DATA, valid=DATA.valid[:0])
     with pytest.raises(UserError, match="valid split is empty"):
         sweep(empty, [VBPR])
