@@ -89,7 +89,7 @@ def make_eval_split(
     """Prepare the evaluation of one split.
 
     Every user with at least one positive in the split is evaluated over all items. Only training items are masked,
-    for validation and for test, as published: a validation item can take a rank in the test list.
+    for validation and for test, as in the reference code: a validation item can take a rank in the test list.
 
     Args:
         data: the interactions.
