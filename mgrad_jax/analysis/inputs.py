@@ -73,7 +73,7 @@ def open_inputs(model: Recommender) -> tuple[Recommender, tuple[str, ...]]:
         UserError: the model reads no features.
     """
     copy = nnx.clone(model)
-    tables = copy.open_feature_tables()
+    tables = copy.expose_features()
     if not tables:
         raise UserError(f"{model.name} reads no features in training, so it has no inputs to measure; leave it out.")
     return copy, tables
