@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,9 @@ class UserHistory:
         max_degree: most items of one user; static.
     """
 
-    indptr: Int[Array, " users_plus_1"]
-    ranks: Int[Array, " pairs"]
-    candidates: Int[Array, " candidates"]
+    indptr: Int[Any, " users_plus_1"]
+    ranks: Int[Any, " pairs"]
+    candidates: Int[Any, " candidates"]
     max_degree: int
 
     row_starts = Formerly("indptr")

@@ -63,8 +63,8 @@ class EvalSplit:
         ks: cut-offs of the metrics; static.
     """
 
-    users: Int[Array, "blocks block"]
-    positive_counts: Int[Array, "blocks block"]
+    users: Int[Any, "blocks block"]
+    positive_counts: Int[Any, "blocks block"]
     positives: BlockedPairs
     training: BlockedPairs
     ks: tuple[int, ...]
