@@ -80,7 +80,7 @@ def create(
         dtype: floating-point type of parameters, features and graphs.
         feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory; `dtype`
             unless given. Everything else, item graphs included, is made of the features as they are.
-        **hyper_parameters: published names, e.g. `reg_weight=1e-3`; the rest keep their published defaults.
+        **hyper_parameters: names of the reference code, e.g. `reg_weight=1e-3`; the rest keep their defaults there.
 
     Raises:
         UserError: unknown model or hyper-parameter, a value out of range, a feature that the data lack, or a

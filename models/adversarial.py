@@ -37,11 +37,11 @@ class AdversarialRecommender(Recommender):
     train their tables: delta is added to the current values. Item graphs made of the features stay as they are.
 
     Parameters, their names and the vectors for evaluation are those of the model, so that training can start at the
-    parameters of a plain run, as published: VBPR to its best epoch, then adversarially from there.
+    parameters of a plain run, as in the reference code: VBPR to its best epoch, then adversarially from there.
 
-    Other than in the published AMR, the model and its penalties are this package's (users of twice the width in VBPR,
-    losses as means), the features are not divided by their largest absolute value (epsilon is in their units), and the
-    guard against division by zero is smaller: the published one shortens delta where |Gamma_i| < 1e-6, which FREEDOM
+    Other than in the reference code of AMR, the model and its penalties are this package's (users of twice the width in
+    VBPR, losses as means), the features are not divided by their largest absolute value (epsilon is in their units), and the
+    guard against division by zero is smaller: the reference one shortens delta where |Gamma_i| < 1e-6, which FREEDOM
     falls below by its `reg_weight`.
 
     Attributes:
@@ -98,8 +98,8 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
 
     Args:
         model: from `mgrad_jax.models.create`; it stays as it is.
-        epsilon: norm of a perturbed row's change, in units of the features; published 0.1, for features of at most 1.
-        weight: of the loss on perturbed features; published 1.
+        epsilon: norm of a perturbed row's change, in units of the features; the authors' 0.1, for features of at most 1.
+        weight: of the loss on perturbed features; the authors' is 1.
 
     Returns:
         A copy of the model, a subclass of its class under the same name, whose `epsilon` and `weight` are traced as its

@@ -40,7 +40,8 @@ class EpochState(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Hyper-parameters every model has; subclasses add theirs, each declared with `hyper`, under their published names.
+    """Hyper-parameters every model has; subclasses add theirs, each declared with `hyper`, under the names of the
+    reference code.
 
     Types and ranges are checked however a configuration is made. A field declared `traced` becomes a
     `TracedHyperParameter` of the model under the same name.
@@ -65,11 +66,11 @@ class Recommender(nnx.Module):
         compares_items: whether it looks for each item's `knn_k` nearest by the direction of their features, which a row
             of zeros does not have.
         uses_negatives: whether `loss` reads `batch.negatives`.
-        published_names: our parameter path -> name in the published state_dict; a path that ends in
+        published_names: our parameter path -> name in the reference state_dict; a path that ends in
             `.kernel` is stored transposed there.
-        ignored_names: published parameters that never get a gradient and are not ported.
+        ignored_names: parameters of the reference code that never get a gradient and are not ported.
         penalties: parts of `loss` that penalise parameters and rank nothing.
-        grid: values that the published configuration searches, by name of the hyper-parameter, or "learning_rate".
+        grid: values that the reference configuration searches, by name of the hyper-parameter, or "learning_rate".
         item_tables: paths of the tables that `embed` reads a row of for every item, be they items alone or users, then
             items; learned where they are an `nnx.Param`.
         features_in_scores: whether `embed` reads the variables of `feature_paths`, untrained.

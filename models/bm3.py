@@ -21,7 +21,7 @@ from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 @dataclasses.dataclass(frozen=True)
 class BM3Config(ModelConfig):
-    """Hyper-parameters of BM3 under their published names."""
+    """Hyper-parameters of BM3 under the names of the reference code."""
 
     n_layers: int = hyper(1, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
     dropout: float = hyper(0.3, "share of a target vector's entries dropped", traced=True, least=0, below=1)
@@ -32,17 +32,17 @@ class BM3Config(ModelConfig):
 class BM3(Recommender):
     """An online predictor q towards dropped-out targets, with features aligned to ids (Zhou et al., WWW 2023).
 
-    With A the normalised graph (1e-7 added to the degrees), Z = LG(A, [E_u; E_i]) the mean over layers 0..L, h_u its user
-    rows, h_i its item rows + E_i, m = T F projected features (tables F are trained, starting at the raw features), x~ a
-    dropped-out copy without gradient, and C(a, b) = 1 - mean cos(a, b) over the batch's pairs (u, i):
+    With A the normalised graph (1e-7 added to the degrees), Z = LG(A, [E_u; E_i]) the mean over layers 0..L, h_u its
+    user rows, h_i its item rows + E_i, m = T F projected features (tables F are trained, starting at the raw features),
+    x~ a dropped-out copy without gradient, and C(a, b) = 1 - mean cos(a, b) over the batch's pairs (u, i):
 
         loss = C(q(h_u), i~) + C(q(h_i), u~)
              + cl_weight sum over modalities [C(q(m)_i, i~) + C(q(m)_i, m~_i)]
              + reg_weight (|h_u|_F + |h_i|_F) / n_items
         score(u, i) = <q(h_u), q(h_i)>.
 
-    The norms run over all users and items and are not squared; dropout masks belong to a user or item, so that its repeats
-    in a batch share one. `batch.negatives` are not read.
+    The norms run over all users and items and are not squared; dropout masks belong to a user or item, so that its
+    repeats in a batch share one. `batch.negatives` are not read.
     """
 
     name: ClassVar[str] = "bm3"

@@ -18,7 +18,7 @@ from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 @dataclasses.dataclass(frozen=True)
 class DRAGONConfig(UserGraphConfig):
-    """Hyper-parameters of DRAGON under their published names."""
+    """Hyper-parameters of DRAGON under the names of the reference code."""
 
     n_mm_layers: int = hyper(1, "propagation steps over the item graph", least=0, limit=MOST_LAYERS)
     knn_k: int = hyper(10, "nearest items in the item graph, itself included", least=1)
@@ -37,9 +37,9 @@ class DRAGON(UserGraphRecommender):
 
     the means of P over the batch's users, that of w over all.
 
-    As published: the logarithm is to base 2; two steps over the user-item graph and a width of 64 a modality
-    (`embedding_dim`) whatever `n_layers` and the embedding size are there; scores use the epoch's user graph. The
-    published trainable features, their projections and the items' weights never get a gradient and are left out.
+    As in the reference code: the logarithm is to base 2; two steps over the user-item graph and a width of 64 a
+    modality (`embedding_dim`) whatever `n_layers` and the embedding size are there; scores use the epoch's user graph.
+    The reference trainable features, their projections and the items' weights never get a gradient and are left out.
     """
 
     name: ClassVar[str] = "dragon"

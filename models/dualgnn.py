@@ -31,9 +31,9 @@ HIDDEN_FACTOR = 4
 
 @dataclasses.dataclass(frozen=True)
 class UserGraphConfig(ModelConfig):
-    """Hyper-parameters that DualGNN and DRAGON share (the published width is always 64, `embedding_dim` here)."""
+    """Hyper-parameters that DualGNN and DRAGON share (the reference width is always 64, `embedding_dim` here)."""
 
-    user_k: int = hyper(40, "nearest users in the user graph, as published 40", least=1)
+    user_k: int = hyper(40, "nearest users in the user graph, as in the reference code", least=1)
     reg_weight: float = hyper(1e-3, "weight of the squares of preferences and modality weights", traced=True, least=0)
 
 
@@ -168,7 +168,7 @@ def modality_weights(key: Array, rows: int, modalities: int, dtype: Any) -> Floa
 
 @dataclasses.dataclass(frozen=True)
 class DualGNNConfig(UserGraphConfig):
-    """Hyper-parameters of DualGNN under their published names."""
+    """Hyper-parameters of DualGNN under the names of the reference code."""
 
     separate_modalities: bool = hyper(
         False, "weigh a user's own image and text vectors, as the paper says and the code does not"
@@ -176,7 +176,7 @@ class DualGNNConfig(UserGraphConfig):
 
 
 class DualGNN(UserGraphRecommender):
-    """Dual graph neural network (Wang et al., IEEE Transactions on Multimedia 2021, as published in MMRec).
+    """Dual graph neural network (Wang et al., IEEE Transactions on Multimedia 2021, as in MMRec).
 
     With z_m, S and h_u as in `UserGraphRecommender` and w the users' modality weights,
 
@@ -186,12 +186,12 @@ class DualGNN(UserGraphRecommender):
 
     the means of P over the batch's users, those of w and of the items' weights v over all.
 
-    As published: the text enters a user twice, since the published code adds it to the image vector in place
-    (`separate_modalities` gives w_u,image z_image,u + w_u,text z_text,u, as in the paper); the logarithm is to base 2;
-    the items' weights v are penalised but used nowhere else; two steps and a width of 64 (`embedding_dim`; the layer
-    before is four times as wide) whatever `n_layers` and the embedding size are there.
+    As in the reference code: the text enters a user twice, since the reference code adds it to the image vector in
+    place (`separate_modalities` gives w_u,image z_image,u + w_u,text z_text,u, as in the paper); the logarithm is to
+    base 2; the items' weights v are penalised but used nowhere else; two steps and a width of 64 (`embedding_dim`; the
+    layer before is four times as wide) whatever `n_layers` and the embedding size are there.
 
-    Scores come from the current parameters, where the published code scores with the representations of the last
+    Scores come from the current parameters, where the reference code scores with the representations of the last
     training step (`fit(..., evaluate="stale")`), and like there from the epoch's user graph.
     """
 

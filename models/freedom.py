@@ -28,7 +28,7 @@ from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 @dataclasses.dataclass(frozen=True)
 class FREEDOMConfig(ModelConfig):
-    """Hyper-parameters of FREEDOM under their published names."""
+    """Hyper-parameters of FREEDOM under the names of the reference code."""
 
     feat_embed_dim: int = hyper(0, "width of the projected features: embedding_dim, the only one that fits", least=0)
     n_ui_layers: int = hyper(2, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)

@@ -23,7 +23,7 @@ ID_STEPS = 2
 
 @dataclasses.dataclass(frozen=True)
 class GRCNConfig(ModelConfig):
-    """Hyper-parameters of GRCN under their published names."""
+    """Hyper-parameters of GRCN under the names of the reference code."""
 
     latent_embedding: int = hyper(64, "width of preferences and mapped features", least=1)
     n_layers: int = hyper(
@@ -36,7 +36,7 @@ class GRCNConfig(ModelConfig):
 
 
 class GRCN(Recommender):
-    """Graph-refined convolution (Wei et al., ACM MM 2020, as published in MMRec).
+    """Graph-refined convolution (Wei et al., ACM MM 2020, as in MMRec).
 
     Every training pair is two directed edges, c -> r, source and target. nrm gives rows unit length. For a modality m,
 
@@ -53,15 +53,15 @@ class GRCN(Recommender):
 
     the first mean of P_image over the whole table, those marked u over the batch's users.
 
-    As published: the n_layers routing steps send messages to the items only and read the users, so that they leave the
-    preferences as they are; here the steps are passed over, unless `item_to_user_routing` has each of them do
-    p_u <- nrm(p_u + sum of the user's items, weighed by the softmax of <p_u, x_i>), as in the paper. W is not
+    As in the reference code: the n_layers routing steps send messages to the items only and read the users, so that
+    they leave the preferences as they are; here the steps are passed over, unless `item_to_user_routing` has each of
+    them do p_u <- nrm(p_u + sum of the user's items, weighed by the softmax of <p_u, x_i>), as in the paper. W is not
     normalised by degrees. An edge starts closed where all confidences of its source are negative, and the maximum
-    passes its gradient to the larger modality only. The published penalty on K is computed there but not added, so it
+    passes its gradient to the larger modality only. The reference penalty on K is computed there but not added, so it
     is left out.
 
-    The loss is softplus(-difference), which stays finite where the published log(sigmoid) overflows. Scores come from
-    the current parameters, where the published code scores with the representations of the last training step
+    The loss is softplus(-difference), which stays finite where the reference log(sigmoid) overflows. Scores come from
+    the current parameters, where the reference code scores with the representations of the last training step
     (`fit(..., evaluate="stale")`).
     """
 

@@ -1,4 +1,4 @@
-"""How a model's configuration declares its hyper-parameters: default, meaning, range, and whether a sweep may trace them."""
+"""How a configuration declares hyper-parameters: default, meaning, range, and whether a sweep may trace them."""
 
 from __future__ import annotations
 
@@ -104,6 +104,5 @@ def check(field: dataclasses.Field[Any], value: Any) -> None:
         raise UserError(f"{field.name} is {shown(value)}; it must {numbers.in_words()}.")
     limit = field.metadata.get("limit") or (_LARGEST_WHOLE if isinstance(value, int) else _LARGEST)
     if abs(value) > limit:
-        raise UserError(
-            f"{field.name} is {shown(value)}; it must be at most {limit if isinstance(limit, int) else format(limit, '.2g')}."
-        )
+        most = limit if isinstance(limit, int) else format(limit, ".2g")
+        raise UserError(f"{field.name} is {shown(value)}; it must be at most {most}.")

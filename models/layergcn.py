@@ -24,14 +24,14 @@ from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
-_EPS = 1e-8  # norms are at least this, as published
+_EPS = 1e-8  # norms are at least this, as in the reference code
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerGCNConfig(ModelConfig):
-    """Hyper-parameters of LayerGCN under their published names.
+    """Hyper-parameters of LayerGCN under the names of the reference code.
 
-    The published grid leaves `dropout` and `reg_weight` open; the defaults are its first dropout (no pruning) and 1e-3.
+    The reference grid leaves `dropout` and `reg_weight` open; the defaults are its first dropout (no pruning) and 1e-3.
     """
 
     n_layers: int = hyper(4, "propagation steps over the user-item graph", least=1, limit=MOST_LAYERS)
@@ -53,8 +53,8 @@ class LayerGCN(Recommender):
 
     over the gathered layer-0 rows, repeats included. Gradients flow through the cosine.
 
-    As published: the loss is a sum over the batch, not a mean (it matters to SGD, Adagrad and clipping, not to
-    Adam), and layer 0 is left out of z. With `dropout` p > 0 each epoch trains on int(E (1 - p)) of the E edges,
+    As in the reference code: the loss is a sum over the batch, not a mean (it matters to SGD, Adagrad and clipping, not
+    to Adam), and layer 0 is left out of z. With `dropout` p > 0 each epoch trains on int(E (1 - p)) of the E edges,
     drawn without replacement and normalised again: in the first, third, fifth ... epoch with weight 1 /
     sqrt(degree_u degree_i), in the others uniformly. Scores always come from the whole graph.
     """

@@ -23,11 +23,11 @@ N_LAYERS = 3
 
 @dataclasses.dataclass(frozen=True)
 class MMGCNConfig(ModelConfig):
-    """Hyper-parameters of MMGCN under their published names."""
+    """Hyper-parameters of MMGCN under the names of the reference code."""
 
     dim_latent: int = hyper(256, "width the image features are mapped to", least=1)
     reg_weight: float = hyper(1e-3, "weight of the squares of the random tables", traced=True, least=0)
-    train_tables: bool = hyper(False, "learn the id and preference tables, which as published stay random")
+    train_tables: bool = hyper(False, "learn the id and preference tables, which in the reference code stay random")
     table_seed: int = hyper(999, "seed of the id and preference tables", least=0, most=2**32 - 1)
     sum_modalities: bool = hyper(False, "add the modalities' vectors, as in the paper, and do not average them")
 
@@ -101,7 +101,7 @@ class _Branch(nnx.Module):
 
 
 class MMGCN(Recommender):
-    """Modality-wise graph convolution with id residuals (Wei et al., ACM MM 2019, as published in MMRec).
+    """Modality-wise graph convolution with id residuals (Wei et al., ACM MM 2019, as in MMRec).
 
     With A = D^-1 R~ the user-item graph whose rows average the neighbours, Y an id table of random numbers, and for a
     modality m the preferences P_m of the users (random numbers too) and the features X_m of the items,
@@ -112,14 +112,15 @@ class MMGCN(Recommender):
         loss = mean -log sigmoid(score(u, i) - score(u, j))
              + reg_weight (mean (2 Y_u^2 + Y_i^2 + Y_j^2) / 2 + mean P_image^2).
 
-    As published: Y and P are meant to be learned and are not, so they stay the noise they start as and the penalty is a
-    constant (`train_tables=True` learns them); P_text has no penalty; there are three layers, whatever the published
-    `n_layers` says, which is left out; modalities are averaged where the paper adds them (`sum_modalities=True` adds).
+    As in the reference code: Y and P are meant to be learned and are not, so they stay the noise they start as and the
+    penalty is a constant (`train_tables=True` learns them); P_text has no penalty; there are three layers, whatever the
+    reference `n_layers` says, which is left out; modalities are averaged where the paper adds them
+    (`sum_modalities=True` adds).
 
-    The published code draws the tables with the run's seed and its checkpoints lack them. Here they are drawn from
+    The reference code draws the tables with the run's seed and its checkpoints lack them. Here they are drawn from
     `table_seed`, so that parameters and configuration suffice to rebuild a model; seeds of a study share the tables
     unless `table_seed` varies too. `use_tables` puts in others. The loss is softplus(-difference), which stays finite
-    where the published log(sigmoid) overflows. Scores come from the current parameters, where the published code
+    where the reference log(sigmoid) overflows. Scores come from the current parameters, where the reference code
     scores with the representations of the last training step (`fit(..., evaluate="stale")`).
     """
 

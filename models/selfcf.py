@@ -21,15 +21,17 @@ from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 @dataclasses.dataclass(frozen=True)
 class SelfCFConfig(ModelConfig):
-    """Hyper-parameters of SelfCF under their published names.
+    """Hyper-parameters of SelfCF under the names of the reference code.
 
-    The published grid leaves all three open; the defaults are 2 layers, its smallest dropout and 1e-3.
+    The reference grid leaves all three open; the defaults are 2 layers, its smallest dropout and 1e-3.
     """
 
     n_layers: int = hyper(2, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
     dropout: float = hyper(0.1, "share of a target vector's entries dropped", traced=True, least=0, below=1)
     reg_weight: float = hyper(1e-3, "weight of the squared norms of the batch's representations", traced=True, least=0)
-    edge_dropout: bool = hyper(True, "drop edges in every training step, at a rate drawn from U(0, 1), as published")
+    edge_dropout: bool = hyper(
+        True, "drop edges in every training step, at a rate drawn from U(0, 1), as in the reference code"
+    )
 
 
 class SelfCF(Recommender):
@@ -45,9 +47,9 @@ class SelfCF(Recommender):
     The squared norms are those of the *propagated* rows and are summed over the batch. `batch.negatives` are not
     read. `embed` gives [q(z_u); z_u] and [z_i; q(z_i)], whose dot product is the score.
 
-    As published, A' is A with entries dropped anew in every pass: a rate r ~ U(0, 1), each stored entry (each
-    direction of an edge by itself) kept with probability 1 - r and divided by 1 - r, one matrix for all layers. The
-    paper describes no such dropout for this variant; `edge_dropout=False` trains on A.
+    As in the reference code, A' is A with entries dropped anew in every pass: a rate r ~ U(0, 1), each stored entry
+    (each direction of an edge by itself) kept with probability 1 - r and divided by 1 - r, one matrix for all layers.
+    The paper describes no such dropout for this variant; `edge_dropout=False` trains on A.
     """
 
     name: ClassVar[str] = "selfcf"

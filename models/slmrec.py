@@ -21,14 +21,16 @@ from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 @dataclasses.dataclass(frozen=True)
 class SLMRecConfig(ModelConfig):
-    """Hyper-parameters of SLMRec under their published names (the published `recdim` is `embedding_dim` here)."""
+    """Hyper-parameters of SLMRec under the names of the reference code, whose `recdim` is `embedding_dim` here."""
 
     embedding_dim: int = hyper(64, "width of the embeddings, of which two heads give half", least=2)
     layer_num: int = hyper(3, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
     temp: float = hyper(0.2, "temperature of the contrast between users and items", traced=True, above=0)
     ssl_temp: float = hyper(0.2, "temperature of the contrast between modalities", traced=True, above=0)
     ssl_alpha: float = hyper(0.1, "weight of the contrast between modalities", traced=True, least=0)
-    sigmoid_scores: bool = hyper(False, "scores in (0, 1) as published; rankings go by the dot product all the same")
+    sigmoid_scores: bool = hyper(
+        False, "scores in (0, 1) as in the reference code; rankings go by the dot product all the same"
+    )
 
 
 class SLMRec(Recommender):
@@ -46,18 +48,18 @@ class SLMRec(Recommender):
 
         loss = CE(nrm(z_u) nrm(z_i)^T / temp) + ssl_alpha (CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp)).
 
-    As published: the other positives of a batch are the negatives, so the loss depends on the batch size and
-    `batch.negatives` are not read; the modality contrast is not normalised; the step for audio is passed over.
+    As in the reference code: the other positives of a batch are the negatives, so the loss depends on the batch size
+    and `batch.negatives` are not read; the modality contrast is not normalised; the step for audio is passed over.
 
-    None of these deviations changes the training loss: scores come from the current parameters, where the published
+    None of these deviations changes the training loss: scores come from the current parameters, where the reference
     code scores with the representations of the last training step (`fit(..., evaluate="stale")`); they are dot
-    products without the published sigmoid, which orders the items alike but saturates to ties in float32
+    products without the reference sigmoid, which orders the items alike but saturates to ties in float32
     (`sigmoid_scores` gives it in `scores`; evaluation and recommendation rank by the dot product all the same); the
-    published `reg`, which takes no part in its loss, and the head for audio, which never gets a gradient, are left
+    reference `reg`, which takes no part in its loss, and the head for audio, which never gets a gradient, are left
     out.
 
-    The biases of `head_image` and `head_text` have gradient zero. `published_weight_decay` is what the published
-    configuration gives Adam (added to the gradient).
+    The biases of `head_image` and `head_text` have gradient zero. The reference configuration gives Adam a weight decay
+    of 1e-4, added to the gradient (`--weight-decay 1e-4`).
     """
 
     name: ClassVar[str] = "slmrec"
@@ -69,7 +71,6 @@ class SLMRec(Recommender):
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
     needs_all: ClassVar[bool] = True
     uses_negatives: ClassVar[bool] = False
-    published_weight_decay: ClassVar[float] = 1e-4
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-4, 1e-3, 1e-2, 1e-1),
         "ssl_temp": (0.1, 0.2, 0.5, 1.0),

@@ -18,13 +18,13 @@ from mgrad_jax.models.hyper_parameters import hyper
 
 @dataclasses.dataclass(frozen=True)
 class VBPRConfig(ModelConfig):
-    """Hyper-parameters of VBPR under their published names."""
+    """Hyper-parameters of VBPR under the names of the reference code."""
 
     reg_weight: float = hyper(1e-3, "weight of the norms of the batch's vectors", traced=True, least=0)
 
 
 class VBPR(Recommender):
-    """Item vectors of a free part and a linear map of the features (He and McAuley 2016, as published in MMRec).
+    """Item vectors of a free part and a linear map of the features (He and McAuley 2016, as in MMRec).
 
     With x_i = [text_i; image_i] (features as they are, frozen), for a batch of B users u, positives i and negatives j
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,9 @@ class UserHistory:
         max_degree: most items of one user; static.
     """
 
-    indptr: Int[Array, " users_plus_1"]
-    ranks: Int[Array, " pairs"]
-    candidates: Int[Array, " candidates"]
+    indptr: Int[Any, " users_plus_1"]
+    ranks: Int[Any, " pairs"]
+    candidates: Int[Any, " candidates"]
     max_degree: int
 
     row_starts = Formerly("indptr")
@@ -72,11 +72,11 @@ def user_history(data: Interactions) -> UserHistory:
 def sample_negatives(key: Array, users: Int[Array, " n"], history: UserHistory) -> Int[Array, " n"]:
     """One negative a user: uniform over the training items that the user does not have in training.
 
-    The published rule redraws until the item is new to the user. The same distribution without a loop: draw r below
+    The reference code redraws until the item is new to the user. The same distribution without a loop: draw r below
     the number of free items; the r-th free item stands at position r plus the number of the user's own items before
     it, which a binary search over rank - (own items before it) finds. No free item is favoured by more than
-    the order of n_candidates / 2**32 (1e-5 at 60,000 items), the modulo bias of `jax.random.randint`. A user who has every training item has no
-    negative; `user_history` refuses such data.
+    the order of n_candidates / 2**32 (1e-5 at 60,000 items), the modulo bias of `jax.random.randint`. A user who has
+    every training item has no negative; `user_history` refuses such data.
 
     Args:
         key: a PRNG key.

@@ -63,8 +63,8 @@ class EvalSplit:
         ks: cut-offs of the metrics; static.
     """
 
-    users: Int[Array, "blocks block"]
-    positive_counts: Int[Array, "blocks block"]
+    users: Int[Any, "blocks block"]
+    positive_counts: Int[Any, "blocks block"]
     positives: BlockedPairs
     training: BlockedPairs
     ks: tuple[int, ...]
@@ -89,7 +89,7 @@ def make_eval_split(
     """Prepare the evaluation of one split.
 
     Every user with at least one positive in the split is evaluated over all items. Only training items are masked,
-    for validation and for test, as published: a validation item can take a rank in the test list.
+    for validation and for test, as in the reference code: a validation item can take a rank in the test list.
 
     Args:
         data: the interactions.

@@ -71,7 +71,7 @@ _edge_dots_both_ways = Multilinear("graph_edge_dots", _both_ways, {0: _pull_eith
 
 
 def edge_softmax(graph: SparseGraph, logits: Float[Array, " nnz"]) -> Float[Array, " nnz"]:
-    """Softmax over the entries of every row, with 1e-16 in the denominator as published (GRCN)."""
+    """Softmax over the entries of every row, with 1e-16 in the denominator as in the reference code of GRCN."""
     return _edge_softmax(graph.shape[0], graph.rows(), logits)
 
 

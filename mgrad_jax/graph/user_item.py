@@ -35,7 +35,7 @@ def normalized_bipartite(
     Args:
         users, items: (n,) training pairs; repeated pairs count once.
         n_users, n_items: sizes.
-        eps: added to every degree, as published (1e-7; SLMRec 1e-8; DualGNN and DRAGON 0).
+        eps: added to every degree, as in the reference code (1e-7; SLMRec 1e-8; DualGNN and DRAGON 0).
         dtype: of the values.
     """
     rows, columns, degrees = _both_directions(users, items, n_users, n_items)
