@@ -288,9 +288,9 @@ def test_a_stopped_target_is_seen_by_values_and_not_by_products() -> None:
     # By values, whose cross terms average out over all signs.
     plane = partial(losses_on_plane, loss, (), params)
     sizes = {RAW: np.asarray([0.01]), CORRECTED: np.asarray([0.01])}
-    rises, _ = module._rises(plane, params, ones, "signs", jax.random.key(0), 100, sizes)
+    rises, _ = module._rises(plane, params, ones, "signs", jax.random.key(0), 200, sizes)
     traces = 2 * rises[RAW][:, 0] / 0.01**2
-    error = traces.std(ddof=1) / math.sqrt(100)
+    error = traces.std(ddof=1) / math.sqrt(200)
     assert traces.mean() == pytest.approx(seen + hidden, abs=4 * error)
     assert 4 * error < hidden
 
