@@ -311,9 +311,9 @@ def _of_theorem(asked: Asked) -> Iterator[Ours]:
 def _of_lemma(asked: Asked) -> Iterator[Ours]:
     """Means over seeds of what `theory --inputs` found at the best epochs, and at equal loss where it could."""
     found = _read(asked.out / "inputs" / "result.json")
-    yield from _inputs(found["inputs"], {"(1_+_|x|^2)_/_|W|^2": "constant"}, "")
+    yield from _inputs(found["inputs"], {"constant": "constant"}, "")
     at_equal_loss = found["equal_loss"]
-    numbers = {"|dL/dX|": "|dL/dX|", "sensitivity": "sensitivity"}
+    numbers = {"input_gradient": "|dL/dX|", "sensitivity": "sensitivity"}
     yield from _inputs(at_equal_loss or found["inputs"], numbers, "equal loss" if at_equal_loss else "best epoch")
 
 

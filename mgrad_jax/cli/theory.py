@@ -82,13 +82,16 @@ def theory(
     from mgrad_jax.optimizers import make_optimizer
 
     asked, chosen = names("--metrics", metrics), names("--optimizers", optimizers)
+    models = () if model is None else names("--model", model)
+    for option, given in (("--model", models), ("--optimizers", chosen), ("--metrics", asked)):
+        if len(set(given)) < len(given):
+            raise UserError(f"{option} names one of {', '.join(given)} twice; name each once.")
     check_metric_names(asked)
     for name in chosen:
         make_optimizer(name, 1e-3)
     settings = TheorySettings(
         alpha1, alpha2, learning_rate, chosen, batch_size, warm_up, min(pairs, 2**31 - 1), examples, seed
     )
-    models = () if model is None else names("--model", model)
     _measure(out, runs or [], models, data, epochs, set_ or [], settings, asked, inputs=inputs)
 
 

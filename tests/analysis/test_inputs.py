@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from mgrad_jax import models
+from mgrad_jax.analysis import reproduce
 from mgrad_jax.analysis.inputs import (
     at_loss,
     common_loss,
@@ -180,6 +182,12 @@ def test_runs_are_measured_along_the_way_and_at_equal_loss(inputs: Path) -> None
     assert len({row["loss"] for row in result["equal_loss"]}) == 1
     assert [row["method"] for row in result["equal_loss"] if row["sensitivity"]][:2] == ["plain", "mirror"]
     assert (inputs / "inputs.png").stat().st_size > 500
+
+
+def test_the_presets_find_what_they_read(inputs: Path) -> None:
+    found = list(reproduce._of_lemma(SimpleNamespace(out=inputs.parent)))  # type: ignore[arg-type]
+    assert {ours.metric for ours in found} == {"constant", "|dL/dX|", "sensitivity"}
+    assert {ours.method for ours in found} == {"plain", "replay", "mirror"}
 
 
 def test_no_change_is_what_the_run_reports_and_the_worst_one_is_not(inputs: Path, study: Path) -> None:

@@ -185,6 +185,7 @@ def test_the_theorem_holds_for_models_trained_here(tmp_path: Path) -> None:
         (["--model", "vbpr", "--data", "demo", "--learning-rate", "-1"], "it must be a positive number"),
         (["--model", "vbpr", "--data", "demo", "--optimizers", "adan"], "unknown optimizer 'adan'"),
         (["--model", "vbbr", "--data", "demo"], "vbbr"),
+        (["--model", "vbpr,vbpr", "--data", "demo"], "--model names one of vbpr, vbpr twice"),
         (["--model", "vbpr", "--data", "nowhere"], "nowhere"),
         (["--model", "vbpr", "--data", "demo", "--metrics", "recall"], "is no metric"),
         (["--model", "lightgcn", "--data", "demo", "--inputs"], "lightgcn reads no features in training"),
