@@ -159,17 +159,19 @@ def summary_table(landscapes: Landscapes, readings: Readings, data: str) -> Tabl
 def _trust(landscapes: Landscapes) -> str:
     """How far traces and eigenvalues can be trusted, in the worst case of all."""
     steps, residuals = [0.0], [0.0]
-    for place in _places(landscapes):
-        numbers = place.flatness.numbers
-        for scale in (RAW, CORRECTED):
-            trace, largest = numbers["trace", scale], numbers["largest eigenvalue", scale]
-            smallest = numbers["smallest eigenvalue", scale]
-            steps.append(abs(trace.value - (trace.check or 0.0)) / max(abs(trace.value), 1e-300))
-            size = max(abs(largest.value), abs(smallest.value), 1e-300)
-            residuals += [(number.check or 0.0) / size for number in (largest, smallest)]
+    for scale in (RAW, CORRECTED):
+        measured = [place.flatness.numbers for place in _places(landscapes)]
+        traces = [numbers["trace", scale] for numbers in measured]
+        # In units of the largest: along training a trace may pass through 0.
+        size = max(max(abs(trace.value) for trace in traces), 1e-300)
+        steps += [abs(trace.value - (trace.check or 0.0)) / size for trace in traces]
+        for numbers in measured:
+            ends = [numbers[f"{end} eigenvalue", scale] for end in ("largest", "smallest")]
+            size = max(*(abs(end.value) for end in ends), 1e-300)
+            residuals += [(end.check or 0.0) / size for end in ends]
     return (
-        f"Half the step changes a trace by at most {max(steps):.1%}; the largest residual of an eigenvalue is "
-        f"{max(residuals):.1%} of the larger one."
+        f"Half the step changes a trace by at most {max(steps):.1%} of the largest; the largest residual of an eigenvalue "
+        f"is {max(residuals):.1%} of the larger one."
     )
 
 
