@@ -33,6 +33,8 @@ _SURROGATE = "of the gradient's surrogate"
 # What is made of gradients; the other numbers are made of values.
 _BY_GRADIENTS = ("largest eigenvalue", "smallest eigenvalue", "slope")
 
+_LEVEL = 0.05
+
 Key = tuple[str, str]
 
 
@@ -219,14 +221,18 @@ def verdicts(differences: Table) -> list[str]:
     for row in differences.rows:
         cell = dict(zip(columns, row, strict=True))
         if (cell["at"], cell["number"], cell["scale"]) == (EQUAL, "trace", CORRECTED):
-            found = cell["difference"]
-            word = "flatter" if found.high < 0 else "sharper" if found.low > 0 else "no difference shown"
-            tested = cell["note"] if cell["p"] is None else f"p = {cell['Holm']:.2g} over seeds, adjusted"
+            found, p = cell["difference"], cell["Holm"]
             said.append(
-                f"{cell['model']} at equal loss, {cell['comparison']}: scale-corrected trace {shown(found, '+.3g')}, "
-                f"{word} ({tested})."
+                f"{cell['model']} at equal loss, {cell['comparison']}: scale-corrected trace {shown(found, '+.3g')}; "
+                + (f"{cell['note']}." if p is None else f"{_word(found.value, p)}, p = {p:.2g} over seeds, adjusted.")
             )
     return said
+
+
+def _word(difference: float, p: float) -> str:
+    if p >= _LEVEL:
+        return "no difference shown"
+    return "flatter" if difference < 0 else "sharper"
 
 
 def _values(numbers: Mapping[int, Mapping[Key, np.ndarray]], key: Key) -> np.ndarray:
