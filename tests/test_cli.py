@@ -324,7 +324,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "unknown method": (
         ["--method", "miror"],
-        "unknown method 'miror'; choose one of mirror, plain, replay, sam, ssam-f,",
+        "unknown method 'miror'; choose one of mirror, mirror-ascent, plain, replay, sam, ssam-f,",
     ),
     "near method": (["--method", "reply"], "(did you mean replay?)"),
     "two methods": (["--method", "plain", "--mirror"], "--method plain and --mirror exclude each other; leave one"),

@@ -161,4 +161,6 @@ def _check_alike(runs: Sequence[_Described], free: Sequence[str]) -> None:
 
 def _flat(settings: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if key not in (*_FREE, *free, "hyper_parameters")}
-    return {**kept, **(settings.get("hyper_parameters") or {})}
+    # The runs of a study that begins with another begin with one of it each.
+    started = {"start_from": "another run"} if kept.pop("start_from", None) is not None else {}
+    return {**kept, **started, **(settings.get("hyper_parameters") or {})}

@@ -80,11 +80,7 @@ def evaluate(
     if per_user is not None:
         _write_users(per_user, evaluated, sampled, internal_ids)
     seconds = f"{time.perf_counter() - started:.1f} s"
-    notes = (
-        [*evaluated.notes, seconds]
-        if _is_baseline(run)
-        else [f"{evaluated.notes[0]}   {seconds}", *evaluated.notes[1:]]
-    )
+    notes = [f"{evaluated.notes[0]}   {seconds}", *evaluated.notes[1:]]
     print_metrics(evaluated.title, notes, means["valid"], means["test"])
     if sampled is not None:
         rows = [[name, f"{float(values.mean()):.4f}"] for name, values in sampled[1].items()]
@@ -103,10 +99,10 @@ class _Evaluated(NamedTuple):
 
 
 def _is_baseline(run: Path) -> bool:
-    """Whether a name alone is meant; a directory of that name is ./NAME."""
+    """Whether a recommender without training is meant; a directory of its name is what one has trained."""
     from mgrad_jax.analysis.baselines import BASELINES
 
-    return str(run) in BASELINES
+    return str(run) in BASELINES and not run.exists()
 
 
 def _evaluated_run(run: Path, data: str | None) -> _Evaluated:
@@ -137,7 +133,7 @@ def _evaluated_baseline(name: str, data: str | None) -> _Evaluated:
         split: metrics_of_scores(make_eval_split(interactions, split, defaults.ks), baseline.scores)
         for split in _SPLITS
     }
-    notes = [f"no training{f'; {baseline.setting}' if baseline.setting else ''}"]
+    notes = ["no training", *filter(None, [baseline.setting])]
     return _Evaluated(f"{name} on {interactions.name}", notes, interactions, data, values, baseline.scores)
 
 

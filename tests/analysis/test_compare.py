@@ -260,7 +260,7 @@ def test_a_seed_that_diverged_leaves_the_other_training_without_its_partner() ->
 
 BAD: dict[str, tuple[dict[str, str], str]] = {
     "unknown model": ({"models": "vpbr"}, "unknown model 'vpbr'"),
-    "unknown method": ({"methods": "plain,miror"}, "unknown method 'miror'; choose among mirror, plain"),
+    "unknown method": ({"methods": "plain,miror"}, "unknown method 'miror'; choose among mirror, mirror-ascent, plain"),
     "empty place": ({"methods": "plain,,mirror"}, "--methods plain,,mirror has an empty place"),
     "twice": ({"models": "vbpr,vbpr"}, "--models names vbpr twice"),
     "no seeds": ({"seeds": "0"}, "--seeds is 0; it must be at least 1"),

@@ -14,7 +14,7 @@ import yaml
 from small_study import compare
 
 from mgrad_jax.analysis.compare_equal import LAST, at_equal_updates, equal_comparisons, equal_verdicts
-from mgrad_jax.analysis.runs import group_runs
+from mgrad_jax.analysis.runs import _flat, group_runs
 from mgrad_jax.analysis.study import Cell, Key, Run, Study, _choose, study_runs
 from mgrad_jax.cli import main
 from mgrad_jax.data import load_interactions
@@ -243,6 +243,11 @@ def test_a_start_from_another_model_or_size_is_refused(study: Path) -> None:
     other = RunConfig("lightgcn", "demo").create_model(data)
     with pytest.raises(UserError, match="is a run of vbpr and cannot start lightgcn: vbpr has the parameter"):
         start_from(other, trained, run)
+
+
+def test_runs_that_begin_with_one_of_a_study_each_compare_with_each_other_and_not_with_others() -> None:
+    first, second, own = ({"start_from": start, "alpha1": 1.0} for start in ("a-s1", "a-s2", None))
+    assert _flat(first, ()) == _flat(second, ()) != _flat(own, ()) == _flat({"alpha1": 1.0}, ())
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
