@@ -33,6 +33,8 @@ _SURROGATE = "of the gradient's surrogate"
 # What is made of gradients; the other numbers are made of values.
 _BY_GRADIENTS = ("largest eigenvalue", "smallest eigenvalue", "slope")
 
+_LEVEL = 0.05
+
 Key = tuple[str, str]
 
 
@@ -159,17 +161,19 @@ def summary_table(landscapes: Landscapes, readings: Readings, data: str) -> Tabl
 def _trust(landscapes: Landscapes) -> str:
     """How far traces and eigenvalues can be trusted, in the worst case of all."""
     steps, residuals = [0.0], [0.0]
-    for place in _places(landscapes):
-        numbers = place.flatness.numbers
-        for scale in (RAW, CORRECTED):
-            trace, largest = numbers["trace", scale], numbers["largest eigenvalue", scale]
-            smallest = numbers["smallest eigenvalue", scale]
-            steps.append(abs(trace.value - (trace.check or 0.0)) / max(abs(trace.value), 1e-300))
-            size = max(abs(largest.value), abs(smallest.value), 1e-300)
-            residuals += [(number.check or 0.0) / size for number in (largest, smallest)]
+    for scale in (RAW, CORRECTED):
+        measured = [place.flatness.numbers for place in _places(landscapes)]
+        traces = [numbers["trace", scale] for numbers in measured]
+        # In units of the largest: along training a trace may pass through 0.
+        size = max(max(abs(trace.value) for trace in traces), 1e-300)
+        steps += [abs(trace.value - (trace.check or 0.0)) / size for trace in traces]
+        for numbers in measured:
+            ends = [numbers[f"{end} eigenvalue", scale] for end in ("largest", "smallest")]
+            size = max(*(abs(end.value) for end in ends), 1e-300)
+            residuals += [(end.check or 0.0) / size for end in ends]
     return (
-        f"Half the step changes a trace by at most {max(steps):.1%}; the largest residual of an eigenvalue is "
-        f"{max(residuals):.1%} of the larger one."
+        f"Half the step changes a trace by at most {max(steps):.1%} of the largest; the largest residual of an eigenvalue "
+        f"is {max(residuals):.1%} of the larger one."
     )
 
 
@@ -217,14 +221,18 @@ def verdicts(differences: Table) -> list[str]:
     for row in differences.rows:
         cell = dict(zip(columns, row, strict=True))
         if (cell["at"], cell["number"], cell["scale"]) == (EQUAL, "trace", CORRECTED):
-            found = cell["difference"]
-            word = "flatter" if found.high < 0 else "sharper" if found.low > 0 else "no difference shown"
-            tested = cell["note"] if cell["p"] is None else f"p = {cell['Holm']:.2g} over seeds, adjusted"
+            found, p = cell["difference"], cell["Holm"]
             said.append(
-                f"{cell['model']} at equal loss, {cell['comparison']}: scale-corrected trace {shown(found, '+.3g')}, "
-                f"{word} ({tested})."
+                f"{cell['model']} at equal loss, {cell['comparison']}: scale-corrected trace {shown(found, '+.3g')}; "
+                + (f"{cell['note']}." if p is None else f"{_word(found.value, p)}, p = {p:.2g} over seeds, adjusted.")
             )
     return said
+
+
+def _word(difference: float, p: float) -> str:
+    if p >= _LEVEL:
+        return "no difference shown"
+    return "flatter" if difference < 0 else "sharper"
 
 
 def _values(numbers: Mapping[int, Mapping[Key, np.ndarray]], key: Key) -> np.ndarray:

@@ -195,8 +195,8 @@ def test_equal_runs_differ_by_exactly_0_and_others_are_tested_over_seeds() -> No
     said = verdicts(table)
     assert len(said) == 3
     assert "bm3 at equal loss, mirror - replay: scale-corrected trace -0.98" in said[1]
-    assert "flatter (p = " in said[1]
-    assert "no difference shown (p = 1 over seeds, adjusted)" in said[2]
+    assert "; flatter, p = " in said[1]
+    assert "; no difference shown, p = 1 over seeds, adjusted." in said[2]
 
 
 def test_one_seed_is_not_tested_and_its_band_is_over_the_directions() -> None:
@@ -207,6 +207,10 @@ def test_one_seed_is_not_tested_and_its_band_is_over_the_directions() -> None:
     for row in differences_table(made, all_readings(made)).rows:
         assert row[-1] == "not tested: 1 seed, at least 3 are needed"
         assert np.isfinite(row[6].low)
+    made = {"bm3": {"plain": {1: landscape([(2, 0.9, 1.0), (4, 0.6, 2.0)], 4)}}}
+    made["bm3"]["replay"] = made["bm3"]["plain"]
+    (said,) = verdicts(differences_table(made, all_readings(made)))
+    assert said.endswith("scale-corrected trace +0 [+0, +0]; not tested: 1 seed, at least 3 are needed.")
     made = {"bm3": {"plain": {1: single}, "replay": {1: single}}}
     assert all(np.isnan(row[6].low) for row in differences_table(made, all_readings(made)).rows)
 
