@@ -22,6 +22,8 @@ from mgrad_jax.files import unwritable, write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RECORDED = ("batch_size", "repeats", "seed", "threads")  # options that rows always have
+
 
 class Parser(argparse.ArgumentParser):
     """Options with a second, tiny default for `--quick`; says what is wrong in one sentence and exits with 2."""
@@ -117,9 +119,7 @@ class Benchmark:
         self.options(parser)
         parser.add_argument("--quick", action="store_true", help="tiny defaults: does it run, not how fast")
         parser.add_argument("--show", action="store_true", help="measure nothing; print and plot the file's rows")
-        parser.add_argument(
-            "--allow-dirty", action="store_true", help="measure though the tree differs from its commit"
-        )
+        parser.add_argument("--allow-dirty", action="store_true", help="measure a tree that differs from its commit")
         parser.add_argument("--output", type=Path, required=not self.kept, help="the file of results")
         options = parser.parse(arguments)
         if options.output is None and not options.quick:  # what is tiny is worth no file
@@ -140,10 +140,11 @@ class Benchmark:
         refuse_dirty(options.allow_dirty or options.quick)
         key = TABLES[self.name].key_of
         here = functools.cache(device_elsewhere if self.own_processes else device_name)
-        if rows:
-            _check_device(options.output, rows, here())
+        if others := ", ".join(sorted({row["device"] for row in rows} - {here()})) if rows else "":
+            raise UserError(f"{options.output} holds rows of {others} and this is {here()}; choose another --output.")
+        common = {name: value for name, value in vars(options).items() if name in RECORDED}
         for measured in self.measure(options):
-            fresh = [{**row, "device": row.get("device") or here()} for row in measured]
+            fresh = [{**common, **row, "device": row.get("device") or here()} for row in measured]
             fresh = [{**row, "versions": row.get("versions") or versions()} for row in fresh]
             keys = {key(row) for row in fresh}
             rows[:] = self.complete([row for row in rows if key(row) not in keys] + fresh)
@@ -170,12 +171,6 @@ class Benchmark:
         return rows
 
 
-def _check_device(output: Path, rows: list[Row], here: str) -> None:
-    others = sorted({row["device"] for row in rows} - {here})
-    if others:
-        raise UserError(f"{output} holds rows of {', '.join(others)} and this is {here}; choose another --output.")
-
-
 def say(*what: object) -> None:
     """Tell what is being measured."""
     print(*what, "...", file=sys.stderr, flush=True)
@@ -184,11 +179,7 @@ def say(*what: object) -> None:
 def in_own_process(command: Sequence[str], job: Mapping[str, Any], what: str, **how: Any) -> Any:
     """Run a command with the file of a job as its last argument; returns what it wrote to the job's `output`.
 
-    Args:
-        command: e.g. `[sys.executable, __file__, "--job"]`, answered by `Benchmark.job`.
-        job: what to do, as JSON.
-        what: for the message where it fails.
-        how: of `subprocess.run`.
+    `[sys.executable, __file__, "--job"]` is answered by `Benchmark.job`; `what` is for the message where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         file, output = Path(folder) / "job.json", Path(folder) / "result.json"

@@ -1,8 +1,4 @@
-"""Parts of a measurement in order, within a budget of time, each written at once: what `gpu.py` runs them by.
-
-Nothing here knows of GPUs or processes: the clock and what runs a part are given, so that order and budget can be tried
-with parts that are made up.
-"""
+"""Parts of a measurement in order, within a budget of time, each written at once; the clock and what runs them are given."""
 
 from __future__ import annotations
 
@@ -13,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mgrad_jax.files import write_whole
 
 LEAST_LIMIT = 120.0  # seconds that a part may always take, whatever was expected of it
 PATIENCE = 3.0  # times the expectation, after which a part counts as hung
@@ -52,7 +50,7 @@ class Outcome:
 
 @dataclass
 class Results:
-    """Outcomes on disk, one file a step, each written as soon as it is known."""
+    """Outcomes on disk, one file per step, each written as soon as it is known."""
 
     folder: Path
     machine: Mapping[str, Any]
@@ -70,9 +68,7 @@ class Results:
         record = {"status": outcome.status, "seconds": round(seconds, 1), "expected_seconds": part.seconds}
         record |= {"reason": outcome.reason} if outcome.reason else {}
         content["parts"][part.name] = {**record, "machine": dict(self.machine), "rows": outcome.rows}
-        temporary = self.folder / f".{part.step}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.folder / f"{part.step}.json")
+        write_whole(self.folder / f"{part.step}.json", json.dumps(content, indent=1) + "\n")
 
     def _step(self, step: str) -> dict[str, Any]:
         file = self.folder / f"{step}.json"
@@ -109,10 +105,8 @@ def run_parts(
         if part.missing is not None:
             outcome, taken = Outcome("skipped", reason=part.missing), 0.0
         elif expected > left:
-            outcome, taken = (
-                Outcome("skipped", reason=f"needs some {expected:.0f} s and {max(left, 0):.0f} s are left"),
-                0.0,
-            )
+            reason = f"needs some {expected:.0f} s and {max(left, 0):.0f} s are left"
+            outcome, taken = Outcome("skipped", reason=reason), 0.0
         else:
             say(f"{part}: some {expected:.0f} s of {left:.0f} s left ...")
             started = clock()

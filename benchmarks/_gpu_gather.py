@@ -46,23 +46,21 @@ def _rows(n_rows: int, width: int, n_ids: int, repeats: int) -> list[Row]:
     table = jnp.asarray(rng.standard_normal((n_rows, width), np.float32))
     gathers = {"indexing": ("segment", lambda table, ids: table[ids]), **{p: (p, gather_rows) for p in PRODUCTS}}
     runs: dict[str, Callable[[], Any]] = {}
-    distinct, errors = {}, {}
+    found: dict[str, Row] = {}
     for name, (product, gather) in gathers.items():
         try:
             with gpu_product(product):
                 gradient = jax.jit(jax.grad(lambda table, ids, gather=gather: jnp.sum(gather(table, ids) ** 2)))
                 run = partial(gradient.lower(table, ids).compile(), table, ids)
-            distinct[name] = len({np.asarray(run()[:200]).tobytes() for _ in range(RUNS)})
+            found[name] = {"distinct": len({np.asarray(run()[:200]).tobytes() for _ in range(RUNS)})}
             runs[name] = run
         except Exception as error:  # one product must not hide the others
-            errors[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     seconds = interleaved(runs, repeats)
-    common = {"rows": n_rows, "columns": width, "ids": n_ids}
-    found: dict[str, Row] = {name: {"error": error} for name, error in errors.items()}
     for name, times in seconds.items():
-        ratio = ratios(times, seconds["indexing"])
-        found[name] = {"seconds": spread(times), "ratio": ratio, "distinct": distinct[name]}
-    return [{"case": name, **found[name], **common} for name in gathers]
+        found[name] |= {"seconds": spread(times), "ratio": ratios(times, seconds["indexing"])}
+    common = {"rows": n_rows, "columns": width, "ids": n_ids}
+    return [{"case": name, **row, **common} for name, row in found.items()]
 
 
 if __name__ == "__main__":

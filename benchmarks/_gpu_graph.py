@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _frame import Benchmark
+from _steps import deviation
 from _tables import Row
 
 from mgrad_jax.data import Interactions, synthetic_interactions
@@ -47,25 +48,25 @@ def _compared(product: str, dtype: str, data: Interactions) -> Row:
         x, weights = np.random.default_rng(0).normal(size=(2, graph.shape[0], 32)).astype(dtype)
 
         def loss(values: Any, x: Any) -> Any:
-            return jnp.vdot(weights, jnp.sin(propagate(dataclasses.replace(graph, values=values), x)))
+            return jnp.vdot(weights, jnp.sin(propagate(dataclasses.replace(graph, data=values), x)))
 
         gradient = jax.jit(jax.grad(loss, (0, 1)))
         ours = {"value": jax.jit(propagate)(graph, x)}
-        ours["by values"], ours["by x"] = gradient(graph.values, x)
+        ours["by values"], ours["by x"] = gradient(graph.data, x)
         ours["second"] = jax.jit(lambda v, x: jax.jvp(jax.grad(loss, 1), (v, x), (jnp.zeros_like(v), x))[1])(
-            graph.values, x
+            graph.data, x
         )
-        repeated = {np.asarray(gradient(graph.values, x)[1]).tobytes() for _ in range(RUNS)}
+        repeated = {np.asarray(gradient(graph.data, x)[1]).tobytes() for _ in range(RUNS)}
         dense = _dense(graph, x, weights)
-    found = {name: _deviation(array, dense[name]) for name, array in ours.items()}
+    found = {name: deviation(array, dense[name]) for name, array in ours.items()}
     return {"deviation": found, "distinct": len(repeated), "entries": graph.nnz}
 
 
 def _dense(graph: Any, x: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The same in NumPy and float64, derivatives by hand."""
-    rows, columns = np.repeat(np.arange(graph.shape[0]), np.diff(graph.row_starts)), np.asarray(graph.columns)
+    rows, columns = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr)), np.asarray(graph.indices)
     matrix = np.zeros(graph.shape)
-    matrix[rows, columns] = graph.values
+    matrix[rows, columns] = graph.data
     x, weights = x.astype(np.float64), weights.astype(np.float64)
     y = matrix @ x
     pull = weights * np.cos(y)
@@ -75,10 +76,6 @@ def _dense(graph: Any, x: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarr
         "by x": matrix.T @ pull,
         "second": matrix.T @ (-weights * np.sin(y) * y),  # along x itself
     }
-
-
-def _deviation(ours: Any, expected: np.ndarray) -> float:
-    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max())
 
 
 if __name__ == "__main__":

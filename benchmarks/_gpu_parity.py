@@ -30,10 +30,11 @@ import numpy as np
 from _frame import Benchmark, Parser
 from _machine import cores
 from _settings import PRECISIONS
+from _steps import deviation
 from _tables import Row
 from flax import nnx
 
-from mgrad_jax.models import Frozen
+from mgrad_jax.models import Constant
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "models"
 MODELS = {  # and the tests that build them
@@ -84,7 +85,7 @@ def _build(name: str, dtype: Any) -> Any:
         tests.feed_recorded_graphs(name, model)
     elif exact:
         golden = import_module("golden")
-        model.graph = Frozen(golden.graph_of(golden.recorded(FILES.get(name, name))["graph/norm_adj"], dtype))
+        model.graph = Constant(golden.graph_of(golden.recorded(FILES.get(name, name))["graph/norm_adj"], dtype))
     return model
 
 
@@ -99,9 +100,9 @@ def _model(name: str, dtype: Any) -> Row:
     scores = model.scores(jnp.arange(model.n_users))
     scores = jax.nn.sigmoid(scores) if name == "slmrec" else scores
     return {
-        "loss": _deviation(loss, numbers["out/loss"]),
-        "gradients": max(_deviation(gradients[path], numbers[key]) for path, key in compared.items()),
-        "scores": _deviation(scores, numbers["out/scores"]),
+        "loss": deviation(loss, numbers["out/loss"]),
+        "gradients": max(deviation(gradients[path], numbers[key]) for path, key in compared.items()),
+        "scores": deviation(scores, numbers["out/scores"]),
         "arrays": len(compared) + 2,
     }
 
@@ -118,18 +119,12 @@ def _trajectory(model: str, run: str, dtype: Any) -> Row:
             key = f"traj/{run}/{t}/{names[dotted]}"
             if key in numbers and dotted not in tests.ZERO_GRADIENT:
                 array = np.asarray(value[...])
-                deviations.append(_deviation(array.T if path[-1] == "kernel" else array, numbers[key]))
+                deviations.append(deviation(array.T if path[-1] == "kernel" else array, numbers[key]))
     return {
-        "loss": _deviation([loss[-1] for loss in losses], numbers[f"traj/{run}/loss"]),
+        "loss": deviation([loss[-1] for loss in losses], numbers[f"traj/{run}/loss"]),
         "parameters": max(deviations),
         "arrays": len(deviations) + 1,
     }
-
-
-def _deviation(ours: Any, recorded: Any) -> float:
-    """The largest difference over the largest recorded number."""
-    recorded = np.asarray(recorded, np.float64)
-    return float(np.abs(np.asarray(ours, np.float64) - recorded).max() / np.abs(recorded).max())
 
 
 if __name__ == "__main__":

@@ -54,10 +54,9 @@ def _profiled(case: Case) -> Row:
             seconds = time.perf_counter() - started
         try:
             kernels = _kernels(Path(folder))
+            reason = "" if kernels else "the trace holds no events of the device"
         except Exception as error:  # the wall time is worth having without them
             kernels, reason = [], f"{type(error).__name__}: {error}"
-        else:
-            reason = "" if kernels else "the trace holds no events of the device"
     row = {"seconds_per_step": seconds / case.passes, "passes": case.passes, "kernels": kernels[:SHOWN]}
     return {**row, "kernel_seconds": sum(k["seconds"] for k in kernels), **({"note": reason} if reason else {})}
 
@@ -71,8 +70,7 @@ def _kernels(folder: Path) -> list[dict[str, Any]]:
             if plane.name.startswith("/device:GPU") or (jax.default_backend() == "cpu" and "CPU" in plane.name):
                 # Streams hold the kernels; the other lines repeat them by module, by operation and by step.
                 streams = [line for line in plane.lines if "Stream" in line.name] or list(plane.lines)
-                events = (event for line in streams for event in line.events)
-                for event in events:
+                for event in (event for line in streams for event in line.events):
                     if not event.name.startswith("$"):  # a call of Python
                         seconds[event.name] += event.duration_ns * 1e-9
                         calls[event.name] += 1

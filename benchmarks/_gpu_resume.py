@@ -2,9 +2,9 @@
 
     XLA_FLAGS=--xla_gpu_deterministic_ops=true python benchmarks/_gpu_resume.py --output FILE
 
-FREEDOM with Mirror Gradient on the demo data. `again` is the same run once more, `resumed`
-one that stops halfway and goes on from its checkpoint in a program compiled anew. `equal_epochs` counts the epochs whose
-loss and metrics are the same text as in the unbroken run; `seconds_train` shows what deterministic operations cost.
+FREEDOM with Mirror Gradient on the demo data. `again` is the same run once more, `resumed` one that stops halfway and
+goes on in a program compiled anew. `equal_epochs` counts the epochs whose loss and metrics are the same text as in the
+unbroken run; `seconds_train` shows what deterministic operations cost.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
         expected = _history(unbroken)
         row: Row = {
             "epochs": epochs,
-            "equal_epochs": {out.name: _equal(_history(out), expected) for out in (again, resumed)},
+            "equal_epochs": {out.name: int((_history(out) == expected).all(axis=1).sum()) for out in (again, resumed)},
             "seconds_train": statistics.median(pd.read_csv(unbroken / "history.csv")["seconds_train"][1:]),
             "flags": os.environ.get("XLA_FLAGS", ""),
         }
@@ -55,10 +55,6 @@ def _config(out: Path, epochs: int, quick: bool) -> RunConfig:
 def _history(out: Path) -> Any:
     """Rows as text, so that numbers are compared to the last digit."""
     return pd.read_csv(out / "history.csv", dtype=str).drop(columns=TIMES)
-
-
-def _equal(ours: Any, expected: Any) -> int:
-    return int((ours == expected).all(axis=1).sum())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from _tables import TABLES, Row, markdown
+from _tables import TABLES, Row, markdown, number
 
 NOTHING = "Not measured on a GPU.\n"
 KERNELS = 8  # of a profile
@@ -69,47 +69,31 @@ def _parity(name: str, rows: list[Row]) -> Iterator[list[str]]:
             found = ", ".join(f"{what} {x:.0e}" for what, x in row["deviation"].items())
             yield [name, f"{row['product']}, {row['type']}", f"{found}; {row['distinct']} different in ten runs"]
         else:
-            found = ", ".join(
-                f"{what} {row[what]:.0e}" for what in ("loss", "gradients", "scores", "parameters") if what in row
-            )
-            yield [name, row["case"], found]
+            kinds = ("loss", "gradients", "scores", "parameters")
+            yield [name, row["case"], ", ".join(f"{what} {row[what]:.0e}" for what in kinds if what in row)]
 
 
 def _products(name: str, rows: list[Row]) -> Iterator[list[str]]:
     for row in rows:
-        what = (
+        shape = (
             f"{row['graph']} ({row['size']}), {row['what']}" if "graph" in row else f"{row['rows']} x {row['columns']}"
         )
-        if "error" in row:
-            yield [what, row["case"], row["error"], "", ""]
-            continue
-        floor = f"{row['times_floor']['median']:.1f}" if "times_floor" in row else ""
-        times = f"{1e3 * row['seconds']['median']:.3f}"
-        yield [
-            what,
-            row["case"],
-            times,
-            f"{row['ratio']['median']:.2f}",
-            floor or f"{row['distinct']} different in ten",
-        ]
+        last = number("times_floor")(row) or f"{row.get('distinct')} different in ten"
+        found = [number("seconds", 3, 1e3)(row), number("ratio", 2)(row), last]
+        yield [shape, row["case"], *([row["error"], "", ""] if "error" in row else found)]
 
 
 def _profile(name: str, rows: list[Row]) -> Iterator[list[str]]:
     for row in rows:
+        step = number("seconds_per_step", 3, 1e3)(row)
         if "floor_seconds" in row:
             floors = ", ".join(f"{what} {1e3 * x:.3f}" for what, x in row["floor_seconds"].items())
-            step = f"{1e3 * row['seconds_per_step']['median']:.3f}"
             yield [f"{row['model']}, floors ({row['data']})", step, floors, f"{row['distance']:.1f} times"]
             continue
-        step, passes = f"{1e3 * row['seconds_per_step']:.3f}", row["passes"]
-        yield [
-            f"freedom, {row['training']}",
-            step,
-            row.get("note", "all kernels"),
-            f"{1e3 * row['kernel_seconds'] / passes:.4f}",
-        ]
-        for kernel in row["kernels"][:KERNELS]:
-            yield ["", "", f"`{kernel['name'][:80]}`", f"{1e3 * kernel['seconds'] / passes:.4f}"]
+        kernels = [{"name": row.get("note", "all kernels"), "seconds": row["kernel_seconds"]}]
+        kernels += [{**kernel, "name": f"`{kernel['name'][:80]}`"} for kernel in row["kernels"][:KERNELS]]
+        for first, kernel in zip([f"freedom, {row['training']}"] + [""] * KERNELS, kernels, strict=False):
+            yield [first, step if first else "", kernel["name"], f"{1e3 * kernel['seconds'] / row['passes']:.4f}"]
 
 
 _Cells = Callable[[str, list[Row]], Iterable[Sequence[str]]]

@@ -72,8 +72,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def reset_peak_memory() -> None:
@@ -87,20 +86,11 @@ def peak_memory() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
-    return host_peak_memory()
+    return host_memory("VmHWM")
 
 
-def host_peak_memory() -> int:
-    """The most bytes this process held in the machine's memory since it began or the last reset."""
-    return _status("VmHWM")
-
-
-def resident_memory() -> int:
-    """Bytes this process holds in the machine's memory now; 0 where the system does not say."""
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
+def host_memory(name: str) -> int:
+    """Bytes this process holds in the machine's memory now, "VmRSS", or held at most since the last reset, "VmHWM"."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -24,7 +24,6 @@ from typing import Any
 
 # Imported by the trainer and never reached by a training run.
 NEVER_USED = ("PIL", "lmdb", "matplotlib", "sklearn", "torch_scatter", "torchvision")
-REMOVED_ALIASES = {"bool": bool, "float": float, "int": int, "object": object, "str": str}
 
 
 def main(path: str) -> None:
@@ -36,8 +35,7 @@ def main(path: str) -> None:
     import scipy.sparse
     import torch
 
-    restore_aliases(numpy)
-    restore_dok_update(scipy.sparse.dok_matrix)
+    restore_removed(numpy, scipy.sparse.dok_matrix)
     patch_torch(torch, job["device"])
     torch.set_num_threads(job["threads"])
     record = run(job, torch)
@@ -51,16 +49,12 @@ def limit_cores(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def restore_aliases(numpy: types.ModuleType) -> None:
-    """`numpy.float` and its kin, gone since NumPy 1.24."""
-    for name, value in REMOVED_ALIASES.items():
-        if name not in vars(numpy):
-            setattr(numpy, name, value)
-
-
-def restore_dok_update(dok_matrix: Any) -> None:
-    """`dok_matrix._update(entries)`, gone since SciPy 1.13: a dictionary of entries put in without checks."""
-    if not hasattr(dok_matrix, "_update"):
+def restore_removed(numpy: Any, dok_matrix: Any) -> None:
+    """`numpy.float` and its kin, gone since NumPy 1.24, and `dok_matrix._update(entries)`, gone since SciPy 1.13."""
+    for alias in (bool, float, int, object, str):
+        if alias.__name__ not in vars(numpy):
+            setattr(numpy, alias.__name__, alias)
+    if not hasattr(dok_matrix, "_update"):  # puts a dictionary of entries in, without checks
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
 
@@ -79,10 +73,8 @@ def stand_ins() -> Iterator[None]:
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        del path, target
-        if name.split(".")[0] in NEVER_USED:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
+        known = name.split(".")[0] in NEVER_USED
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _Anything(spec.name)
@@ -133,11 +125,11 @@ def run(job: dict[str, Any], torch: Any) -> dict[str, Any]:
     record: dict[str, Any] = {"epochs": [], "evaluations": [], "valid": {}, "test": {}}
     attach_timers(trainer_class, record, now)
     started = now()
-    quick_start(
-        model=job["model"], dataset=job["dataset"], config_dict=job["config"], save_model=False, mg=job["mirror"]
-    )
+    what = {"model": job["model"], "dataset": job["dataset"], "config_dict": job["config"]}
+    quick_start(**what, save_model=False, mg=job["mirror"])
     record["seconds_run"] = now() - started
-    record["versions"] = {"python": platform.python_version(), **installed("torch", "numpy", "scipy")}
+    installed = {name: str(importlib.import_module(name).__version__) for name in ("torch", "numpy", "scipy")}
+    record["versions"] = {"python": platform.python_version(), **installed}
     record["device"] = torch.cuda.get_device_name(0) if job["device"] != "cpu" else None
     return record
 
@@ -150,9 +142,8 @@ def paths_without_rivals(paths: list[str]) -> list[str]:
 
 def attach_timers(trainer_class: Any, record: dict[str, Any], now: Callable[[], float]) -> None:
     """Time each epoch, from the start of `pre_epoch_processing` to the end of `_train_epoch`, and each evaluation."""
-    make, train, evaluate, fit = (
-        getattr(trainer_class, name) for name in ("__init__", "_train_epoch", "_valid_epoch", "fit")
-    )
+    names = ("__init__", "_train_epoch", "_valid_epoch", "fit")
+    make, train, evaluate, fit = (getattr(trainer_class, name) for name in names)
     begun: list[float] = []
 
     def timed_init(self: Any, config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -183,11 +174,6 @@ def attach_timers(trainer_class: Any, record: dict[str, Any], now: Callable[[], 
 
     trainer_class.__init__, trainer_class._train_epoch = timed_init, timed_train
     trainer_class._valid_epoch, trainer_class.fit = timed_evaluate, kept_fit
-
-
-def installed(*names: str) -> dict[str, str]:
-    """Versions of modules by name."""
-    return {name: str(importlib.import_module(name).__version__) for name in names}
 
 
 if __name__ == "__main__":

@@ -57,11 +57,15 @@ def compile_passes(
     def start() -> Any:
         return jax.block_until_ready(jax.tree.map(jnp.copy, (parts.params, opt_state)))
 
+    def passes(carry: Any, epoch_state: Any, constants: Any, batches: Batch, key: jax.Array) -> Any:
+        step = partial(train_pass, parts.graphdef, tx, epoch_state, constants, key, batches)
+        numbers = jnp.arange(len(schedule), dtype=jnp.int32)
+        return jax.lax.scan(step, carry, (jnp.asarray(schedule), numbers))
+
     carry = start()
-    program = jax.jit(partial(_passes, parts, tx, schedule), donate_argnums=0)
     arguments = (parts.epoch_state, parts.constants, batches, jax.random.key(0))
     started = time.perf_counter()
-    traced = program.trace(carry, *arguments)
+    traced = jax.jit(passes, donate_argnums=0).trace(carry, *arguments)
     compiled = traced.lower().compile()
     return Case(
         start=start,
@@ -71,21 +75,6 @@ def compile_passes(
         program_bytes=program_memory(compiled),
         operations=_dense_operations(traced.jaxpr.jaxpr),
     )
-
-
-def _passes(
-    parts: SplitModel,
-    tx: optax.GradientTransformation,
-    schedule: np.ndarray,
-    carry: Any,
-    epoch_state: Any,
-    constants: Any,
-    batches: Batch,
-    key: jax.Array,
-) -> Any:
-    step = partial(train_pass, parts.graphdef, tx, epoch_state, constants, key, batches)
-    numbers = jnp.arange(len(schedule), dtype=jnp.int32)
-    return jax.lax.scan(step, carry, (jnp.asarray(schedule), numbers))
 
 
 def _dense_operations(jaxpr: Any) -> int:
@@ -100,3 +89,9 @@ def _dense_operations(jaxpr: Any) -> int:
             inner = getattr(inner, "jaxpr", inner)
             total += _dense_operations(inner) if hasattr(inner, "eqns") else 0
     return total
+
+
+def deviation(ours: Any, expected: Any) -> float:
+    """The largest difference of two arrays over the largest number expected."""
+    expected = np.asarray(expected, np.float64)
+    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max())

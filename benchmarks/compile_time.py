@@ -55,7 +55,7 @@ def _row(model: str, training: str, data: str, options: argparse.Namespace) -> R
                 seconds[f"compile_{run}"].append(compiling)
                 seconds[f"wall_{run}"].append(wall)
     times = {name: spread(values) for name, values in seconds.items()}
-    return {"model": model, "training": training, "data": data, **times, "repeats": options.repeats}
+    return {"model": model, "training": training, "data": data, **times}
 
 
 def _train(model: str, training: str, data: str, folder: Path, run: str) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def _train(model: str, training: str, data: str, folder: Path, run: str) -> tupl
     ]
     command += [argument for k, v in setting.hyper_parameters.items() for argument in ("--set", f"{k}={v}")]
     mirror = [text for name, value in MIRROR.items() for text in (f"--{name}", str(value))]
-    command += ["--no-mirror"] if training == "plain" else ["--mirror", *mirror]
+    command += ["--method", training, *(mirror if training == "mirror" else [])]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "MGRAD_JAX_NO_CACHE": "0"}
     started = time.perf_counter()

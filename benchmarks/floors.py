@@ -11,8 +11,7 @@ with this optimizer:
                 float32
 
 `distance` is the step's time over the larger of the two. Neither knows of gathers, of gradients that are written and read
-again, or of the sparse products, so a distance of 1 is out of reach. Steps, passes and products take turns in every
-round; medians.
+again, or of the sparse products, so a distance of 1 is out of reach.
 """
 
 from __future__ import annotations
@@ -78,8 +77,6 @@ def _row(model: str, data: Interactions, options: argparse.Namespace) -> Row:
         "seconds_per_step": spread(steps),
         "floor_seconds": floors,
         "distance": median(steps) / max(floors.values()),
-        "batch_size": options.batch_size,
-        "repeats": options.repeats,
     }
 
 

@@ -11,11 +11,9 @@
     (f) sweep     twelve members as one program and one by one
     (g) profile   one step of FREEDOM by kernels; its floors
 
-Every step is one JSON file in `--output`; every part of it is a process of its own with a limit of time, and is written as
-soon as it ends, so nothing can end or hang the others. What no longer fits into the minutes is skipped and said; the
-same command again goes on with what is not done. It ends with `summary.md`. Data are made up at the sizes of TikTok, Baby
-and Electronics where `--data` gives none of that name. A checkout suffices (`PYTHONPATH=.`), the library need
-not be installed.
+Every part is a process of its own with a limit of time and is written as soon as it ends, so nothing can end or hang the
+others. What no longer fits into the minutes is skipped and said; the same command again goes on with what is not done.
+Data are made up at the sizes of TikTok, Baby and Electronics where `--data` gives none of that name. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -171,7 +169,7 @@ class Worker:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        found = _rows(rows)
+        found = json.loads(rows.read_text()) if rows.exists() else None  # written whole or not at all
         if code is None:
             return Outcome("too long", found, f"ended after {limit:.0f} s")
         if code != 0 or found is None:
@@ -186,14 +184,6 @@ class Worker:
         return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": platforms, "XLA_FLAGS": flags}
 
 
-def _rows(file: Path) -> Any:
-    """What a part wrote; None where that is nothing, or half of it."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers were measured on and with; asked without JAX, which would take the card's memory."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -202,15 +192,10 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
     except OSError:
         card = None
     cuda = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-runtime", "nvidia-cusparse", "torch")
-    return {
-        "device": options.device,
-        "card": card,
-        "quick": options.quick,
-        "system": platform.platform(),
-        **versions(),
-        **({"commit": options.commit} if options.commit else {}),
-        **{name: found for name in cuda if (found := package_version(name))},
-    }
+    found = {name: package_version(name) for name in cuda if package_version(name)}
+    found |= {"commit": options.commit} if options.commit else {}
+    here = {"device": options.device, "card": card, "quick": options.quick, "system": platform.platform()}
+    return {**here, **versions(), **found}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Two graphs on made-up data of that size, or another with `--size`: `user-item` (26,495 nodes, 237,102 entries,
 symmetrically normalised) and `item` (7,050 nodes, the blend of two kNN graphs with k = 10). Each case is two steps of propagation of 64 columns,
-y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), with the graph an argument of the program:
+y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), the graph an argument of the program:
 
     propagate   mgrad_jax.graph.propagate
     bipartite   mgrad_jax.graph.propagate_bipartite, what the models call (user-item only)
@@ -17,10 +17,9 @@ and on a GPU, besides
     rows, split, cusparse   `propagate` by the other products of mgrad_jax.graph.kernels
     bcoo/cusparse, ...      bcoo and bcsr with JAX's cuSPARSE lowering on
 
-The cases take turns in every round; `ratio` is the time over propagate's in the same round (above 1: slower). The
-floor counts the bytes that a product must move (entries and row starts, x once, y once) at the bandwidth of a copy,
-measured in the same rounds; on a machine whose cache holds x, nothing can be faster and much is slower. Before the
-timing all cases are compared: `largest_difference` is relative to propagate's largest number.
+`ratio` is the time over propagate's in the same round (above 1: slower). The floor counts the bytes that a product must
+move (entries and row starts, x once, y once) at the bandwidth of a copy, measured in the same rounds; what lies in the
+cache goes below it. `largest_difference` of the results is relative to propagate's largest number.
 """
 
 from __future__ import annotations
@@ -38,26 +37,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _frame import Benchmark, Parser
+from _plots import bars
 from _settings import SIZES, dataset
+from _steps import deviation
 from _tables import Row
 from _timing import interleaved, ratios, spread
 from jax.experimental import sparse
 from matplotlib.figure import Figure
 
-from mgrad_jax.graph import (
-    SparseGraph,
-    blend_graphs,
-    gpu_product,
-    knn_graph,
-    normalized_bipartite,
-    propagate,
-    propagate_bipartite,
-)
+from mgrad_jax import graph as graphs
+from mgrad_jax.graph import SparseGraph, gpu_product, propagate
 from mgrad_jax.graph.kernels import PRODUCTS
 
 TRAINING_PAIRS = 118_551  # of Amazon Baby's split
 LAYERS = 2
-COPY = "copy"
 CUSPARSE = "/cusparse"
 Array = jax.Array
 
@@ -77,28 +70,23 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
 def _graphs(size: str) -> dict[str, SparseGraph]:
     data = dataset(size)
     pairs = np.random.default_rng(0).permutation(data.train)[: TRAINING_PAIRS if size == "baby" else None]
-    near = [(weight, knn_graph(data.features[name], 10)) for weight, name in ((0.1, "image"), (0.9, "text"))]
+    near = [(weight, graphs.knn_graph(data.features[name], 10)) for weight, name in ((0.1, "image"), (0.9, "text"))]
     return {
-        "user-item": normalized_bipartite(pairs[:, 0], pairs[:, 1], data.n_users, data.n_items),
-        "item": blend_graphs(near),
+        "user-item": graphs.normalized_bipartite(pairs[:, 0], pairs[:, 1], data.n_users, data.n_items),
+        "item": graphs.blend_graphs(near),
     }
 
 
 def _products(graph: SparseGraph) -> dict[str, tuple[Any, Callable[[Any, Array], Array]]]:
     """By case: the matrix in its own format, an argument of the program, and the product."""
-    indices = jnp.stack([graph.rows(), graph.columns], axis=1)
-    compressed = (graph.values, graph.columns, graph.row_starts)
+    indices = jnp.stack([graph.rows(), graph.indices], axis=1)
+    compressed = (graph.data, graph.indices, graph.indptr)
+    kind: dict[str, Any] = {"shape": graph.shape, "indices_sorted": True, "unique_indices": True}
     products: dict[str, tuple[Any, Callable[[Any, Array], Array]]] = {
         "propagate": (graph, propagate),
-        "bcoo": (
-            sparse.BCOO((graph.values, indices), shape=graph.shape, indices_sorted=True, unique_indices=True),
-            operator.matmul,
-        ),
-        "bcsr": (
-            sparse.BCSR(compressed, shape=graph.shape, indices_sorted=True, unique_indices=True),
-            operator.matmul,
-        ),
-        "segment": ((graph.values, indices), partial(_segment, graph.shape[0])),
+        "bcoo": (sparse.BCOO((graph.data, indices), **kind), operator.matmul),
+        "bcsr": (sparse.BCSR(compressed, **kind), operator.matmul),
+        "segment": ((graph.data, indices), partial(_segment, graph.shape[0])),
     }
     if graph.n_users is not None:
         products["bipartite"] = graph, _bipartite
@@ -129,7 +117,7 @@ def _segment(n_rows: int, matrix: tuple[Array, Array], x: Array) -> Array:
 
 
 def _bipartite(graph: SparseGraph, x: Array) -> Array:
-    return jnp.concatenate(propagate_bipartite(graph, x[: graph.n_users], x[graph.n_users :]))
+    return jnp.concatenate(graphs.propagate_bipartite(graph, x[: graph.n_users], x[graph.n_users :]))
 
 
 def _program(what: str, product: Callable[[Any, Array], Array]) -> Any:
@@ -158,17 +146,17 @@ def _rows(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[Ro
             try:
                 with _lowering(case):
                     compiled = _program(what, product).lower(*arguments).compile()
-                results[what, case] = jax.block_until_ready(compiled(*arguments))
+                results[what, case] = jax.tree.leaves(jax.block_until_ready(compiled(*arguments)))
             except Exception as error:  # a product that this version or card does not have
                 print(f"{name}, {what}, {case}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
             compile_seconds[what, case] = time.perf_counter() - started
             runs[what, case] = partial(_repeated, partial(compiled, *arguments), options.calls)
     copy, copied_bytes = _copy(4 if options.quick else 256)
-    runs[COPY, COPY] = partial(_repeated, copy, options.calls)
+    runs["copy", ""] = partial(_repeated, copy, options.calls)
     jax.block_until_ready([run() for run in runs.values()])
     seconds = {key: np.array(times) / options.calls for key, times in interleaved(runs, options.repeats).items()}
-    bandwidth = copied_bytes / seconds.pop((COPY, COPY))
+    bandwidth = copied_bytes / seconds.pop(("copy", ""))
     rows = []
     for (what, case), times in seconds.items():
         floor = _bytes_to_move(graph, options.columns, what) / bandwidth
@@ -187,9 +175,8 @@ def _rows(name: str, graph: SparseGraph, options: argparse.Namespace) -> list[Ro
                 "seconds_floor": spread(floor.tolist()),
                 "times_floor": ratios(times, floor),
                 "copy_bytes_per_second": spread(bandwidth.tolist()),
-                "largest_difference": _difference(results[what, case], results[what, "propagate"]),
+                "largest_difference": max(map(deviation, results[what, case], results[what, "propagate"])),
                 "compile_seconds": compile_seconds[what, case],
-                "repeats": options.repeats,
                 "calls": options.calls,
             }
         )
@@ -216,32 +203,19 @@ def _bytes_to_move(graph: SparseGraph, columns: int, what: str) -> int:
     return LAYERS * product * (1 if what == "value" else 2)
 
 
-def _difference(result: Any, expected: Any) -> float:
-    """The largest difference of any number, relative to the largest number of its array."""
-    pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
-    return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
-
-
 def _plot(rows: list[Row]) -> Figure:
-    """Milliseconds by case, a panel per graph; a black bar marks the floor."""
-    graphs, whats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("graph", "what"))
-    figure = Figure(figsize=(5 * len(graphs), 3.6), layout="constrained")
-    for axes, graph in zip(figure.subplots(1, len(graphs), squeeze=False)[0], graphs, strict=True):
-        shown = [row for row in rows if row["graph"] == graph]
-        cases = list(dict.fromkeys(row["case"] for row in shown))
-        for column, what in enumerate(whats):
-            mine = [row for row in shown if row["what"] == what]
-            x = np.array([cases.index(row["case"]) + 0.4 * column - 0.2 for row in mine])
-            middle, low, high = (1e3 * np.array([row["seconds"][key] for row in mine]) for key in spread([0.0]))
-            axes.bar(x, middle, 0.36, yerr=[middle - low, high - middle], label=what, error_kw={"elinewidth": 0.8})
-            floor = 1e3 * np.array([row["seconds_floor"]["median"] for row in mine])
-            axes.hlines(floor, x - 0.18, x + 0.18, colors="black")
-        axes.set_xticks(range(len(cases)), cases)
+    """Milliseconds by case."""
+    figure = bars(
+        rows,
+        panel="graph",
+        groups=["case"],
+        colour="what",
+        value=lambda row: tuple(1e3 * row["seconds"][key] for key in ("median", "min", "max")),
+        mark=lambda row: 1e3 * row["seconds_floor"]["median"],
+        label="ms (black: floor)",
+    )
+    for axes in figure.axes:
         axes.set_yscale("log")
-        axes.set_ylabel("ms (black: floor)")
-        axes.set_title(f"{graph}, {shown[0]['entries']:,} entries")
-        axes.legend()
-    figure.suptitle(rows[0]["device"])
     return figure
 
 

@@ -5,16 +5,12 @@
 Each model and size runs in a process of its own, so that its peak memory is its own: `fit` on made-up data with the
 sizes of the paper's Table 1 (power-law degrees, 4,096-d image and 384-d text features, which FREEDOM trains), Adam, one
 epoch for warmth and `--repeats` timed ones. `--max-batches N` stops an epoch, and its evaluation, after N batches on
-full-size graphs and tables; its time is then multiplied up, what is done once an epoch included, so that the estimate
-errs upwards.
+full-size graphs and tables; its time is then multiplied up, what is done once per epoch included: an upper estimate.
 
 With n training interactions, T trained numbers and B the batch size, a batch touches the whole graph and (Adam) every
-table, so it should cost no more than in proportion to n + T, and an epoch, of n / B batches, no more than in proportion
-to (n + T) n / B. The slopes of log time over log size say whether it does: 1 is linear. `slopes` in every row of a
-model holds, over all its sizes, `batch` (seconds a batch against n + T), `epoch` (seconds an epoch against (n + T) n /
-B) and `epoch_on_size` (seconds an epoch against n + T alone).
-
-A row measured again replaces its older self, so that sizes can be run one by one. The plot lies beside the file.
+table, so it should cost at most in proportion to n + T, and an epoch, of n / B batches, at most in proportion to
+(n + T) n / B. `slopes`, of log time over log size over all sizes of a model, say whether it does: 1 is linear.
+`epoch_on_size` is that of an epoch against n + T alone.
 """
 
 from __future__ import annotations
@@ -27,10 +23,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from _frame import Benchmark, Parser, in_own_process, say
-from _machine import device_name, host_peak_memory, peak_memory, resident_memory
+from _machine import device_name, host_memory, peak_memory
 from _settings import BATCH_SIZE, LEARNING_RATE, SOURCES, dataset, make_model
 from _tables import Row
 from _timing import spread
@@ -63,47 +60,41 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
 
 def _row(job: dict[str, Any]) -> Row:
     """One model and size, in this process: a row."""
-    memory = {"start": resident_memory()}
+    memory = {"start": host_memory("VmRSS")}
     data = dataset(job["source"])
-    memory["data"] = resident_memory()
+    memory["data"] = host_memory("VmRSS")
     started = time.perf_counter()
     model = make_model(job["model"], data)
     seconds_build = time.perf_counter() - started
-    memory["model"], memory["peak_build"] = resident_memory(), host_peak_memory()
+    memory["model"], memory["peak_build"] = host_memory("VmRSS"), host_memory("VmHWM")
     batch_size = job["batch_size"]
     n_batches = math.ceil(len(data.train) / batch_size)
     shown = _shortened(data, job["max_batches"], batch_size)
     batches_run = math.ceil(len(shown.train) / batch_size)
     epochs = job["repeats"] + 1
     result = fit(model, shown, optax.adam(LEARNING_RATE), epochs=epochs, patience=epochs, batch_size=batch_size)
-    memory["peak"] = host_peak_memory()
+    memory["peak"] = host_memory("VmHWM")
     seconds = [report.seconds_train / batches_run for report in result.history[1:]]
-    numbers = sum(int(leaf.size) for leaf in _leaves(nnx.state(model, nnx.Param)))
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
     return {
         "model": job["model"],
         "size": data.name,
         "users": data.n_users,
         "items": data.n_items,
         "interactions": len(data.train),
-        "trained_numbers": numbers,
+        "trained_numbers": sum(leaf.size for leaf in parameters),
         "batches": n_batches,
         "batches_run": batches_run,
-        "batch_size": batch_size,
         "seconds_per_batch": spread(seconds),
         "seconds_per_epoch": spread([n_batches * x for x in seconds]),
         "seconds_build": seconds_build,
         "seconds_compile": result.seconds["compile"],
         "feature_bytes": sum(table.nbytes for table in data.features.values()),
-        "parameter_bytes": sum(int(leaf.nbytes) for leaf in _leaves(nnx.state(model, nnx.Param))),
+        "parameter_bytes": sum(leaf.nbytes for leaf in parameters),
         "host_memory_bytes": memory,
         "peak_memory_bytes": peak_memory(),
-        "repeats": job["repeats"],
         "device": device_name(),
     }
-
-
-def _leaves(state: nnx.State) -> list[Any]:
-    return [variable[...] for _, variable in nnx.to_flat_state(state)]
 
 
 def _shortened(data: Interactions, max_batches: int, batch_size: int) -> Interactions:
@@ -130,9 +121,7 @@ def _slopes(rows: list[Row]) -> dict[str, float | None]:
 
 def _slope(x: list[float], y: list[float]) -> float | None:
     """Least-squares slope in log-log; None below two different sizes."""
-    if len(set(x)) < 2:
-        return None
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(set(x)) > 1 else None
 
 
 def _plot(rows: list[Row]) -> Figure:

@@ -46,8 +46,8 @@ def _options(parser: Parser) -> None:
 def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
     """One row for each number of slots."""
     jax.config.update("jax_enable_compilation_cache", False)
-    epochs = options.epochs
-    base = RunConfig(options.model, "demo", epochs=epochs, patience=epochs, batch_size=options.batch_size)
+    limits = {"epochs": options.epochs, "patience": options.epochs, "batch_size": options.batch_size}
+    base = RunConfig(options.model, "demo", **limits)
     members = expand_grid(base, QUICK_GRID if options.quick else GRID)
     data = dataset(options.data)
     _single(data, members[0])  # small programs that every later run finds compiled
@@ -68,13 +68,11 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
             "size": data.name,
             "members": len(members),
             "epochs": base.epochs,
-            "batch_size": base.batch_size,
             "slots": slots,
             "seconds_single_runs": spread(alone_seconds),
             "seconds_sweep": spread(seconds[slots]),
             "ratio": ratios(alone_seconds, seconds[slots]),
             "largest_metric_difference": differences[slots],
-            "repeats": options.repeats,
         }
         for slots in options.slots
     ]
@@ -82,8 +80,7 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - started
+    return run(), time.perf_counter() - started
 
 
 def _single(data: Interactions, config: RunConfig) -> FitResult:

@@ -14,6 +14,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from _gpu_summary import summary
@@ -22,7 +23,6 @@ from _tables import RESULTS, TABLES, Row, latest, markdown, number, pivot, resul
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 METRICS = ("recall@5", "recall@20", "ndcg@20")
 SEEDS = (999, 42, 2024)
-SHARED = ("dragon", "slmrec", "grcn", "mmgcn")  # trained beside other work: their seconds say nothing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write and after != before:
             file.write_text(after, encoding="utf-8")
     if stale:
-        done = (
-            "written" if options.write else "not what benchmarks/results say; run `python benchmarks/tables.py --write`"
-        )
+        done = "written" if options.write else "not what benchmarks/results say; run tables.py with --write"
         print(f"{'; '.join(stale)}: {done}.")
     return 1 if stale and options.check else 0
 
@@ -66,28 +64,17 @@ def _price() -> str:
     return markdown(*pivot(rows, ("data", "model", "interval", "bound"), "form", number("ratio_to_plain", 3)))
 
 
-def _trainer() -> str:
-    rows = latest(results("vs_pytorch"), "model", "training", "side", "data")
-    return TABLES["vs_pytorch"].markdown(rows, list(TABLES["vs_pytorch"].columns)[1:10])
-
-
-def _trainer_before() -> str:
-    """What earlier code took."""
+def _trainer(newest: bool) -> str:
+    """Both sides, as the newest code ran, or as earlier code did."""
     rows = results("vs_pytorch")
-    newest = latest(rows, "model", "training", "side", "data")
-    return markdown(
-        ["model", "training", "commit", "epoch, faster", "evaluation, faster"],
-        [
-            [row["model"], row["training"], row["commit"], f"{row['ratio']:.1f}", f"{row['ratio_evaluation']:.1f}"]
-            for row in rows
-            if row not in newest and row["side"] == "ours"
-        ],
-    )
+    last = latest(rows, "model", "training", "side", "data")
+    headings = [*list(TABLES["vs_pytorch"].columns)[1:10], *([] if newest else ["commit"])]
+    return TABLES["vs_pytorch"].markdown(last if newest else [row for row in rows if row not in last], headings)
 
 
-def _whole(name: str, *headings: str) -> Callable[[], str]:
+def _whole(name: str, *headings: str) -> str:
     """The table of all rows of a benchmark."""
-    return lambda: TABLES[name].markdown(results(name), headings)
+    return TABLES[name].markdown(results(name), headings)
 
 
 def _propagation() -> str:
@@ -124,68 +111,45 @@ def _agree(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return difference <= max(0.05 * statistics.fmean(theirs), 2 * error)
 
 
-def _means_tiktok() -> str:
-    """Test metrics of every model and training, beside the reference code's."""
-    theirs = _groups(_read("published_tiktok.csv"), "model", "training")
-    lines = []
-    runs = [row for row in _runs("tiktok") if row["feature_dtype"] == "float32"]
-    for (model, training), group in _groups(runs, "model", "training").items():
-        others = theirs.get((model, training), [])
-        seeds = f"{len(group)} / {len(others)}" if others else f"{len(group)}"
-        cells = []
-        for metric in METRICS:
-            values, other = [row["test"][metric] for row in group], [float(row[f"test_{metric}"]) for row in others]
-            cells += [_mean(values), f"{_mean(other)}{' =' if _agree(values, other) else ''}" if other else ""]
-        seconds = "" if model in SHARED else f"{statistics.median(sum(r['seconds'].values()) for r in group):.0f}"
-        lines.append([model, training, seeds, *cells, ", ".join(str(row["epochs_run"]) for row in group), seconds])
-    metrics = [heading for metric in METRICS for heading in (metric, "reference")]
-    return markdown(["model", "training", "seeds", *metrics, "epochs run", "seconds per run"], lines)
+def _means(data: str, metrics: Sequence[str], others: str) -> str:
+    """Test metrics of every model and training, each beside that of another file's rows."""
+    rows = [row for row in _runs(data) if row["feature_dtype"] == "float32"]
+    theirs, lines = _groups(_read(others), "model", "training"), []
+    for key, group in _groups(rows, "model", "training").items():
+        other = theirs.get(key, [])
+        line = [*key, f"{len(group)} / {len(other)}" if len(other) > 1 else f"{len(group)}"]
+        for metric in metrics:
+            values = [float(row[metric]) for row in other if metric in row]
+            line += [_mean(ours := [row["test"][metric] for row in group]), _beside(ours, values)]
+        lines.append([*line, ", ".join(str(row["epochs_run"]) for row in group)])
+    headings = [heading for metric in metrics for heading in (metric, others.partition("_")[0])]
+    return markdown(["model", "training", "seeds", *headings, "epochs run"], lines)
 
 
-def _means_baby() -> str:
-    """Test metrics of the models without features, beside the paper's."""
-    paper = {(row["model"], row["training"]): row for row in _read("paper_table9_baby.csv")}
-    lines = []
-    for key, group in _groups(_runs("baby"), "model", "training").items():
-        cells = []
-        for metric in ("recall@5", "map@5", "ndcg@5"):
-            cells += [_mean([row["test"][metric] for row in group]), paper.get(key, {}).get(metric, "")]
-        cells.append(_mean([row["test"]["recall@20"] for row in group]))
-        lines.append([*key, str(len(group)), *cells, ", ".join(str(row["epochs_run"]) for row in group)])
-    metrics = [heading for metric in ("recall@5", "map@5", "ndcg@5") for heading in (metric, "paper")]
-    return markdown(["model", "training", "seeds", *metrics, "recall@20", "epochs run"], lines)
+def _beside(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """What is known of the same elsewhere: a mean and whether ours agrees with it, or a single number, or nothing."""
+    if len(theirs) < 2:
+        return "".join(f"{value:.4f}" for value in theirs)
+    return f"{_mean(theirs)}{' =' if _agree(ours, theirs) else ''}"
 
 
 def _bfloat16() -> str:
     """Feature tables in either type, over the seeds that both have."""
-    groups = _groups(_runs("tiktok"), "model", "feature_dtype", "training")
-    return markdown(
-        ["model", "features", *METRICS],
-        [
-            [
-                model,
-                kind,
-                *(_mean([r["test"][m] for r in groups[model, kind, "plain"] if r["seed"] in SEEDS]) for m in METRICS),
-            ]
-            for model in ("vbpr", "freedom")
-            for kind in ("float32", "bfloat16")
-        ],
-    )
+    lines = []
+    for (model, kind, training), group in _groups(_runs("tiktok"), "model", "feature_dtype", "training").items():
+        if model in ("vbpr", "freedom") and training == "plain":
+            tests = [row["test"] for row in group if row["seed"] in SEEDS]
+            lines.append([model, kind, *(_mean([test[metric] for test in tests]) for metric in METRICS)])
+    return markdown(["model", "features", *METRICS], sorted(lines, reverse=True))
 
 
-def _paired(data: str) -> Callable[[], str]:
+def _paired(data: str) -> str:
     """Differences per user and their p."""
-
-    def make() -> str:
-        lines = [
-            [row["model"], row["difference"], row["seeds"]]
-            + [f"{row[metric]} (p = {row[f'p, {metric}']})" for metric in ("recall@5", "recall@20")]
-            for row in _read("paired_tests.csv")
-            if row["data"] == data
-        ]
-        return markdown(["model", "difference", "seeds", "recall@5", "recall@20"], lines)
-
-    return make
+    rows = [row for row in _read("paired_tests.csv") if row["data"] == data]
+    for row in rows:
+        row |= {metric: f"{row[metric]} (p = {row[f'p, {metric}']})" for metric in ("recall@5", "recall@20")}
+    headings = ("model", "difference", "seeds", "recall@5", "recall@20")
+    return markdown(headings, [[row[heading] for heading in headings] for row in rows])
 
 
 def _curves() -> str:
@@ -201,30 +165,29 @@ def _curves() -> str:
             line.append(f"{statistics.fmean(recall):.4f} ({len(recall)})" if recall else "")
             line.append(f"{min(loss):.2f} to {max(loss):.2f}" if loss else "")
         lines.append(line)
-    return markdown(
-        ["epoch", "recall@5, ours (seeds)", "loss, ours", "recall@5, reference (seeds)", "loss, reference"], lines
-    )
+    sides = [heading for side in ("ours", "reference") for heading in (f"recall@5, {side} (seeds)", f"loss, {side}")]
+    return markdown(["epoch", *sides], lines)
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
-        "gpu": lambda: summary(RESULTS / "gpu"),
-        "vs_pytorch": _trainer,
-        "vs_pytorch, earlier": _trainer_before,
+        "gpu": partial(summary, RESULTS / "gpu"),
+        "vs_pytorch": partial(_trainer, newest=True),
+        "vs_pytorch, earlier": partial(_trainer, newest=False),
         "step_throughput": _price,
-        "compile_time": _whole("compile_time"),
+        "compile_time": partial(_whole, "compile_time"),
         "propagation": _propagation,
-        "sweep_throughput": _whole("sweep_throughput"),
-        "scaling": _whole("scaling"),
-        "floors": _whole("floors", *list(TABLES["floors"].columns)[1:]),
+        "sweep_throughput": partial(_whole, "sweep_throughput"),
+        "scaling": partial(_whole, "scaling"),
+        "floors": partial(_whole, "floors", *list(TABLES["floors"].columns)[1:]),
         "bfloat16": _bfloat16,
     },
     "results.md": {
-        "tiktok, means": _means_tiktok,
+        "tiktok, means": partial(_means, "tiktok", METRICS, "reference_tiktok.csv"),
         "tiktok, epochs": _curves,
-        "tiktok, paired": _paired("tiktok"),
-        "baby, means": _means_baby,
-        "baby, paired": _paired("baby"),
+        "tiktok, paired": partial(_paired, "tiktok"),
+        "baby, means": partial(_means, "baby", ("recall@5", "map@5", "ndcg@5", "recall@20"), "paper_baby_table9.csv"),
+        "baby, paired": partial(_paired, "baby"),
     },
 }
 

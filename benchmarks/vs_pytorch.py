@@ -8,8 +8,8 @@ torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, Dua
 unchanged, as a subprocess (`_published.py`). Both sides get the same interactions and features, batch size, optimizer,
 seed, device and processor cores, train for exactly `--epochs` epochs, or stop early on validation Recall@5 with
 `--patience`, and evaluate validation and test after each epoch. They take turns, each alone on the machine, `--repeats`
-times; the first epoch of every run is left out. An epoch runs from the resampling of the graph to the last update; an
-evaluation is one split, the mean of validation and test. Our compile time is reported apart.
+times; the first epoch of every run is left out. An epoch runs from the resampling of the graph to the last update, ours
+without compilation; an evaluation is one split, the mean of validation and test.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from mgrad_jax.training.config import RunConfig
 
 PUBLISHED = [name for name, setting in SETTINGS.items() if setting.published]
 SIDES = ("published", "ours")
+LIMITS = ("seed", "batch_size", "epochs", "patience")
 USER_GRAPH_MODELS = {"dualgnn", "dragon"}
 HERE = Path(__file__).resolve().parent
 
@@ -61,38 +62,25 @@ def _options(parser: Parser) -> None:
 def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
     source = reference_source(options.reference)
     options.patience = options.epochs if options.patience is None else options.patience
+    common = {"threads": options.threads, "device": options.device}
+    limits = {name: getattr(options, name) for name in LIMITS}
     data = dataset(options.data)
     with tempfile.TemporaryDirectory(prefix="vs_pytorch_") as name:
         folder = Path(name)
         files = lay_out(folder, source, data, not USER_GRAPH_MODELS.isdisjoint(options.models))
         for model in options.models:
             for training in options.trainings:
-                jobs = _jobs(folder, source, files, data.name, model, training, options)
-                records = _records(jobs, folder, f"{model}, {training}", options)
-                yield _rows(records, model, training, data.name, options)
-
-
-def _jobs(
-    folder: Path,
-    source: Path,
-    files: dict[str, str],
-    data: str,
-    model: str,
-    training: str,
-    options: argparse.Namespace,
-) -> dict[str, dict[str, Any]]:
-    """What either side does, by side."""
-    published = {
-        "source": str(source),
-        "model": SETTINGS[model].published,
-        "dataset": data,
-        "config": {**files, **published_config(model, training, options)},
-        "mirror": training != "plain",
-    }
-    ours = {"data": str(folder / "data" / data), "model": model, "training": training}
-    ours |= {name: getattr(options, name) for name in ("seed", "epochs", "patience", "batch_size")}
-    common = {"threads": options.threads, "device": options.device}
-    return {"published": {**published, **common}, "ours": {**ours, **common}}
+                config = {**files, **published_config(model, training, options)}
+                ours = {"data": str(folder / "data" / data.name), "model": model, "training": training, **limits}
+                theirs: Row = {"source": str(source), "model": SETTINGS[model].published, "dataset": data.name}
+                theirs |= {"config": config, "mirror": training != "plain"}
+                jobs = {"published": {**theirs, **common}, "ours": {**ours, **common}}
+                records: dict[str, list[Row]] = {side: [] for side in SIDES}
+                for repeat in range(options.repeats):
+                    for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
+                        say(f"{model}, {training}: {side}")
+                        records[side].append(_run(side, jobs[side], folder, options))
+                yield _rows(records, {"model": model, "training": training, "data": data.name}, options)
 
 
 def published_config(model: str, training: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -118,27 +106,16 @@ def published_config(model: str, training: str, options: argparse.Namespace) -> 
     }
 
 
-def _records(
-    jobs: dict[str, dict[str, Any]], folder: Path, what: str, options: argparse.Namespace
-) -> dict[str, list[Row]]:
-    """What every run of either side recorded; the sides take turns."""
-    python = shutil.which(options.reference_python) or options.reference_python
-    commands = {
-        "published": [python, str(HERE / "_published.py")],
-        "ours": [sys.executable, str(HERE / "vs_pytorch.py"), "--job"],
-    }
-    # As many threads as it has cores.
+def _run(side: str, job: dict[str, Any], folder: Path, options: argparse.Namespace) -> Row:
+    """Run one side in a process of its own, with as many threads as it has cores; returns what it recorded."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(options.threads))}
     environment["JAX_PLATFORMS"] = "cpu" if options.device == "cpu" else "cuda"
-    records: dict[str, list[Row]] = {side: [] for side in SIDES}
-    for repeat in range(options.repeats):
-        for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
-            say(f"{what}: {side}")
-            where = folder / "run" if side == "published" else None
-            record = in_own_process(commands[side], jobs[side], f"{side}, {what}", cwd=where, env=environment)
-            records[side].append(record)
-    return records
+    what = f"{side} {job['model']}"
+    if side == "ours":
+        return in_own_process([sys.executable, str(HERE / "vs_pytorch.py"), "--job"], job, what, env=environment)
+    python = shutil.which(options.reference_python) or options.reference_python
+    return in_own_process([python, str(HERE / "_published.py")], job, what, cwd=folder / "run", env=environment)
 
 
 def _train_ours(job: dict[str, Any]) -> Row:
@@ -147,7 +124,7 @@ def _train_ours(job: dict[str, Any]) -> Row:
     started = time.perf_counter()
     data = load_interactions(job["data"])
     setting = SETTINGS[job["model"]]
-    limits = {name: job[name] for name in ("seed", "batch_size", "epochs", "patience")}
+    limits = {name: job[name] for name in LIMITS}
     config = RunConfig(
         job["model"],
         job["data"],
@@ -173,36 +150,27 @@ def _train_ours(job: dict[str, Any]) -> Row:
     }
 
 
-def _rows(
-    records: dict[str, list[Row]], model: str, training: str, data: str, options: argparse.Namespace
-) -> list[Row]:
-    """A row for each side: times over all its runs, without each run's first epoch, and its metrics (alike in every run)."""
+def _rows(records: dict[str, list[Row]], key: dict[str, str], options: argparse.Namespace) -> list[Row]:
+    """A row for each side: times over all its runs, without each run's first epoch, and its metrics (alike in all)."""
+    mirror = MIRROR if key["training"] == "mirror" else {}
     rows = []
     for side in SIDES:
         first = records[side][0]
-        rows.append(
-            {
-                "model": model,
-                "training": training,
-                "side": side,
-                "data": data,
-                "commit": commit(),
-                "seconds_per_epoch": spread([x for record in records[side] for x in record["epochs"][1:]]),
-                "seconds_per_evaluation": spread([x for record in records[side] for x in _both_splits(record)[1:]]),
-                "seconds_compile": first.get("seconds_compile", 0.0),
-                "seconds_run": spread([record["seconds_run"] for record in records[side]]),
-                "epochs_run": len(first["epochs"]),
-                "repeats": options.repeats,
-                "batch_size": options.batch_size,
-                "seed": options.seed,
-                "threads": options.threads,
-                "hyper_parameters": {**SETTINGS[model].hyper_parameters, **(MIRROR if training == "mirror" else {})},
-                "metrics": {"valid": first["valid"], "test": first["test"]},
-                "device": first["device"] or records["ours"][0]["device"],
-                "versions": first["versions"],
-            }
-        )
-    for row in rows:
+        row = {
+            **key,
+            "side": side,
+            "commit": commit(),
+            "seconds_per_epoch": spread([x for record in records[side] for x in record["epochs"][1:]]),
+            "seconds_per_evaluation": spread([x for record in records[side] for x in _both_splits(record)[1:]]),
+            "seconds_compile": first.get("seconds_compile", 0.0),
+            "seconds_run": spread([record["seconds_run"] for record in records[side]]),
+            "epochs_run": len(first["epochs"]),
+            "hyper_parameters": {**SETTINGS[key["model"]].hyper_parameters, **mirror},
+            "metrics": {"valid": first["valid"], "test": first["test"]},
+            "device": first["device"] or records["ours"][0]["device"],
+            "versions": first["versions"],
+        }
+        rows.append(row)
         for ratio, seconds in (("ratio", "seconds_per_epoch"), ("ratio_evaluation", "seconds_per_evaluation")):
             row[ratio] = rows[0][seconds]["median"] / row[seconds]["median"]
     return rows

@@ -11,7 +11,7 @@ with :math:`U` the optimizer's update, :math:`m_s` the first moment after equall
 :math:`v` the second moment as the first half-step leaves it. For Adam that is
 :math:`-\eta\, \tau / (\sqrt{\hat v} + \epsilon)` to rounding. Nothing of the optimizer's state changes.
 
-This file needs JAX, Optax and `mgrad_jax.mirror` only.
+This file needs JAX and Optax only.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _steady(first_factor: Any, node: Any, gradient: Any) -> Any:
     def moment(b1: Any, g: Any) -> Any:
         if isinstance(b1, optax.MaskedNode):
             return b1
-        share = 1 - b1**node.count if hasattr(node, "count") else jnp.ones_like(b1)
+        share = 1 - b1 ** node.count.astype(b1.dtype) if hasattr(node, "count") else jnp.ones_like(b1)
         return (share.astype(g.dtype) * g).astype(b1.dtype)
 
     return jax.tree.map(moment, first_factor, gradient, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))

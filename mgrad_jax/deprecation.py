@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
-def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module some of whose names are found under others.
+def renamed(module: str, names: Mapping[str, str]) -> None:
+    """Have a module answer to old names by giving it a `__getattr__`, which type checkers do not see.
 
     Args:
         module: the module's `__name__`.
-        names: old name -> new one, in the same module or dotted, "mgrad_jax.graph.mix_neighbours".
+        names: old name -> new one, in the same module or dotted, "mgrad_jax.graph.mix_neighbours"; of a module that has
+            moved as a whole, "*" -> the new module.
     """
+    before = getattr(sys.modules[module], "__getattr__", None)
 
     def get(name: str) -> Any:
-        if name not in names:
+        if name in names:
+            place, _, attribute = names[name].rpartition(".")
+        elif "*" in names and not name.startswith("__"):
+            place, attribute = names["*"], name
+        elif before is not None:
+            return before(name)
+        else:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        place, _, attribute = names[name].rpartition(".")
-        return _taken(f"{module}.{name}", place or module, attribute)
+        value = getattr(importlib.import_module(place or module), attribute)
+        told = f"{module}.{name} is {place or module}.{attribute} now; the old name goes with the next version."
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return value
 
-    return get
-
-
-def moved(module: str, place: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module all of whose names are found in another module, `place`."""
-
-    def get(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return _taken(f"{module}.{name}", place, name)
-
-    return get
+    sys.modules[module].__getattr__ = get  # type: ignore[method-assign]
 
 
-def _taken(old: str, place: str, attribute: str) -> Any:
-    value = getattr(importlib.import_module(place), attribute)
-    warnings.warn(f"{old} is {place}.{attribute} now; the old name goes with the next version.", DeprecationWarning, 3)
-    return value
+class Formerly:
+    """An attribute that has another name now: `values = Formerly("data")` in the body of a class."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = f"{owner.__name__}.{name}"
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            raise AttributeError(self.old)
+        told = f"{self.old} is {owner.__name__}.{self.new} now; the old name goes with the next version."
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return getattr(instance, self.new)

@@ -1,5 +1,5 @@
 """Moved to `mgrad_jax.models.losses`."""
 
-from mgrad_jax.deprecation import moved
+from mgrad_jax.deprecation import renamed
 
-__getattr__ = moved(__name__, "mgrad_jax.models.losses")
+renamed(__name__, {"*": "mgrad_jax.models.losses", "half_squares": "mgrad_jax.models.losses.l2_penalty"})

@@ -190,6 +190,9 @@ def mirror_gradient(
           the patience of ``optax.contrib.reduce_on_plateau``, the period of `optax.lookahead`. A decay meant for N
           batches ends after N passes, at interval 1 half-way through: `schedule_over_passes` stretches it. A schedule
           of alpha, handed to this function, counts batches.
+        - Behind Adam the second half-step goes on along the first instead of back (projection +0.87, FREEDOM on TikTok,
+          alpha2 = 0.2), for the moments hold the first gradient; behind gradient descent it goes back (-0.2), as the
+          theorem has it. ``mirrored(optimizer, ascent=True)`` goes back under Adam, too.
         - `optax.inject_hyperparams` needs ``static_args=("interval", "steps_per_epoch")``. A schedule handed to it
           counts passes.
         - In `optax.MultiSteps`, ``MultiSteps(chain(mirror_gradient(), adam(lr)), k)``, a batch is k mini-batches,
@@ -344,7 +347,8 @@ def mirrored(
         - A ``value`` that is handed over is renewed for the second pass where ``value_fn(params)`` comes with it.
         - With ``ascent=True`` clipping, weight decay, trust ratios and noise inside the optimizer act in the first
           half-step alone; ``max_norm`` clips the second gradient. Schedules inside count batches: give them without
-          `schedule_over_passes`.
+          `schedule_over_passes`. In the very first batch an entry whose gradient was nearly 0 at first has a second
+          moment to match, and its ascent may be long.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax

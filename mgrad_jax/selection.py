@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from mgrad_jax.deprecation import renamed
 
-__getattr__ = renamed(__name__, {"largest": "top_k_mask"})
+renamed(__name__, {"largest": "top_k_mask"})
 
 
 def top_k_mask(values: Float[Array, " n"], count: jax.typing.ArrayLike) -> Bool[Array, " n"]:

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mgrad_jax.data import Interactions
+from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError, did_you_mean, shown
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, Scalar, hold_features
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, TracedHyperParameter, cast_features
+
+renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
 
 _CLASSES = {
     "bm3": "BM3",
@@ -77,7 +80,7 @@ def create(
         dtype: floating-point type of parameters, features and graphs.
         feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory; `dtype`
             unless given. Everything else, item graphs included, is made of the features as they are.
-        **hyper_parameters: published names, e.g. `reg_weight=1e-3`; the rest keep their published defaults.
+        **hyper_parameters: names of the reference code, e.g. `reg_weight=1e-3`; the rest keep their defaults there.
 
     Raises:
         UserError: unknown model or hyper-parameter, a value out of range, a feature that the data lack, or a
@@ -86,16 +89,16 @@ def create(
     config = make_config(name, hyper_parameters)
     model = model_class(name)(data, config, rngs=nnx.Rngs(seed), dtype=dtype)
     if feature_dtype is not None and feature_dtype != dtype:
-        hold_features(model, feature_dtype)
+        cast_features(model, feature_dtype)
     return model
 
 
 __all__ = [
+    "Constant",
     "EpochState",
-    "Frozen",
     "ModelConfig",
     "Recommender",
-    "Scalar",
+    "TracedHyperParameter",
     "create",
     "make_config",
     "model_class",

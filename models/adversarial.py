@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from mgrad_jax import models
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Recommender, Scalar
+from mgrad_jax.models.base import Recommender, TracedHyperParameter
 
 
 class AdversarialRecommender(Recommender):
@@ -37,11 +37,11 @@ class AdversarialRecommender(Recommender):
     train their tables: delta is added to the current values. Item graphs made of the features stay as they are.
 
     Parameters, their names and the vectors for evaluation are those of the model, so that training can start at the
-    parameters of a plain run, as published: VBPR to its best epoch, then adversarially from there.
+    parameters of a plain run, as in the reference code: VBPR to its best epoch, then adversarially from there.
 
-    Other than in the published AMR, the model and its penalties are this package's (users of twice the width in VBPR,
-    losses as means), the features are not divided by their largest absolute value (epsilon is in their units), and the
-    guard against division by zero is smaller: the published one shortens delta where |Gamma_i| < 1e-6, which FREEDOM
+    Other than in the reference code of AMR, the model and its penalties are this package's (users of twice the width in
+    VBPR, losses as means), the features are not divided by their largest absolute value (epsilon is in their units), and the
+    guard against division by zero is smaller: the reference one shortens delta where |Gamma_i| < 1e-6, which FREEDOM
     falls below by its `reg_weight`.
 
     Attributes:
@@ -53,6 +53,8 @@ class AdversarialRecommender(Recommender):
         Tang, Du, He, Yuan, Tian and Chua, *Adversarial Training Towards Robust Multimedia Recommender System*, IEEE
         TKDE 2019, https://arxiv.org/abs/1809.07062.
     """
+
+    stops_gradient: ClassVar[bool] = True
 
     epsilon: nnx.Variable[Array]
     weight: nnx.Variable[Array]
@@ -96,12 +98,12 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
 
     Args:
         model: from `mgrad_jax.models.create`; it stays as it is.
-        epsilon: norm of a perturbed row's change, in units of the features; published 0.1, for features of at most 1.
-        weight: of the loss on perturbed features; published 1.
+        epsilon: norm of a perturbed row's change, in units of the features; the authors' 0.1, for features of at most 1.
+        weight: of the loss on perturbed features; the authors' is 1.
 
     Returns:
-        A copy of the model, a subclass of its class under the same name, whose `epsilon` and `weight` are `Scalar`
-        variables.
+        A copy of the model, a subclass of its class under the same name, whose `epsilon` and `weight` are traced as its
+        hyper-parameters are.
 
     Raises:
         UserError: a model whose loss reads no features or that is adversarial already, or a number that is not positive.
@@ -118,7 +120,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
     if isinstance(model, AdversarialRecommender):
         raise UserError(f"this {model.name} is trained adversarially already; give the plain model.")
     copy: Any = nnx.clone(model)
-    tables = copy.open_feature_tables()
+    tables = copy.expose_features()
     if not tables:
         able = ", ".join(name for name in models.names() if models.model_class(name).needs)
         raise UserError(
@@ -127,8 +129,8 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
         )
     object.__setattr__(copy, "__class__", _adversarial_class(type(model)))
     copy.tables = tables
-    copy.epsilon = Scalar(jnp.asarray(epsilon, model.dtype))
-    copy.weight = Scalar(jnp.asarray(weight, model.dtype))
+    copy.epsilon = TracedHyperParameter(jnp.asarray(epsilon, model.dtype))
+    copy.weight = TracedHyperParameter(jnp.asarray(weight, model.dtype))
     return copy
 
 

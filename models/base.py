@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,18 +16,21 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.features import rows_shown, zero_rows
-from mgrad_jax.errors import UserError, shown
+from mgrad_jax.deprecation import renamed
+from mgrad_jax.errors import UserError
+from mgrad_jax.models.hyper_parameters import check, hyper
 
-# 32 bits, as of the arrays; seeds are without a sign.
-_LARGEST_WHOLE, _LARGEST = 2**32 - 1, float(np.finfo(np.float32).max)
-_MOST_LAYERS = 100  # each is written out in the program
+renamed(
+    __name__,
+    {"Frozen": "Constant", "Scalar": "TracedHyperParameter", "hold_features": "cast_features"},
+)
 
 
-class Frozen(nnx.Variable):
+class Constant(nnx.Variable):
     """Constant arrays and graphs: an argument of every compiled function, never closed over, never trained."""
 
 
-class Scalar(nnx.Variable):
+class TracedHyperParameter(nnx.Variable):
     """A scalar hyper-parameter that is traced, so that one compiled program serves a whole grid of values."""
 
 
@@ -36,43 +40,18 @@ class EpochState(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Hyper-parameters every model has; subclasses add theirs under their published names.
+    """Hyper-parameters every model has; subclasses add theirs, each declared with `hyper`, under the names of the
+    reference code.
 
-    A field with `metadata={"traced": True}` becomes a `Scalar` attribute of the model under the same name.
+    Types and ranges are checked however a configuration is made. A field declared `traced` becomes a
+    `TracedHyperParameter` of the model under the same name.
     """
 
-    embedding_dim: int = dataclasses.field(default=64, metadata={"help": "width of the embeddings"})
+    embedding_dim: int = hyper(64, "width of the embeddings", least=1)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
-            _check_range(field.name, getattr(self, field.name))
-        if self.embedding_dim < 1:
-            raise UserError(f"embedding_dim is {self.embedding_dim}; it must be at least 1.")
-
-
-def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Reject a value whose type cannot be the field's: `n_layers=1.5`, `dropout="high"`, `reg_weight=nan`."""
-    kind = type(field.default)
-    if kind in (bool, str):
-        fits = isinstance(value, kind)
-    elif kind is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-    if not fits:
-        raise UserError(f"{field.name}={shown(value)} does not fit; {field.name} must be of type {kind.__name__}.")
-
-
-def _check_range(name: str, value: Any) -> None:
-    """Reject a number that compiled programs cannot hold, and more layers than a program can be made of."""
-    if isinstance(value, (str, bool)):
-        return
-    most = _MOST_LAYERS if "layer" in name else _LARGEST_WHOLE if isinstance(value, int) else _LARGEST
-    if abs(value) > most:
-        raise UserError(
-            f"{name} is {shown(value)}; it must be at most {most if isinstance(most, int) else format(most, '.2g')}."
-        )
+            check(field, getattr(self, field.name))
 
 
 class Recommender(nnx.Module):
@@ -87,14 +66,16 @@ class Recommender(nnx.Module):
         compares_items: whether it looks for each item's `knn_k` nearest by the direction of their features, which a row
             of zeros does not have.
         uses_negatives: whether `loss` reads `batch.negatives`.
-        published_names: our parameter path -> name in the published state_dict; a path that ends in
+        published_names: our parameter path -> name in the reference state_dict; a path that ends in
             `.kernel` is stored transposed there.
-        ignored_names: published parameters that never get a gradient and are not ported.
+        ignored_names: parameters of the reference code that never get a gradient and are not ported.
         penalties: parts of `loss` that penalise parameters and rank nothing.
+        grid: values that the reference configuration searches, by name of the hyper-parameter, or "learning_rate".
         item_tables: paths of the tables that `embed` reads a row of for every item, be they items alone or users, then
             items; learned where they are an `nnx.Param`.
-        features_in_scores: whether `embed` reads the variables of `open_feature_tables`, untrained.
+        features_in_scores: whether `embed` reads the variables of `feature_paths`, untrained.
         feature_graphs: paths of the item graphs that `embed` reads and that are made of the features once.
+        stops_gradient: whether `loss` holds back gradients, so that its gradient is not that of its values.
     """
 
     name: ClassVar[str]
@@ -107,9 +88,11 @@ class Recommender(nnx.Module):
     published_names: ClassVar[Mapping[str, str]]
     ignored_names: ClassVar[tuple[str, ...]] = ()
     penalties: ClassVar[tuple[str, ...]] = ()
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     item_tables: ClassVar[tuple[str, ...]] = ()
     features_in_scores: ClassVar[bool] = False
     feature_graphs: ClassVar[tuple[str, ...]] = ()
+    stops_gradient: ClassVar[bool] = False
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         del rngs  # the subclasses draw their parameters from it
@@ -121,7 +104,7 @@ class Recommender(nnx.Module):
         self.dtype = dtype
         for field in dataclasses.fields(config):
             if field.metadata.get("traced"):
-                setattr(self, field.name, Scalar(jnp.asarray(getattr(config, field.name), dtype)))
+                setattr(self, field.name, TracedHyperParameter(jnp.asarray(getattr(config, field.name), dtype)))
 
     @classmethod
     def needs_in_words(cls) -> str:
@@ -167,15 +150,27 @@ class Recommender(nnx.Module):
         del key
         return {}
 
-    def open_feature_tables(self) -> tuple[str, ...]:
-        """Have `loss` read items' features from variables, and name these by path; none in a model without features.
-
-        For whoever changes the variables' values, as `mgrad_jax.models.adversarial` does.
-        """
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
+        """Paths of the variables that `loss` reads items' features from; empty in a model that reads none."""
         return ()
 
+    def expose_features(self) -> tuple[str, ...]:
+        """Have `loss` and `embed` follow changes of the variables at `feature_paths`, and return these paths.
+
+        To be called before their values are changed, as adversarial training and the study of perturbed features do;
+        a model that computes something from its features ahead computes it in every pass from then on.
+        """
+        return self.feature_paths
+
+    def open_feature_tables(self) -> tuple[str, ...]:
+        """The former name of `expose_features`."""
+        told = "Recommender.open_feature_tables is expose_features now; the old name goes with the next version."
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return self.expose_features()
+
     def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
-        """What the variables of `open_feature_tables` hold for these raw features, by path; pure.
+        """What the variables of `feature_paths` hold for these raw features, by path; pure.
 
         Args:
             features: (n_items, dim) of every modality the model was made with.
@@ -201,7 +196,7 @@ class Recommender(nnx.Module):
         return user_vectors[jnp.asarray(users)] @ item_vectors.T
 
 
-def hold_features(model: Recommender, dtype: Any) -> None:
+def cast_features(model: Recommender, dtype: Any) -> None:
     """Hold the tables of features that the loss reads in another type.
 
     A row is widened to the model's type where it meets a parameter; a trained table, and the optimizer's moments of it,
@@ -210,7 +205,7 @@ def hold_features(model: Recommender, dtype: Any) -> None:
     Raises:
         UserError: the model reads no features.
     """
-    tables = model.open_feature_tables()
+    tables = model.expose_features()
     if not tables:
         raise UserError(f"{model.name} reads no features in training; leave the type of the features out.")
     for path in tables:

@@ -13,49 +13,36 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class BM3Config(ModelConfig):
-    """Hyper-parameters of BM3 under their published names."""
+    """Hyper-parameters of BM3 under the names of the reference code."""
 
-    n_layers: int = dataclasses.field(default=1, metadata={"help": "propagation steps over the user-item graph"})
-    dropout: float = dataclasses.field(
-        default=0.3, metadata={"help": "share of a target vector's entries dropped", "traced": True}
-    )
-    reg_weight: float = dataclasses.field(
-        default=0.1, metadata={"help": "weight of the norms of all users' and items' vectors", "traced": True}
-    )
-    cl_weight: float = dataclasses.field(
-        default=2.0, metadata={"help": "weight of the alignment of features with ids", "traced": True}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_layers < 0:
-            raise UserError(f"n_layers is {self.n_layers}; it must not be negative.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+    n_layers: int = hyper(1, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    dropout: float = hyper(0.3, "share of a target vector's entries dropped", traced=True, least=0, below=1)
+    reg_weight: float = hyper(0.1, "weight of the norms of all users' and items' vectors", traced=True, least=0)
+    cl_weight: float = hyper(2.0, "weight of the alignment of features with ids", traced=True, least=0)
 
 
 class BM3(Recommender):
     """An online predictor q towards dropped-out targets, with features aligned to ids (Zhou et al., WWW 2023).
 
-    With A the normalised graph (1e-7 added to the degrees), Z = LG(A, [E_u; E_i]) the mean over layers 0..L, h_u its user
-    rows, h_i its item rows + E_i, m = T F projected features (tables F are trained, starting at the raw features), x~ a
-    dropped-out copy without gradient, and C(a, b) = 1 - mean cos(a, b) over the batch's pairs (u, i):
+    With A the normalised graph (1e-7 added to the degrees), Z = LG(A, [E_u; E_i]) the mean over layers 0..L, h_u its
+    user rows, h_i its item rows + E_i, m = T F projected features (tables F are trained, starting at the raw features),
+    x~ a dropped-out copy without gradient, and C(a, b) = 1 - mean cos(a, b) over the batch's pairs (u, i):
 
         loss = C(q(h_u), i~) + C(q(h_i), u~)
              + cl_weight sum over modalities [C(q(m)_i, i~) + C(q(m)_i, m~_i)]
              + reg_weight (|h_u|_F + |h_i|_F) / n_items
         score(u, i) = <q(h_u), q(h_i)>.
 
-    The norms run over all users and items and are not squared; dropout masks belong to a user or item, so that its repeats
-    in a batch share one. `batch.negatives` are not read.
+    The norms run over all users and items and are not squared; dropout masks belong to a user or item, so that its
+    repeats in a batch share one. `batch.negatives` are not read.
     """
 
     name: ClassVar[str] = "bm3"
@@ -68,6 +55,7 @@ class BM3(Recommender):
     item_tables: ClassVar[tuple[str, ...]] = ("item_id_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
+    stops_gradient: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2),
         "dropout": (0.3, 0.5),
@@ -109,11 +97,12 @@ class BM3(Recommender):
             table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
             setattr(self, f"{modality}_trs", projection(table.shape[1]))
-        self.graph = Frozen(
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """F of each modality; their rows are trained."""
         return tuple(f"{modality}_embedding" for modality in self.modalities)
 

@@ -10,26 +10,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import blend_graphs, knn_graph, propagate
-from mgrad_jax.models.base import Frozen, ModelConfig
+from mgrad_jax.models.base import Constant, ModelConfig
 from mgrad_jax.models.dualgnn import UserGraphConfig, UserGraphRecommender
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class DRAGONConfig(UserGraphConfig):
-    """Hyper-parameters of DRAGON under their published names."""
+    """Hyper-parameters of DRAGON under the names of the reference code."""
 
-    n_mm_layers: int = dataclasses.field(default=1, metadata={"help": "propagation steps over the item graph"})
-    knn_k: int = dataclasses.field(default=10, metadata={"help": "nearest items in the item graph, itself included"})
-    mm_image_weight: float = dataclasses.field(default=0.1, metadata={"help": "share of images in the item graph"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_mm_layers < 0:
-            raise UserError(f"n_mm_layers is {self.n_mm_layers}; it must not be negative.")
-        if not 0 <= self.mm_image_weight <= 1:
-            raise UserError(f"mm_image_weight is {self.mm_image_weight}; it must be between 0 and 1.")
+    n_mm_layers: int = hyper(1, "propagation steps over the item graph", least=0, limit=MOST_LAYERS)
+    knn_k: int = hyper(10, "nearest items in the item graph, itself included", least=1)
+    mm_image_weight: float = hyper(0.1, "share of images in the item graph", least=0, most=1)
 
 
 class DRAGON(UserGraphRecommender):
@@ -44,9 +37,9 @@ class DRAGON(UserGraphRecommender):
 
     the means of P over the batch's users, that of w over all.
 
-    As published: the logarithm is to base 2; two steps over the user-item graph and a width of 64 a modality
-    (`embedding_dim`) whatever `n_layers` and the embedding size are there; scores use the epoch's user graph. The
-    published trainable features, their projections and the items' weights never get a gradient and are left out.
+    As in the reference code: the logarithm is to base 2; two steps over the user-item graph and a width of 64 a
+    modality (`embedding_dim`) whatever `n_layers` and the embedding size are there; scores use the epoch's user graph.
+    The reference trainable features, their projections and the items' weights never get a gradient and are left out.
     """
 
     name: ClassVar[str] = "dragon"
@@ -80,7 +73,7 @@ class DRAGON(UserGraphRecommender):
         for modality in self.modalities:
             share = shares[modality] if len(self.modalities) > 1 else 1.0
             graphs.append((share, knn_graph(self.feature(data, modality), config.knn_k, dtype)))
-        self.item_graph = Frozen(blend_graphs(graphs))
+        self.item_graph = Constant(blend_graphs(graphs))
 
     def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         users, items = self._convolved()

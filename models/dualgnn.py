@@ -22,27 +22,19 @@ from mgrad_jax.graph import (
     sample_user_graph,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.hyper_parameters import hyper
 
-STEPS = 2
-HIDDEN = 4
+N_STEPS = 2
+HIDDEN_FACTOR = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class UserGraphConfig(ModelConfig):
-    """Hyper-parameters that DualGNN and DRAGON share (the published width is always 64, `embedding_dim` here)."""
+    """Hyper-parameters that DualGNN and DRAGON share (the reference width is always 64, `embedding_dim` here)."""
 
-    user_k: int = dataclasses.field(default=40, metadata={"help": "nearest users in the user graph, as published 40"})
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squares of preferences and modality weights", "traced": True}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.user_k < 1:
-            raise UserError(f"user_k is {self.user_k}; it must be at least 1.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
+    user_k: int = hyper(40, "nearest users in the user graph, as in the reference code", least=1)
+    reg_weight: float = hyper(1e-3, "weight of the squares of preferences and modality weights", traced=True, least=0)
 
 
 class UserGraphRecommender(Recommender):
@@ -92,18 +84,18 @@ class UserGraphRecommender(Recommender):
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         self.modalities = self.features_given(data)
         pairs = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
         dim = config.embedding_dim
         for modality in self.modalities:
             table = self.feature(data, modality)
             preference = nnx.Param(xavier_normal(rngs.params(), (data.n_users, dim), dtype))
-            setattr(self, f"{modality}_features", Frozen(table))
+            setattr(self, f"{modality}_features", Constant(table))
             setattr(self, f"{modality}_preference", preference)
-            setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN * dim, rngs=rngs, dtype=dtype))
-            setattr(self, f"{modality}_map", linear(HIDDEN * dim, dim, rngs=rngs, dtype=dtype))
+            setattr(self, f"{modality}_hidden", linear(table.shape[1], HIDDEN_FACTOR * dim, rngs=rngs, dtype=dtype))
+            setattr(self, f"{modality}_map", linear(HIDDEN_FACTOR * dim, dim, rngs=rngs, dtype=dtype))
         self.user_weights = nnx.Param(modality_weights(rngs.params(), data.n_users, len(self.modalities), dtype))
         graph = build_user_graph(data, config.user_k, cache=cache_directory(data), write=False)
-        self.user_graph = Frozen(jax.tree.map(jnp.asarray, graph))
+        self.user_graph = Constant(jax.tree.map(jnp.asarray, graph))
         self.user_sample = EpochState(sample_user_graph(rngs.params(), self.user_graph.get_value(), dtype))
 
     def use_user_graph(self, graph: UserGraph, key: Array) -> None:
@@ -120,7 +112,8 @@ class UserGraphRecommender(Recommender):
         """The epoch's user graph, short lists filled up anew."""
         return {"user_sample": sample_user_graph(key, self.user_graph.get_value(), self.dtype)}
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X of each modality."""
         return tuple(f"{modality}_features" for modality in self.modalities)
 
@@ -157,7 +150,7 @@ class UserGraphRecommender(Recommender):
         item_parts = [losses.normalize(self._mapped(m)) for m in self.modalities]
         users, items = jnp.concatenate(user_parts, axis=1), jnp.concatenate(item_parts, axis=1)
         graph, total_users, total_items = self.graph.get_value(), users, items
-        for _ in range(STEPS):
+        for _ in range(N_STEPS):
             users, items = propagate_bipartite(graph, users, items)
             total_users, total_items = total_users + users, total_items + items
         shape = len(self.modalities), self.config.embedding_dim
@@ -175,16 +168,15 @@ def modality_weights(key: Array, rows: int, modalities: int, dtype: Any) -> Floa
 
 @dataclasses.dataclass(frozen=True)
 class DualGNNConfig(UserGraphConfig):
-    """Hyper-parameters of DualGNN under their published names."""
+    """Hyper-parameters of DualGNN under the names of the reference code."""
 
-    separate_modalities: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "weigh a user's own image and text vectors, as the paper says and the code does not"},
+    separate_modalities: bool = hyper(
+        False, "weigh a user's own image and text vectors, as the paper says and the code does not"
     )
 
 
 class DualGNN(UserGraphRecommender):
-    """Dual graph neural network (Wang et al., IEEE Transactions on Multimedia 2021, as published in MMRec).
+    """Dual graph neural network (Wang et al., IEEE Transactions on Multimedia 2021, as in MMRec).
 
     With z_m, S and h_u as in `UserGraphRecommender` and w the users' modality weights,
 
@@ -194,12 +186,12 @@ class DualGNN(UserGraphRecommender):
 
     the means of P over the batch's users, those of w and of the items' weights v over all.
 
-    As published: the text enters a user twice, since the published code adds it to the image vector in place
-    (`separate_modalities` gives w_u,image z_image,u + w_u,text z_text,u, as in the paper); the logarithm is to base 2;
-    the items' weights v are penalised but used nowhere else; two steps and a width of 64 (`embedding_dim`; the layer
-    before is four times as wide) whatever `n_layers` and the embedding size are there.
+    As in the reference code: the text enters a user twice, since the reference code adds it to the image vector in
+    place (`separate_modalities` gives w_u,image z_image,u + w_u,text z_text,u, as in the paper); the logarithm is to
+    base 2; the items' weights v are penalised but used nowhere else; two steps and a width of 64 (`embedding_dim`; the
+    layer before is four times as wide) whatever `n_layers` and the embedding size are there.
 
-    Scores come from the current parameters, where the published code scores with the representations of the last
+    Scores come from the current parameters, where the reference code scores with the representations of the last
     training step (`fit(..., evaluate="stale")`), and like there from the epoch's user graph.
     """
 

@@ -22,34 +22,24 @@ from mgrad_jax.graph import (
     prune_edges,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class FREEDOMConfig(ModelConfig):
-    """Hyper-parameters of FREEDOM under their published names."""
+    """Hyper-parameters of FREEDOM under the names of the reference code."""
 
-    feat_embed_dim: int = dataclasses.field(
-        default=0, metadata={"help": "width of the projected features: embedding_dim, the only one that fits"}
-    )
-    n_ui_layers: int = dataclasses.field(default=2, metadata={"help": "propagation steps over the user-item graph"})
-    n_mm_layers: int = dataclasses.field(default=1, metadata={"help": "propagation steps over the item graph"})
-    knn_k: int = dataclasses.field(default=10, metadata={"help": "nearest items in the item graph, itself included"})
-    mm_image_weight: float = dataclasses.field(default=0.1, metadata={"help": "share of images in the item graph"})
-    dropout: float = dataclasses.field(default=0.8, metadata={"help": "share of edges pruned in every epoch"})
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the ranking by projected features", "traced": True}
-    )
+    feat_embed_dim: int = hyper(0, "width of the projected features: embedding_dim, the only one that fits", least=0)
+    n_ui_layers: int = hyper(2, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    n_mm_layers: int = hyper(1, "propagation steps over the item graph", least=0, limit=MOST_LAYERS)
+    knn_k: int = hyper(10, "nearest items in the item graph, itself included", least=1)
+    mm_image_weight: float = hyper(0.1, "share of images in the item graph", least=0, most=1)
+    dropout: float = hyper(0.8, "share of edges pruned in every epoch", least=0, below=1)
+    reg_weight: float = hyper(1e-3, "weight of the ranking by projected features", traced=True, least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_ui_layers", "n_mm_layers"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if not 0 <= self.mm_image_weight <= 1:
-            raise UserError(f"mm_image_weight is {self.mm_image_weight}; it must be between 0 and 1.")
         if self.feat_embed_dim not in (0, self.embedding_dim):
             raise UserError(
                 f"feat_embed_dim is {self.feat_embed_dim} and embedding_dim {self.embedding_dim}; users are compared "
@@ -109,13 +99,13 @@ class FREEDOM(Recommender):
             setattr(self, f"{modality}_trs", linear(table.shape[1], dim, rngs=rngs, dtype=dtype))
             share = shares[modality] if len(self.modalities) > 1 else 1.0
             graphs.append((share, knn_graph(table, config.knn_k, dtype)))
-        self.item_graph = Frozen(blend_graphs(graphs))
+        self.item_graph = Constant(blend_graphs(graphs))
         users, items = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(normalized_bipartite(users, items, data.n_users, data.n_items, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(users, items, data.n_users, data.n_items, dtype=dtype))
         if config.dropout > 0:
             edges = bipartite_edges(users, items, data.n_users, data.n_items, dtype=dtype)
             self.n_keep = int(edges.users.shape[0] * (1.0 - config.dropout))
-            self.edges = Frozen(edges)
+            self.edges = Constant(edges)
             self.pruned_graph = EpochState(prune_edges(rngs.params(), edges, self.n_keep))
 
     def resample(self, key: Array) -> dict[str, Any]:
@@ -124,7 +114,8 @@ class FREEDOM(Recommender):
             return {}
         return {"pruned_graph": prune_edges(key, self.edges.get_value(), self.n_keep)}
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """F of each modality, not the item graph that was made of the same features."""
         return tuple(f"{modality}_embedding" for modality in self.modalities)
 

@@ -13,42 +13,30 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import SparseGraph, edge_dot, edge_softmax, mean_bipartite, propagate, replace_values
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 ID_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class GRCNConfig(ModelConfig):
-    """Hyper-parameters of GRCN under their published names."""
+    """Hyper-parameters of GRCN under the names of the reference code."""
 
-    latent_embedding: int = dataclasses.field(default=64, metadata={"help": "width of preferences and mapped features"})
-    n_layers: int = dataclasses.field(
-        default=3, metadata={"help": "routing steps of the preferences (read only with item_to_user_routing)"}
+    latent_embedding: int = hyper(64, "width of preferences and mapped features", least=1)
+    n_layers: int = hyper(
+        3, "routing steps of the preferences (read only with item_to_user_routing)", least=0, limit=MOST_LAYERS
     )
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squares of ids and preferences", "traced": True}
+    reg_weight: float = hyper(1e-3, "weight of the squares of ids and preferences", traced=True, least=0)
+    item_to_user_routing: bool = hyper(
+        False, "route items' features into preferences, as the paper says and the code does not"
     )
-    item_to_user_routing: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "route items' features into preferences, as the paper says and the code does not"},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latent_embedding < 1:
-            raise UserError(f"latent_embedding is {self.latent_embedding}; it must be at least 1.")
-        if self.n_layers < 0:
-            raise UserError(f"n_layers is {self.n_layers}; it must not be negative.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
 
 
 class GRCN(Recommender):
-    """Graph-refined convolution (Wei et al., ACM MM 2020, as published in MMRec).
+    """Graph-refined convolution (Wei et al., ACM MM 2020, as in MMRec).
 
     Every training pair is two directed edges, c -> r, source and target. nrm gives rows unit length. For a modality m,
 
@@ -65,15 +53,15 @@ class GRCN(Recommender):
 
     the first mean of P_image over the whole table, those marked u over the batch's users.
 
-    As published: the n_layers routing steps send messages to the items only and read the users, so that they leave the
-    preferences as they are; here the steps are passed over, unless `item_to_user_routing` has each of them do
-    p_u <- nrm(p_u + sum of the user's items, weighed by the softmax of <p_u, x_i>), as in the paper. W is not
+    As in the reference code: the n_layers routing steps send messages to the items only and read the users, so that
+    they leave the preferences as they are; here the steps are passed over, unless `item_to_user_routing` has each of
+    them do p_u <- nrm(p_u + sum of the user's items, weighed by the softmax of <p_u, x_i>), as in the paper. W is not
     normalised by degrees. An edge starts closed where all confidences of its source are negative, and the maximum
-    passes its gradient to the larger modality only. The published penalty on K is computed there but not added, so it
+    passes its gradient to the larger modality only. The reference penalty on K is computed there but not added, so it
     is left out.
 
-    The loss is softplus(-difference), which stays finite where the published log(sigmoid) overflows. Scores come from
-    the current parameters, where the published code scores with the representations of the last training step
+    The loss is softplus(-difference), which stays finite where the reference log(sigmoid) overflows. Scores come from
+    the current parameters, where the reference code scores with the representations of the last training step
     (`fit(..., evaluate="stale")`).
     """
 
@@ -112,7 +100,7 @@ class GRCN(Recommender):
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         pairs = data.train[:, 0], data.train[:, 1]
         # Only the structure counts: rows are targets, columns sources; the entries are weighed in every pass.
-        self.graph = Frozen(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
+        self.graph = Constant(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
         self.modalities = self.features_given(data)
         n_nodes, width = data.n_users + data.n_items, config.latent_embedding
         self.id_embedding = nnx.Param(xavier_normal(rngs.params(), (n_nodes, config.embedding_dim), dtype))
@@ -120,12 +108,13 @@ class GRCN(Recommender):
         for modality in self.modalities:
             table = self.feature(data, modality)
             preference = nnx.Param(xavier_normal(rngs.params(), (data.n_users, width), dtype))
-            setattr(self, f"{modality}_features", Frozen(table))
+            setattr(self, f"{modality}_features", Constant(table))
             setattr(self, f"{modality}_preference", preference)
             feature_map = linear(table.shape[1], width, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
             setattr(self, f"{modality}_map", feature_map)
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X of each modality."""
         return tuple(f"{modality}_features" for modality in self.modalities)
 
@@ -179,7 +168,7 @@ class GRCN(Recommender):
 
     def _edge_weights(self, graph: SparseGraph, attentions: list[Float[Array, " nnz"]]) -> Float[Array, " nnz"]:
         """w of every entry: the larger of the modalities' attention times confidence of the source, cut off at 0."""
-        confidence = self.confidence[...][graph.columns]
+        confidence = self.confidence[...][graph.indices]
         weights = [attention * confidence[:, m] for m, attention in enumerate(attentions)]
         # Where, not maximum: a tie passes its gradient to one modality, not half to each.
         return jax.nn.relu(functools.reduce(lambda a, b: jnp.where(a >= b, a, b), weights))

@@ -21,33 +21,22 @@ from mgrad_jax.graph import (
     prune_edges,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import EpochState, Frozen, ModelConfig, Recommender, xavier_uniform
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
-_EPS = 1e-8  # norms are at least this, as published
+_EPS = 1e-8  # norms are at least this, as in the reference code
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerGCNConfig(ModelConfig):
-    """Hyper-parameters of LayerGCN under their published names.
+    """Hyper-parameters of LayerGCN under the names of the reference code.
 
-    The published grid leaves `dropout` and `reg_weight` open; the defaults are its first dropout (no pruning) and 1e-3.
+    The reference grid leaves `dropout` and `reg_weight` open; the defaults are its first dropout (no pruning) and 1e-3.
     """
 
-    n_layers: int = dataclasses.field(default=4, metadata={"help": "propagation steps over the user-item graph"})
-    dropout: float = dataclasses.field(default=0.0, metadata={"help": "share of the edges pruned in each epoch"})
-    reg_weight: float = dataclasses.field(
-        default=1e-3,
-        metadata={"help": "weight of the squared norms of the batch's embeddings", "traced": True},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_layers < 1:
-            raise UserError(f"n_layers is {self.n_layers}; it must be at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
+    n_layers: int = hyper(4, "propagation steps over the user-item graph", least=1, limit=MOST_LAYERS)
+    dropout: float = hyper(0.0, "share of the edges pruned in each epoch", least=0, below=1)
+    reg_weight: float = hyper(1e-3, "weight of the squared norms of the batch's embeddings", traced=True, least=0)
 
 
 class LayerGCN(Recommender):
@@ -64,8 +53,8 @@ class LayerGCN(Recommender):
 
     over the gathered layer-0 rows, repeats included. Gradients flow through the cosine.
 
-    As published: the loss is a sum over the batch, not a mean (it matters to SGD, Adagrad and clipping, not to
-    Adam), and layer 0 is left out of z. With `dropout` p > 0 each epoch trains on int(E (1 - p)) of the E edges,
+    As in the reference code: the loss is a sum over the batch, not a mean (it matters to SGD, Adagrad and clipping, not
+    to Adam), and layer 0 is left out of z. With `dropout` p > 0 each epoch trains on int(E (1 - p)) of the E edges,
     drawn without replacement and normalised again: in the first, third, fifth ... epoch with weight 1 /
     sqrt(degree_u degree_i), in the others uniformly. Scores always come from the whole graph.
     """
@@ -96,7 +85,7 @@ class LayerGCN(Recommender):
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         pairs = np.unique(data.train, axis=0)
         sizes = (data.n_users, data.n_items)
-        self.graph = Frozen(normalized_bipartite(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype))
         if config.dropout > 0:
             self.n_keep = int(len(pairs) * (1.0 - config.dropout))
             if self.n_keep < 1:
@@ -104,7 +93,7 @@ class LayerGCN(Recommender):
                     f"dropout={config.dropout} leaves none of the {len(pairs)} training pairs; choose a smaller one."
                 )
             edges = bipartite_edges(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype)
-            self.edges = Frozen(edges)
+            self.edges = Constant(edges)
             self.pruned_graph = EpochState(prune_edges(rngs.params(), edges, self.n_keep))
             self.epoch = EpochState(jnp.zeros((), jnp.int32))
 
@@ -123,7 +112,7 @@ class LayerGCN(Recommender):
         user_rows = users[batch.users]
         difference = jnp.sum(user_rows * (items[batch.positives] - items[batch.negatives]), axis=-1)
         ranking = losses.bpr_loss_sum(difference)
-        regulariser = self.reg_weight[...] * losses.half_squares(
+        regulariser = self.reg_weight[...] * losses.l2_penalty(
             self.user_embedding[...][batch.users],
             self.item_embedding[...][batch.positives],
             self.item_embedding[...][batch.negatives],

@@ -11,31 +11,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class LightGCNConfig(ModelConfig):
     """Hyper-parameters of LightGCN; the defaults are its paper's."""
 
-    n_layers: int = dataclasses.field(default=3, metadata={"help": "propagation steps over the user-item graph"})
-    reg_weight: float = dataclasses.field(
-        default=1e-4, metadata={"help": "weight of the norms of the batch's embeddings", "traced": True}
-    )
-    original_loss: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "squared norms and an unclipped pairwise loss, as in the paper of LightGCN"},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_layers < 0:
-            raise UserError(f"n_layers is {self.n_layers}; it must not be negative.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
+    n_layers: int = hyper(3, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    reg_weight: float = hyper(1e-4, "weight of the norms of the batch's embeddings", traced=True, least=0)
+    original_loss: bool = hyper(False, "squared norms and an unclipped pairwise loss, as in the paper of LightGCN")
 
 
 class LightGCN(Recommender):
@@ -81,7 +69,7 @@ class LightGCN(Recommender):
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        self.graph = Frozen(
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
         )
 
@@ -98,7 +86,7 @@ class LightGCN(Recommender):
         )
         if self.config.original_loss:
             ranking = losses.bpr_loss(difference)
-            penalty = losses.half_squares(*rows) / batch.users.shape[0]
+            penalty = losses.l2_penalty(*rows) / batch.users.shape[0]
         else:
             ranking = losses.bpr_loss_clipped(difference)
             penalty = losses.embedding_norm(*rows)

@@ -18,12 +18,12 @@ def bpr_loss_sum(difference: Float[Array, " batch"]) -> Float[Array, ""]:
 
 
 def bpr_loss_clipped(difference: Float[Array, " batch"]) -> Float[Array, ""]:
-    """Mean of -log(1e-10 + sigmoid(difference)); it never exceeds 23.03 (VBPR and LightGCN as published)."""
+    """Mean of -log(1e-10 + sigmoid(difference)); it never exceeds 23.03 (VBPR and LightGCN in the reference code)."""
     return -jnp.mean(jnp.log(1e-10 + jax.nn.sigmoid(difference)))
 
 
 def bpr_loss_log2(difference: Float[Array, " batch"]) -> Float[Array, ""]:
-    """Mean of -log2 sigmoid(difference) (DualGNN and DRAGON as published)."""
+    """Mean of -log2 sigmoid(difference) (DualGNN and DRAGON in the reference code)."""
     return bpr_loss(difference) / jnp.log(jnp.asarray(2.0, difference.dtype))
 
 
@@ -35,13 +35,13 @@ def safe_norm(x: Float[Array, "... dim"], axis: int | tuple[int, ...] | None = N
 
 
 def embedding_norm(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
-    """Sum of the tables' Frobenius norms, not squared, over the rows of the last table (published EmbLoss)."""
+    """Sum of the tables' Frobenius norms, not squared, over the rows of the last table (reference EmbLoss)."""
     total = sum((safe_norm(table) for table in tables), jnp.zeros((), tables[-1].dtype))
     return total / tables[-1].shape[0]
 
 
-def half_squares(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
-    """Half the sum of squares of all entries (published L2Loss)."""
+def l2_penalty(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
+    """Half the sum of squares of all entries (reference L2Loss)."""
     return 0.5 * sum((jnp.sum(table * table) for table in tables), jnp.zeros((), tables[-1].dtype))
 
 

@@ -13,38 +13,23 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import SparseGraph, mean_bipartite, propagate
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.hyper_parameters import hyper
 
 N_LAYERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class MMGCNConfig(ModelConfig):
-    """Hyper-parameters of MMGCN under their published names."""
+    """Hyper-parameters of MMGCN under the names of the reference code."""
 
-    dim_latent: int = dataclasses.field(default=256, metadata={"help": "width the image features are mapped to"})
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the squares of the random tables", "traced": True}
-    )
-    train_tables: bool = dataclasses.field(
-        default=False, metadata={"help": "learn the id and preference tables, which as published stay random"}
-    )
-    table_seed: int = dataclasses.field(default=999, metadata={"help": "seed of the id and preference tables"})
-    sum_modalities: bool = dataclasses.field(
-        default=False, metadata={"help": "add the modalities' vectors, as in the paper, and do not average them"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim_latent < 1:
-            raise UserError(f"dim_latent is {self.dim_latent}; it must be at least 1.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
-        if not 0 <= self.table_seed < 2**32:
-            raise UserError(f"table_seed is {self.table_seed}; it must be between 0 and 2**32 - 1.")
+    dim_latent: int = hyper(256, "width the image features are mapped to", least=1)
+    reg_weight: float = hyper(1e-3, "weight of the squares of the random tables", traced=True, least=0)
+    train_tables: bool = hyper(False, "learn the id and preference tables, which in the reference code stay random")
+    table_seed: int = hyper(999, "seed of the id and preference tables", least=0, most=2**32 - 1)
+    sum_modalities: bool = hyper(False, "add the modalities' vectors, as in the paper, and do not average them")
 
 
 class _Layer(nnx.Module):
@@ -69,7 +54,7 @@ class _Branch(nnx.Module):
     def __init__(
         self, features: Float[Array, "items raw"], dim: int, latent: int | None, *, rngs: nnx.Rngs, dtype: Any
     ) -> None:
-        self.features = Frozen(features)
+        self.features = Constant(features)
         self.width = latent or features.shape[1]
         self.map = linear(features.shape[1], latent, rngs=rngs, dtype=dtype) if latent else None
         self.constant_features = True
@@ -103,12 +88,12 @@ class _Branch(nnx.Module):
     def use_preference(self, kind: type[nnx.Variable[Any]], table: Array, graph: SparseGraph) -> None:
         """Set the users' preferences; where nothing in layer 0 is learned, its products are made once, here."""
         self.preference = kind(table)
-        self.constant_start = self.constant_features and kind is Frozen and self.map is None
+        self.constant_start = self.constant_features and kind is Constant and self.map is None
         if self.constant_start:
             start = self.start()
-            self.first_input, self.first_neighbours = Frozen(start), Frozen(propagate(graph, start))
+            self.first_input, self.first_neighbours = Constant(start), Constant(propagate(graph, start))
 
-    def open_features(self) -> None:
+    def expose_features(self) -> None:
         """Make layer 0 of the features in every pass, so that it follows a change of them."""
         if self.constant_start:
             del self.first_input, self.first_neighbours
@@ -116,7 +101,7 @@ class _Branch(nnx.Module):
 
 
 class MMGCN(Recommender):
-    """Modality-wise graph convolution with id residuals (Wei et al., ACM MM 2019, as published in MMRec).
+    """Modality-wise graph convolution with id residuals (Wei et al., ACM MM 2019, as in MMRec).
 
     With A = D^-1 R~ the user-item graph whose rows average the neighbours, Y an id table of random numbers, and for a
     modality m the preferences P_m of the users (random numbers too) and the features X_m of the items,
@@ -127,14 +112,15 @@ class MMGCN(Recommender):
         loss = mean -log sigmoid(score(u, i) - score(u, j))
              + reg_weight (mean (2 Y_u^2 + Y_i^2 + Y_j^2) / 2 + mean P_image^2).
 
-    As published: Y and P are meant to be learned and are not, so they stay the noise they start as and the penalty is a
-    constant (`train_tables=True` learns them); P_text has no penalty; there are three layers, whatever the published
-    `n_layers` says, which is left out; modalities are averaged where the paper adds them (`sum_modalities=True` adds).
+    As in the reference code: Y and P are meant to be learned and are not, so they stay the noise they start as and the
+    penalty is a constant (`train_tables=True` learns them); P_text has no penalty; there are three layers, whatever the
+    reference `n_layers` says, which is left out; modalities are averaged where the paper adds them
+    (`sum_modalities=True` adds).
 
-    The published code draws the tables with the run's seed and its checkpoints lack them. Here they are drawn from
+    The reference code draws the tables with the run's seed and its checkpoints lack them. Here they are drawn from
     `table_seed`, so that parameters and configuration suffice to rebuild a model; seeds of a study share the tables
     unless `table_seed` varies too. `use_tables` puts in others. The loss is softplus(-difference), which stays finite
-    where the published log(sigmoid) overflows. Scores come from the current parameters, where the published code
+    where the reference log(sigmoid) overflows. Scores come from the current parameters, where the reference code
     scores with the representations of the last training step (`fit(..., evaluate="stale")`).
     """
 
@@ -180,7 +166,7 @@ class MMGCN(Recommender):
     def __init__(self, data: Interactions, config: MMGCNConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         pairs = data.train[:, 0], data.train[:, 1]
-        self.graph = Frozen(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
+        self.graph = Constant(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
         self.modalities = self.features_given(data)
         for modality in self.modalities:
             latent = config.dim_latent if modality == "image" else None
@@ -201,17 +187,22 @@ class MMGCN(Recommender):
 
         Also to be called after `graph` has been replaced. Not for use inside compiled functions.
         """
-        kind = nnx.Param if self.config.train_tables else Frozen
+        kind = nnx.Param if self.config.train_tables else Constant
         self.id_embedding = kind(jnp.asarray(ids, self.dtype))
         for modality in self.modalities:
             table = jnp.asarray(preferences[modality], self.dtype)
             getattr(self, modality).use_preference(kind, table, self.graph.get_value())
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
+        """X of each modality."""
+        return tuple(f"{modality}.features" for modality in self.modalities)
+
+    def expose_features(self) -> tuple[str, ...]:
         """X of each modality; what was made of the texts ahead is made in every pass from then on."""
         for modality in self.modalities:
-            getattr(self, modality).open_features()
-        return tuple(f"{modality}.features" for modality in self.modalities)
+            getattr(self, modality).expose_features()
+        return self.feature_paths
 
     def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
         """X of each modality."""

@@ -2,4 +2,4 @@
 
 from mgrad_jax.deprecation import renamed
 
-__getattr__ = renamed(__name__, {"lightgcn_layers": "mgrad_jax.graph.lightgcn_mean"})
+renamed(__name__, {"lightgcn_layers": "mgrad_jax.graph.lightgcn_mean"})

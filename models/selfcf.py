@@ -13,40 +13,25 @@ from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.dropout import dropout
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import SparseGraph, drop_entries, lightgcn_mean, normalized_bipartite, with_transpose
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfCFConfig(ModelConfig):
-    """Hyper-parameters of SelfCF under their published names.
+    """Hyper-parameters of SelfCF under the names of the reference code.
 
-    The published grid leaves all three open; the defaults are 2 layers, its smallest dropout and 1e-3.
+    The reference grid leaves all three open; the defaults are 2 layers, its smallest dropout and 1e-3.
     """
 
-    n_layers: int = dataclasses.field(default=2, metadata={"help": "propagation steps over the user-item graph"})
-    dropout: float = dataclasses.field(
-        default=0.1, metadata={"help": "share of a target vector's entries dropped", "traced": True}
+    n_layers: int = hyper(2, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    dropout: float = hyper(0.1, "share of a target vector's entries dropped", traced=True, least=0, below=1)
+    reg_weight: float = hyper(1e-3, "weight of the squared norms of the batch's representations", traced=True, least=0)
+    edge_dropout: bool = hyper(
+        True, "drop edges in every training step, at a rate drawn from U(0, 1), as in the reference code"
     )
-    reg_weight: float = dataclasses.field(
-        default=1e-3,
-        metadata={"help": "weight of the squared norms of the batch's representations", "traced": True},
-    )
-    edge_dropout: bool = dataclasses.field(
-        default=True,
-        metadata={"help": "drop edges in every training step, at a rate drawn from U(0, 1), as published"},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_layers < 0:
-            raise UserError(f"n_layers is {self.n_layers}; it must not be negative.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.reg_weight < 0:
-            raise UserError(f"reg_weight is {self.reg_weight}; it must not be negative.")
 
 
 class SelfCF(Recommender):
@@ -62,9 +47,9 @@ class SelfCF(Recommender):
     The squared norms are those of the *propagated* rows and are summed over the batch. `batch.negatives` are not
     read. `embed` gives [q(z_u); z_u] and [z_i; q(z_i)], whose dot product is the score.
 
-    As published, A' is A with entries dropped anew in every pass: a rate r ~ U(0, 1), each stored entry (each
-    direction of an edge by itself) kept with probability 1 - r and divided by 1 - r, one matrix for all layers. The
-    paper describes no such dropout for this variant; `edge_dropout=False` trains on A.
+    As in the reference code, A' is A with entries dropped anew in every pass: a rate r ~ U(0, 1), each stored entry
+    (each direction of an edge by itself) kept with probability 1 - r and divided by 1 - r, one matrix for all layers.
+    The paper describes no such dropout for this variant; `edge_dropout=False` trains on A.
     """
 
     name: ClassVar[str] = "selfcf"
@@ -76,6 +61,7 @@ class SelfCF(Recommender):
     item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
+    stops_gradient: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n_layers": (1, 2),
         "dropout": (0.1, 0.2, 0.5),
@@ -99,7 +85,7 @@ class SelfCF(Recommender):
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         self.predictor = linear(dim, dim, rngs=rngs, dtype=dtype)
         graph = normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
-        self.graph = Frozen(with_transpose(graph) if config.edge_dropout else graph)
+        self.graph = Constant(with_transpose(graph) if config.edge_dropout else graph)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Online rows towards dropped-out target rows, on a graph whose entries `key` drops."""
@@ -138,5 +124,5 @@ class SelfCF(Recommender):
         similarity = 0.5 * jnp.mean(losses.cosine(self.predictor(user_rows), item_targets)) + 0.5 * jnp.mean(
             losses.cosine(self.predictor(item_rows), user_targets)
         )
-        regulariser = self.reg_weight[...] * losses.half_squares(user_rows, item_rows)
+        regulariser = self.reg_weight[...] * losses.l2_penalty(user_rows, item_rows)
         return regulariser - similarity, {"similarity": -similarity, "regulariser": regulariser}

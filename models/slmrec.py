@@ -13,41 +13,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
-from mgrad_jax.errors import UserError
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class SLMRecConfig(ModelConfig):
-    """Hyper-parameters of SLMRec under their published names (the published `recdim` is `embedding_dim` here)."""
+    """Hyper-parameters of SLMRec under the names of the reference code, whose `recdim` is `embedding_dim` here."""
 
-    layer_num: int = dataclasses.field(default=3, metadata={"help": "propagation steps over the user-item graph"})
-    temp: float = dataclasses.field(
-        default=0.2, metadata={"help": "temperature of the contrast between users and items", "traced": True}
+    embedding_dim: int = hyper(64, "width of the embeddings, of which two heads give half", least=2)
+    layer_num: int = hyper(3, "propagation steps over the user-item graph", least=0, limit=MOST_LAYERS)
+    temp: float = hyper(0.2, "temperature of the contrast between users and items", traced=True, above=0)
+    ssl_temp: float = hyper(0.2, "temperature of the contrast between modalities", traced=True, above=0)
+    ssl_alpha: float = hyper(0.1, "weight of the contrast between modalities", traced=True, least=0)
+    sigmoid_scores: bool = hyper(
+        False, "scores in (0, 1) as in the reference code; rankings go by the dot product all the same"
     )
-    ssl_temp: float = dataclasses.field(
-        default=0.2, metadata={"help": "temperature of the contrast between modalities", "traced": True}
-    )
-    ssl_alpha: float = dataclasses.field(
-        default=0.1, metadata={"help": "weight of the contrast between modalities", "traced": True}
-    )
-    sigmoid_scores: bool = dataclasses.field(
-        default=False, metadata={"help": "scores in (0, 1) as published; rankings go by the dot product all the same"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.embedding_dim < 2:
-            raise UserError(f"embedding_dim is {self.embedding_dim}; SLMRec halves it, so it must be at least 2.")
-        if self.layer_num < 0:
-            raise UserError(f"layer_num is {self.layer_num}; it must not be negative.")
-        for field, value in (("temp", self.temp), ("ssl_temp", self.ssl_temp)):
-            if value <= 0:
-                raise UserError(f"{field} is {value}; it must be positive.")
-        if self.ssl_alpha < 0:
-            raise UserError(f"ssl_alpha is {self.ssl_alpha}; it must not be negative.")
 
 
 class SLMRec(Recommender):
@@ -65,18 +48,18 @@ class SLMRec(Recommender):
 
         loss = CE(nrm(z_u) nrm(z_i)^T / temp) + ssl_alpha (CE(a b^T / ssl_temp) + CE(c t^T / ssl_temp)).
 
-    As published: the other positives of a batch are the negatives, so the loss depends on the batch size and
-    `batch.negatives` are not read; the modality contrast is not normalised; the step for audio is passed over.
+    As in the reference code: the other positives of a batch are the negatives, so the loss depends on the batch size
+    and `batch.negatives` are not read; the modality contrast is not normalised; the step for audio is passed over.
 
-    None of these deviations changes the training loss: scores come from the current parameters, where the published
+    None of these deviations changes the training loss: scores come from the current parameters, where the reference
     code scores with the representations of the last training step (`fit(..., evaluate="stale")`); they are dot
-    products without the published sigmoid, which orders the items alike but saturates to ties in float32
+    products without the reference sigmoid, which orders the items alike but saturates to ties in float32
     (`sigmoid_scores` gives it in `scores`; evaluation and recommendation rank by the dot product all the same); the
-    published `reg`, which takes no part in its loss, and the head for audio, which never gets a gradient, are left
+    reference `reg`, which takes no part in its loss, and the head for audio, which never gets a gradient, are left
     out.
 
-    The biases of `head_image` and `head_text` have gradient zero. `published_weight_decay` is what the published
-    configuration gives Adam (added to the gradient).
+    The biases of `head_image` and `head_text` have gradient zero. The reference configuration gives Adam a weight decay
+    of 1e-4, added to the gradient (`--weight-decay 1e-4`).
     """
 
     name: ClassVar[str] = "slmrec"
@@ -88,7 +71,6 @@ class SLMRec(Recommender):
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
     needs_all: ClassVar[bool] = True
     uses_negatives: ClassVar[bool] = False
-    published_weight_decay: ClassVar[float] = 1e-4
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-4, 1e-3, 1e-2, 1e-1),
         "ssl_temp": (0.1, 0.2, 0.5, 1.0),
@@ -124,9 +106,9 @@ class SLMRec(Recommender):
 
     def __init__(self, data: Interactions, config: SLMRecConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        self.image = Frozen(losses.normalize(self.feature(data, "image")))
-        self.text = Frozen(losses.normalize(self.feature(data, "text")))
-        self.graph = Frozen(
+        self.image = Constant(losses.normalize(self.feature(data, "image")))
+        self.text = Constant(losses.normalize(self.feature(data, "text")))
+        self.graph = Constant(
             normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, eps=1e-8, dtype=dtype)
         )
         dim = config.embedding_dim
@@ -146,7 +128,8 @@ class SLMRec(Recommender):
         self.head_coarse_narrow = dense(dim, dim // 2)
         self.head_text = dense(dim, dim // 2)
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """X_v and X_t, whose rows have unit length."""
         return "image", "text"
 

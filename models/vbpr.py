@@ -12,20 +12,19 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Frozen, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.hyper_parameters import hyper
 
 
 @dataclasses.dataclass(frozen=True)
 class VBPRConfig(ModelConfig):
-    """Hyper-parameters of VBPR under their published names."""
+    """Hyper-parameters of VBPR under the names of the reference code."""
 
-    reg_weight: float = dataclasses.field(
-        default=1e-3, metadata={"help": "weight of the norms of the batch's vectors", "traced": True}
-    )
+    reg_weight: float = hyper(1e-3, "weight of the norms of the batch's vectors", traced=True, least=0)
 
 
 class VBPR(Recommender):
-    """Item vectors of a free part and a linear map of the features (He and McAuley 2016, as published in MMRec).
+    """Item vectors of a free part and a linear map of the features (He and McAuley 2016, as in MMRec).
 
     With x_i = [text_i; image_i] (features as they are, frozen), for a batch of B users u, positives i and negatives j
 
@@ -60,7 +59,7 @@ class VBPR(Recommender):
         dim = config.embedding_dim
         modalities = self.features_given(data)
         table = jnp.concatenate([self.feature(data, modality) for modality in reversed(modalities)], axis=1)
-        self.item_features = Frozen(table)
+        self.item_features = Constant(table)
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, 2 * dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         self.item_linear = linear(
@@ -72,7 +71,8 @@ class VBPR(Recommender):
             bias_init=nnx.initializers.zeros,
         )
 
-    def open_feature_tables(self) -> tuple[str, ...]:
+    @property
+    def feature_paths(self) -> tuple[str, ...]:
         """x, text and image side by side."""
         return ("item_features",)
 

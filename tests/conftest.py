@@ -20,10 +20,10 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", 
     os.environ.pop(_name, None)
 
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
-# answer a hyper-parameter of the wrong type before the configuration's own sentence does.
-install_import_hook(
-    ["mgrad_jax.models.losses", "mgrad_jax.dropout", "mgrad_jax.evaluation.metrics"], "beartype.beartype"
-)
+# answer a hyper-parameter of the wrong type before the configuration's own sentence does. So do sparse structures,
+# their products, histories and splits, which JAX fills with placeholders.
+CHECKED = ["models.losses", "dropout", "selection", "evaluation.metrics", "evaluation.candidates", "graph.items"]
+install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -51,10 +51,15 @@ def x64():
         yield
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have those that compile in the same way follow each other: between them all that is compiled is dropped."""
+    items.sort(key=lambda item: item.get_closest_marker("quick_compilation") is not None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compile what is marked `quick_compilation` without LLVM's optimisations: half of the time of asking for
-    equations.
+    """Compile what is marked `quick_compilation` without LLVM's optimisations, in half of the time.
 
     Before any fixture of the test, and with nothing compiled in the other way left: a helper that a test before has
     compiled differently rounds differently, which a run in another process would not.

@@ -33,11 +33,12 @@ ALLOWED = {
     "evaluation": ("data", "deprecation", "errors"),
     "interop": ("errors", "models"),
     "training": (
-        *("data", "deprecation", "errors", "evaluation", "files", "iterates", "mirror", "models", "optimizers"),
-        *("selection", "sharpness_aware", "signals"),
+        *("ascent", "data", "deprecation", "errors", "evaluation", "files", "iterates", "mirror", "models"),
+        *("optimizers", "selection", "sharpness_aware", "signals"),
     ),
     "analysis": (
         *(
+            "ascent",
             "data",
             "deprecation",
             "errors",

@@ -223,6 +223,7 @@ def test_groups_of_parameters_ascend_with_the_moments_of_their_own(x64):
     np.testing.assert_allclose(params["b"], by_hand(RMSprop(), 4), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*optimizers.optimizer_names()} - {"lion", "muon"}))
 def test_every_optimizer_with_a_second_moment_goes_uphill(name):
     """With the ascent instead of no second half-step a mirror batch ends further along the gradient."""
@@ -322,3 +323,11 @@ def test_a_grid_of_factors_trains_at_once():
     grid = jax.jit(jax.vmap(one))(jnp.asarray([0.1, ALPHA2]))
     np.testing.assert_allclose(grid[1], train(mirrored(optax.adam(RATE), ascent=True), 4)[0], rtol=1e-5)
     assert np.abs(grid[0] - grid[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_are_kept(dtype):
+    params, state = train(mirrored(optax.adam(RATE), ascent=True), 1, dtype=dtype)
+    assert params.dtype == dtype
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state) if leaf.ndim)
+    np.testing.assert_allclose(params.astype(np.float32), by_hand(Adam(), 1), rtol=2e-2)

@@ -152,6 +152,20 @@ def test_models(capfd: pytest.CaptureFixture[str]) -> None:
     assert "reg_weight" in out
 
 
+def test_one_model_is_shown_with_ranges_and_published_grid(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "slmrec"]) == 0
+    out = capfd.readouterr().out
+    row = next(line for line in out.splitlines() if "ssl_temp" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["ssl_temp", "float", "0.2", "> 0", "yes", "0.1, 0.2, 0.5, 1.0", cells[-1]]
+    assert "published grid of learning_rate: 0.0001, 0.001, 0.01, 0.1" in out
+    assert "needs image and text" in out
+    assert main(["models", "popularity"]) == 0
+    assert "popularity ranks by" in capfd.readouterr().out
+    code = main(["models", "slmrek"])
+    assert_one_sentence(code, capfd.readouterr(), "did you mean slmrec?")
+
+
 def test_prepare_then_info(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     pairs = np.argwhere(rng.random((30, 20)) < 0.6)
@@ -310,7 +324,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "unknown method": (
         ["--method", "miror"],
-        "unknown method 'miror'; choose one of mirror, plain, replay, sam, ssam-f,",
+        "unknown method 'miror'; choose one of mirror, mirror-ascent, plain, replay, sam, ssam-f,",
     ),
     "near method": (["--method", "reply"], "(did you mean replay?)"),
     "two methods": (["--method", "plain", "--mirror"], "--method plain and --mirror exclude each other; leave one"),

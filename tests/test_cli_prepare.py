@@ -37,7 +37,7 @@ def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
     def built(*_: Any) -> UserGraph:
         raise AssertionError("the user graph was built")
 
-    monkeypatch.setattr(user_graph, "_nearest_users", built)
+    monkeypatch.setattr(user_graph, "nearest_users", built)
 
 
 def stored(directory: Path) -> list[str]:

@@ -40,11 +40,15 @@ sys.meta_path.insert(0, Stop())
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_a_signal_ends_what_runs_no_python_code(number: signal.Signals) -> None:
-    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, error = process.communicate(timeout=HANGS)
+    command = [sys.executable, "-c", BUSY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        try:
+            _, error = process.communicate(timeout=HANGS)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert error == "stopped; repeat the command to begin again.\n"
 

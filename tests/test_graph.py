@@ -102,10 +102,10 @@ def test_derivatives_equal_the_dense_ones(case: str) -> None:
     def dense_loss(values: Any, x: Any) -> Any:
         return jnp.sum(jnp.sin(jnp.zeros(dense.shape).at[rows, columns].set(values) @ x))
 
-    structure = (graph.columns, graph.row_starts, graph.shape, graph.transpose)
+    structure = (graph.indices, graph.indptr, graph.shape, graph.transpose)
     for argument in (0, 1):
-        ours = jax.jit(jax.grad(sparse_loss, argument))(graph.values, x)
-        np.testing.assert_allclose(ours, jax.grad(dense_loss, argument)(graph.values, x), atol=1e-12)
+        ours = jax.jit(jax.grad(sparse_loss, argument))(graph.data, x)
+        np.testing.assert_allclose(ours, jax.grad(dense_loss, argument)(graph.data, x), atol=1e-12)
 
 
 @pytest.mark.parametrize("batched", ["x", "values", "both"])
@@ -119,11 +119,11 @@ def test_vmap_equals_a_loop(case: str, batched: str) -> None:
     many_x = jnp.asarray(rng.normal(size=(4, dense.shape[1], 3)))
     many_values = jnp.asarray(rng.normal(size=(4, graph.nnz)))
     x = many_x if batched != "values" else many_x[0]
-    values = many_values if batched != "x" else graph.values
+    values = many_values if batched != "x" else graph.data
     axes = (0 if batched != "x" else None, 0 if batched != "values" else None)
 
     def run(values: Any, x: Any) -> Any:
-        return propagate(SparseGraph(values, graph.columns, graph.row_starts, graph.shape, graph.transpose), x)
+        return propagate(SparseGraph(values, graph.indices, graph.indptr, graph.shape, graph.transpose), x)
 
     def loss(values: Any, x: Any) -> Any:
         return jnp.sum(jnp.cos(run(values, x)))
@@ -156,7 +156,7 @@ def test_graphs_are_arguments_and_do_not_compile_again() -> None:
 
     graph = as_graph(CASES["square"])
     for scale in (1.0, 2.0, 3.0):
-        run(dataclasses.replace(graph, values=graph.values * scale), jnp.ones((9, 2)) * scale)
+        run(dataclasses.replace(graph, data=graph.data * scale), jnp.ones((9, 2)) * scale)
     assert traces == 1
 
 
@@ -243,7 +243,7 @@ def test_dropped_entries_are_unbiased_and_have_the_right_derivative() -> None:
         rtol=1e-5,
     )
     with pytest.raises(ValueError, match="call with_transpose on it once"):
-        replace_values(as_graph(dense, symmetric=True), graph.values)
+        replace_values(as_graph(dense, symmetric=True), graph.data)
 
 
 # Attention over edges
@@ -307,7 +307,7 @@ def test_the_directions_of_an_edge_pass_their_own_gradients(width: int) -> None:
     x, pull = jnp.asarray(rng.normal(size=(graph.shape[0], width))), jnp.asarray(rng.normal(size=graph.nnz))
 
     def expected(x: Any) -> Any:
-        return jnp.sum(x[graph.rows()] * x[graph.columns], axis=1)
+        return jnp.sum(x[graph.rows()] * x[graph.indices], axis=1)
 
     (dots, pull_back), (expected_dots, expected_back) = (
         jax.vjp(f, x) for f in (lambda x: edge_dot(graph, x), expected)
@@ -376,10 +376,10 @@ def test_bipartite_propagation_equals_propagation(kind: str) -> None:
     users, items = jnp.asarray(rng.normal(size=(2, 6, 3))), jnp.asarray(rng.normal(size=(2, 4, 3)))
 
     def apart(values: Any, users: Any, items: Any) -> Any:
-        return jnp.concatenate(propagate_bipartite(dataclasses.replace(graph, values=values), users, items))
+        return jnp.concatenate(propagate_bipartite(dataclasses.replace(graph, data=values), users, items))
 
     def whole(values: Any, users: Any, items: Any) -> Any:
-        return propagate(dataclasses.replace(graph, values=values), jnp.concatenate([users, items]))
+        return propagate(dataclasses.replace(graph, data=values), jnp.concatenate([users, items]))
 
     def squared(function: Any) -> Any:
         return lambda *arguments: jnp.sum(jnp.sin(function(*arguments)))
@@ -388,10 +388,10 @@ def test_bipartite_propagation_equals_propagation(kind: str) -> None:
         (apart, whole),
         *((jax.grad(squared(apart), k), jax.grad(squared(whole), k)) for k in range(3)),
     ):
-        mapped = jax.jit(jax.vmap(ours, (None, 0, 0)))(graph.values, users, items)
+        mapped = jax.jit(jax.vmap(ours, (None, 0, 0)))(graph.data, users, items)
         for member in range(2):
-            expected = dense(graph.values, users[member], items[member])
-            np.testing.assert_allclose(jax.jit(ours)(graph.values, users[member], items[member]), expected, atol=1e-14)
+            expected = dense(graph.data, users[member], items[member])
+            np.testing.assert_allclose(jax.jit(ours)(graph.data, users[member], items[member]), expected, atol=1e-14)
             np.testing.assert_allclose(mapped[member], expected, atol=1e-14)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 
-import mgrad_jax.iterates as iterates
 from mgrad_jax import evaluation_params, mirror_gradient, mirror_step, mirrored, sam
 
 pytestmark = pytest.mark.quick_compilation
@@ -149,9 +146,3 @@ def test_variables_of_flax_are_understood():
     averages = evaluation_params(optimizer.opt_state, params)
     assert jax.tree.structure(averages) == jax.tree.structure(params)
     assert bool(jnp.any(averages["kernel"][...] != params["kernel"][...]))
-
-
-def test_documentation():
-    results = doctest.testmod(iterates)
-    assert results.attempted > 0
-    assert results.failed == 0

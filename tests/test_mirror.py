@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-import mgrad_jax.mirror as mirror
 from mgrad_jax import mirror_gradient, mirror_step, mirrored, replay, replayed, second_pass_pending
 from mgrad_jax.mirror import MirrorState, pass_schedule, restart_epoch
 
@@ -386,9 +383,3 @@ def test_converges_on_a_badly_scaled_parabola(name):
     (x, _), losses = jax.jit(lambda x: jax.lax.scan(body, (x, tx.init(x)), length=400))(x)
     # Decoupled weight decay moves the minimum of adamw; the others arrive at 1.
     assert float(losses[-1]) < (0.05 if name == "adamw" else 1e-2) * float(losses[0])
-
-
-def test_doctests():
-    results = doctest.testmod(mirror)
-    assert results.attempted > 30
-    assert results.failed == 0

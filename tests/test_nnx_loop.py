@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 
-import mgrad_jax.nnx_loop as nnx_loop
 from mgrad_jax import checked, close_batch, mirror_gradient, mirror_step, mirrored, nnx_step, sam, second_pass_pending
 
 pytestmark = pytest.mark.quick_compilation
@@ -131,9 +128,3 @@ def test_what_no_loop_can_drive_is_refused():
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         with pytest.raises(ValueError, match=words):
             nnx.jit(nnx_step(loss))(model, optimizer, X, Y)
-
-
-def test_documentation():
-    results = doctest.testmod(nnx_loop)
-    assert results.attempted > 0
-    assert results.failed == 0

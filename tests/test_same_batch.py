@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
-import mgrad_jax.same_batch as same_batch
 from mgrad_jax import checked, mirror_gradient, mirror_step, replay, second_pass_pending
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.same_batch import _fingerprint
@@ -135,9 +132,3 @@ def test_random_batches_do_not_collide():
     keys = jax.random.split(jax.random.key(3), 2000)
     prints = jax.jit(jax.vmap(lambda key: _fingerprint(jax.random.randint(key, (32,), 0, 4))))(keys)
     assert len(set(prints.tolist())) == 2000
-
-
-def test_documentation():
-    results = doctest.testmod(same_batch)
-    assert results.attempted > 0
-    assert results.failed == 0

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError, shown
-from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores
+from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 
 Scores = Callable[[np.ndarray], np.ndarray]
 NEIGHBOURS = (10, 20, 50, 100, 200)
@@ -67,8 +67,8 @@ def make_baseline(name: str, data: Interactions, metric: str) -> Baseline:
     for shrink in shrinks:
         nearest = nearest_items(data, max(NEIGHBOURS), features, shrink)
         tried.update({(shrink, k): itemknn(data, nearest, k) for k in NEIGHBOURS})
-    ranker = make_ranker(data, "valid", (int(metric.partition("@")[2]),))
-    valid = {setting: metrics_of_scores(ranker, scores)[1][metric].mean() for setting, scores in tried.items()}
+    eval_split = make_eval_split(data, "valid", (int(metric.partition("@")[2]),))
+    valid = {setting: metrics_of_scores(eval_split, scores)[1][metric].mean() for setting, scores in tried.items()}
     shrink, k = max(valid, key=valid.__getitem__)
     chosen = f"{k} neighbours" + (f", shrink {shrink:g}" if features is None else "")
     return Baseline(tried[shrink, k], f"{chosen}, the best of {len(tried)} settings by validation {metric}")

@@ -27,7 +27,7 @@ from mgrad_jax.analysis.study import Cell, Outcome, Run, Study, Tried
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.candidates import CANDIDATE_METRICS, CAPTION, candidate_metrics, read_candidates
-from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores
+from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 from mgrad_jax.files import write_whole
 from mgrad_jax.training.config import RunConfig
 
@@ -115,12 +115,12 @@ def write_report(study: Study, outcome: Outcome, metrics: Sequence[str]) -> Repo
 
 def _untrained(study: Study, data: Interactions, config: RunConfig) -> dict[str, dict[str, np.ndarray]]:
     """The recommenders without training, measured as the runs are."""
-    ranker = make_ranker(data, "test", config.ks)
+    eval_split = make_eval_split(data, "test", config.ks)
     candidates = None if study.candidates is None else read_candidates(Path(study.candidates), data)
     found = {}
     for name, baseline in baselines(data, config.metric).items():
         sampled = {} if candidates is None else candidate_metrics(candidates, baseline.scores)[1]
-        found[name] = {**metrics_of_scores(ranker, baseline.scores)[1], **sampled}
+        found[name] = {**metrics_of_scores(eval_split, baseline.scores)[1], **sampled}
     return found
 
 

@@ -1,4 +1,4 @@
-"""Every picture of the analyses; matplotlib is imported here only."""
+"""Pictures of the analyses; matplotlib is imported in `figures*.py` only."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from mgrad_jax.analysis.perturb import (
     item_tables,
 )
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import Ranker, by_user, make_ranker, per_user_metrics, user_metrics_and_lists
+from mgrad_jax.evaluation.ranking import EvalSplit, by_user, make_eval_split, per_user_metrics, user_metrics_and_lists
 from mgrad_jax.models import Recommender
 from mgrad_jax.training.epoch import split_model
 from mgrad_jax.training.run import LoadedRun
@@ -136,7 +136,7 @@ def changed_features(
         found, marks = _measure_rebuilt(change, run, inputs, given, cases)
     else:
         model = nnx.clone(model)  # the run's own stays as `evaluate` scores it
-        model.open_feature_tables()
+        model.expose_features()
         found, marks = _measure(change, model, inputs, given, cases)
     values = {name: _curve(inputs.clean[name], value, what.draws) for name, value in found.items()}
     return Response(inputs.clean, values, {}, _parts(inputs.clean, values, marks, what))
@@ -163,7 +163,7 @@ def check_features(run: LoadedRun, change: FeatureChange, rebuild: bool) -> list
 class _Inputs:
     """What every case of a run is measured against."""
 
-    ranker: Ranker
+    eval_split: EvalSplit
     lists: jax.Array  # (blocks, block, length): the clean recommendations
     ks: tuple[int, ...]
     names: tuple[str, ...]
@@ -171,15 +171,15 @@ class _Inputs:
 
     @classmethod
     def of(cls, run: LoadedRun, what: Measured) -> _Inputs:
-        ranker = make_ranker(run.data, what.split, what.ks)
+        eval_split = make_eval_split(run.data, what.split, what.ks)
         # As `evaluate` makes them, so that no change is exactly what it reports.
         vectors = run.vectors()
-        users, metrics = per_user_metrics(ranker, *vectors)
+        users, metrics = per_user_metrics(eval_split, *vectors)
         length = min(max(what.ks), run.data.n_items)
-        lists = jax.jit(user_metrics_and_lists, static_argnums=3)(ranker, *vectors, length)[1]
+        lists = jax.jit(user_metrics_and_lists, static_argnums=3)(eval_split, *vectors, length)[1]
         clean = {name: metrics[name] for name in what.metrics}
         clean.update({f"overlap@{k}": np.ones(len(users), np.float32) for k in what.ks})
-        return cls(ranker, lists, what.ks, what.names, clean)
+        return cls(eval_split, lists, what.ks, what.names, clean)
 
 
 _Found = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -188,8 +188,8 @@ _Found = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 def _measure(change: TableNoise | FeatureChange, model: Recommender, inputs: _Inputs, given: Any, cases: Any) -> _Found:
     """Metrics (cases, users) by name, and marks of the users and lists that a change of features reaches."""
     fixed = (inputs.ks, inputs.names)
-    found, marks = jax.device_get(_cases(change, fixed, model, inputs.ranker, inputs.lists, given, cases))
-    return by_user(inputs.ranker, found)[1], by_user(inputs.ranker, marks)[1]
+    found, marks = jax.device_get(_cases(change, fixed, model, inputs.eval_split, inputs.lists, given, cases))
+    return by_user(inputs.eval_split, found)[1], by_user(inputs.eval_split, marks)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -197,7 +197,7 @@ def _cases(
     change: TableNoise | FeatureChange,
     fixed: tuple[tuple[int, ...], tuple[str, ...]],
     model: Recommender,
-    ranker: Ranker,
+    eval_split: EvalSplit,
     lists: jax.Array,
     given: Any,
     cases: Any,
@@ -207,35 +207,35 @@ def _cases(
     def case(values: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         # A copy made in here: variables of the outer program cannot be changed in the loop's.
         users, items = change.embed(jax.tree.map(lambda x: x, model), given, values)
-        found, new_lists = _metrics(fixed, ranker, lists, users, items)
+        found, new_lists = _metrics(fixed, eval_split, lists, users, items)
         if isinstance(values, NoiseCase):
             return found, {}
-        return found, _marks(fixed[0], ranker, choose(values, len(items))[0], new_lists)
+        return found, _marks(fixed[0], eval_split, choose(values, len(items))[0], new_lists)
 
     return jax.lax.map(case, cases)
 
 
 def _metrics(
     fixed: tuple[tuple[int, ...], tuple[str, ...]],
-    ranker: Ranker,
+    eval_split: EvalSplit,
     lists: jax.Array,
     users: jax.Array,
     items: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """The metrics asked for, overlaps included, and the new lists."""
     ks, names = fixed
-    metrics, new_lists = user_metrics_and_lists(ranker, users, items, lists.shape[-1])
+    metrics, new_lists = user_metrics_and_lists(eval_split, users, items, lists.shape[-1])
     for k in ks:
         stays = (lists[..., :k, None] == new_lists[..., None, :k]).any(axis=-1)
         metrics[f"overlap@{k}"] = jnp.mean(stays.astype(jnp.float32), axis=-1)
     return {name: metrics[name] for name in names}, new_lists
 
 
-def _marks(ks: tuple[int, ...], ranker: Ranker, chosen: jax.Array, lists: jax.Array) -> dict[str, jax.Array]:
+def _marks(ks: tuple[int, ...], eval_split: EvalSplit, chosen: jax.Array, lists: jax.Array) -> dict[str, jax.Array]:
     """Whether a user has a changed positive, and the share of changed items in the user's lists."""
-    rows, items = ranker.positives
+    rows, items = eval_split.positives
     blocks = jnp.arange(rows.shape[0])[:, None]
-    reached = jnp.zeros(ranker.users.shape, bool).at[blocks, rows].max(chosen[items], mode="drop")
+    reached = jnp.zeros(eval_split.users.shape, bool).at[blocks, rows].max(chosen[items], mode="drop")
     slots = chosen[lists]
     return {"reached": reached, **{f"changed items@{k}": jnp.mean(slots[..., :k], axis=-1) for k in ks}}
 
@@ -249,11 +249,11 @@ def _measure_rebuilt(change: FeatureChange, run: LoadedRun, inputs: _Inputs, giv
         features = jax.device_get(change.features(given, case))
         model = run.config.create_model(dataclasses.replace(run.data, features={**run.data.features, **features}))
         nnx.update(model, trained.params, trained.epoch_state)
-        found, lists = _ranked((inputs.ks, inputs.names), inputs.ranker, inputs.lists, *model.embed())
-        marks = _marks(inputs.ks, inputs.ranker, choose(case, run.data.n_items)[0], lists)
+        found, lists = _ranked((inputs.ks, inputs.names), inputs.eval_split, inputs.lists, *model.embed())
+        marks = _marks(inputs.ks, inputs.eval_split, choose(case, run.data.n_items)[0], lists)
         everything.append(jax.device_get((found, marks)))
     found, marks = jax.tree.map(lambda *values: np.stack(values), *everything)
-    return by_user(inputs.ranker, found)[1], by_user(inputs.ranker, marks)[1]
+    return by_user(inputs.eval_split, found)[1], by_user(inputs.eval_split, marks)[1]
 
 
 _ranked = jax.jit(_metrics, static_argnums=0)

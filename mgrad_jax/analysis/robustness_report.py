@@ -13,13 +13,12 @@ from mgrad_jax.analysis import figures
 from mgrad_jax.analysis.report import Column, Interval, Table, csv_records, provenance, to_csv, to_latex, to_markdown
 from mgrad_jax.analysis.robustness import Measured, Response
 from mgrad_jax.analysis.robustness_run import NOISE, Experiment, popularity_metrics
+from mgrad_jax.analysis.runs import compared_pairs
 from mgrad_jax.analysis.statistics import band, holm, paired_test, resampled_means, spread
 from mgrad_jax.data import Interactions
 from mgrad_jax.files import write_whole
 
 LOSSES = (0.05, 0.2)
-# Which trainings are held against which, by the beginning of their names.
-_COMPARED = (("mirror", "plain"), ("mirror", "replay"), ("replay", "plain"))
 
 
 @dataclass(frozen=True)
@@ -180,30 +179,12 @@ def differences(experiments: Sequence[Experiment], lines: Lines, what: Measured)
     made = []
     for experiment in experiments:
         for model, trainings in experiment.responses.items():
-            for ours, other in _pairs(list(trainings)):
+            for ours, other in compared_pairs(list(trainings)):
                 seeds = [seed for seed in trainings[ours] if seed in trainings[other]]
                 for metric in what.names if seeds else ():
                     first, second = (lines.of(experiment, model, name, metric, seeds) for name in (ours, other))
                     made.append(Difference(experiment, model, (ours, other), metric, len(seeds), (first, second)))
     return made
-
-
-def _pairs(trainings: Sequence[str]) -> list[tuple[str, str]]:
-    """Names as in `group_runs`: "mirror every 5, adam" meets "plain, adam" and "replay every 5, adam"."""
-
-    def parts(name: str) -> tuple[str, str, str]:
-        method, _, optimizer = name.partition(", ")
-        method, _, interval = method.partition(" every ")
-        return method, interval, optimizer
-
-    found = []
-    for ours, other in _COMPARED:
-        for a in trainings:
-            for b in trainings:
-                (m, i, o), (n, j, p) = parts(a), parts(b)
-                if (m, n) == (ours, other) and o == p and ("" in (i, j) or i == j):
-                    found.append((a, b))
-    return found
 
 
 def differences_table(made: Sequence[Difference]) -> Table:

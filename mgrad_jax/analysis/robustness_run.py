@@ -15,7 +15,7 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.data.features import MODALITIES, read_features
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.metrics import METRICS
-from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores
+from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.run import LoadedRun, load_run
 
@@ -143,7 +143,7 @@ def popularity_metrics(
 ) -> dict[str, np.ndarray]:
     """Each user's metrics where items are ranked by popularity."""
     ks = sorted({int(name.partition("@")[2]) for name in metrics})
-    found = metrics_of_scores(make_ranker(data, split, ks), popularity(data))[1]
+    found = metrics_of_scores(make_eval_split(data, split, ks), popularity(data))[1]
     return {name: found[name] for name in metrics}
 
 

@@ -30,6 +30,13 @@ _OF_TRAINING = (
 )
 
 
+# Which trainings are held against which, by their methods.
+_COMPARED = (
+    *((method, other) for method in ("mirror", "mirror-ascent") for other in ("plain", "replay")),
+    ("replay", "plain"),
+)
+
+
 class _Described(NamedTuple):
     directory: Path
     settings: dict[str, Any]
@@ -60,6 +67,28 @@ def group_runs(paths: Sequence[Path]) -> dict[str, dict[str, dict[int, Path]]]:
         _check_alike(of_model, _OF_TRAINING)
         groups[model] = _by_training(model, of_model)
     return groups
+
+
+def compared_pairs(trainings: Sequence[str]) -> list[tuple[str, str]]:
+    """Which trainings are held against which; an interval meets its own only.
+
+    >>> compared_pairs(["plain", "replay every 3", "replay every 5", "mirror every 5"])[-2:]
+    [('replay every 3', 'plain'), ('replay every 5', 'plain')]
+    """
+
+    def parts(name: str) -> tuple[str, str, str]:
+        method, _, optimizer = name.partition(", ")
+        method, _, interval = method.partition(" every ")
+        return method, interval, optimizer
+
+    found = []
+    for ours, other in _COMPARED:
+        for a in trainings:
+            for b in trainings:
+                (m, i, o), (n, j, p) = parts(a), parts(b)
+                if (m, n) == (ours, other) and o == p and ("" in (i, j) or i == j):
+                    found.append((a, b))
+    return found
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -95,7 +124,7 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
     for alike in named.values():
         _check_alike(alike, unused(alike[0].settings["training"]))
     methods = {run.settings["training"] for run in runs}
-    if "mirror" in methods and len(methods) > 1 and "replay" not in methods:
+    if methods & {"mirror", "mirror-ascent"} and len(methods) > 1 and "replay" not in methods:
         raise UserError(
             f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many updates; "
             "add runs made with train --replay."
@@ -132,4 +161,6 @@ def _check_alike(runs: Sequence[_Described], free: Sequence[str]) -> None:
 
 def _flat(settings: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if key not in (*_FREE, *free, "hyper_parameters")}
-    return {**kept, **(settings.get("hyper_parameters") or {})}
+    # The runs of a study that begins with another begin with one of it each.
+    started = {"start_from": "another run"} if kept.pop("start_from", None) is not None else {}
+    return {**kept, **started, **(settings.get("hyper_parameters") or {})}

@@ -29,7 +29,7 @@ from mgrad_jax.analysis.convergence import gradient_evaluations
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.evaluation.candidates import Candidates, candidate_metrics, read_candidates, scores_of
-from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
+from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
 from mgrad_jax.files import Damaged, locked, read_mapping, write_whole, written_whole
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
@@ -168,7 +168,7 @@ class Study:
             methods = (*self.methods[:place], "replay", *self.methods[place:])
             object.__setattr__(self, "methods", methods)
         self._check_tune()
-        known = {name: _hyper_parameter_names(name) for name in self.models}
+        known = {name: hyper_parameter_names(name) for name in self.models}
         for key in self.hyper_parameters:
             model, separator, name = key.rpartition(".")
             if separator and model not in known:
@@ -241,7 +241,7 @@ class Study:
     def _start(self, cell: Cell, seed: int) -> str:
         """The run that one begins with."""
         place = Path(str(self.start_from))
-        if not (place / STUDY_FILE).exists():
+        if (place / "config.yaml").exists():
             return str(place)
         return str(place / "runs" / f"{cell.model}-plain-{cell.optimizer}-s{seed}")
 
@@ -259,7 +259,7 @@ class Study:
                 raise UserError(f"--tune {name} names a value twice; name each once.")
 
     def _hyper_parameters(self, model: str) -> dict[str, Any]:
-        known = _hyper_parameter_names(model)
+        known = hyper_parameter_names(model)
         shared = {name: value for name, value in self.hyper_parameters.items() if name in known}
         own = {key.partition(".")[2]: v for key, v in self.hyper_parameters.items() if key.startswith(f"{model}.")}
         return {**shared, **own}
@@ -285,7 +285,8 @@ def _combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
 
-def _hyper_parameter_names(model: str) -> list[str]:
+def hyper_parameter_names(model: str) -> list[str]:
+    """The names of a model's hyper-parameters."""
     return [f.name for f in dataclasses.fields(models.model_class(model).config_class)]
 
 
@@ -321,6 +322,9 @@ def train_study(
     candidates = None if study.candidates is None else read_candidates(Path(study.candidates), data)
     configs = study.configs()
     _check_models(configs.values(), data)
+    for start in filter(None, dict.fromkeys(config.start_from for config in configs.values())):
+        if not (Path(start) / "config.yaml").exists():
+            raise UserError(f"{start} holds no run to start from; train it first, or give another --start-from.")
     results: dict[Key, dict[str, Any] | None] = {}
     with locked(study.directory):
         write_whole(study.directory / STUDY_FILE, yaml.safe_dump(study.to_dict(), sort_keys=False))
@@ -418,7 +422,7 @@ def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarra
     if kept is None or int(kept.pop("epoch")) != result["best_epoch"]:
         loaded = load_run(directory)
         vectors = loaded.vectors()
-        users, metrics = per_user_metrics(make_ranker(loaded.data, "test", loaded.config.ks), *vectors)
+        users, metrics = per_user_metrics(make_eval_split(loaded.data, "test", loaded.config.ks), *vectors)
         _write_users(path, epoch=result["best_epoch"], users=users, **metrics)
         return users, metrics
     return kept.pop("users"), kept
@@ -503,6 +507,7 @@ class Estimate(NamedTuple):
         runs: how many there are to train, finished ones left out.
         compilation: of one run, where nothing is in the cache.
         epoch: of training and evaluating once.
+        evaluation: of the latter alone.
         least, most: of all the runs: patience + 1 epochs each, and all the epochs that are allowed.
     """
 
@@ -512,6 +517,7 @@ class Estimate(NamedTuple):
     epoch: float
     least: float
     most: float
+    evaluation: float
 
 
 def estimate(study: Study) -> Iterator[Estimate]:
@@ -533,7 +539,7 @@ def estimate(study: Study) -> Iterator[Estimate]:
         epoch = float(gradient_evaluations(configs[0], len(data.train), 1)[0]) * gradient + evaluation
         patience, epochs = configs[0].patience, configs[0].epochs
         least, most = (runs * (compilation + n * epoch) for n in (min(patience + 1, epochs), epochs))
-        yield Estimate(cell, runs, compilation, epoch, least, most)
+        yield Estimate(cell, runs, compilation, epoch, least, most, evaluation)
 
 
 def _is_finished(run: Path) -> bool:

@@ -99,7 +99,7 @@ def compare(
         methods=names("--methods", methods),
         optimizers=names("--optimizers", optimizers),
         intervals=whole_numbers("--intervals", intervals),
-        seeds=_seeds(seeds, seed),
+        seeds=seeds_of(seeds, seed),
         hyper_parameters=pairs("--set", hyper or ()),
         settings={
             "alpha1": alpha1,
@@ -123,7 +123,7 @@ def compare(
     if dry_run:
         _print_estimate(study)
         return
-    report = write_report(study, _train(study, resume), shown)
+    report = write_report(study, train_outcome(study, resume), shown)
     print_tables(report.means, *(() if report.tried is None else (report.tried,)), report.equal, report.convergence)
     for sentence in report.verdicts:
         print(sentence)
@@ -162,7 +162,8 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
         raise UserError(f"{option} {text} is no list of whole numbers; write for example {option} 1,3,5.") from None
 
 
-def _seeds(text: str, first: int) -> tuple[int, ...]:
+def seeds_of(text: str, first: int) -> tuple[int, ...]:
+    """The seeds that `--seeds` names: so many from the first on, or a list."""
     numbers = whole_numbers("--seeds", text)
     if len(numbers) > 1:
         return numbers
@@ -171,7 +172,7 @@ def _seeds(text: str, first: int) -> tuple[int, ...]:
     return tuple(range(first, first + numbers[0]))
 
 
-def _train(study: Study, resume: bool) -> Outcome:
+def train_outcome(study: Study, resume: bool) -> Outcome:
     """Train and tell how far it is; a signal to stop leaves every finished epoch on disk."""
     from mgrad_jax.analysis.study import STUDY_FILE, StudyInterrupted, train_study
 
@@ -208,10 +209,10 @@ def _print_estimate(study: Study) -> None:
     rows, total = [], [0.0, 0.0]
     for row in estimate(study):
         interval = "" if row.cell.interval is None else str(row.cell.interval)
-        times = map(_duration, (row.least, row.most))
+        times = map(duration, (row.least, row.most))
         rows.append([*row.cell[:3], interval, str(row.runs), f"{row.epoch:.3g}", *times])
         total = [total[0] + row.least, total[1] + row.most]
-    rows.append(["all", "", "", "", "", "", *map(_duration, total)])
+    rows.append(["all", "", "", "", "", "", *map(duration, total)])
     notes = [
         "at least: every run stops after patience + 1 epochs; at most: every run trains all --epochs",
         *(str(config.directory) for config in study.configs().values()),
@@ -219,7 +220,8 @@ def _print_estimate(study: Study) -> None:
     print_table(f"{len(study.configs())} runs in {study.directory / 'runs'}", headings, rows, notes)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as one reads them."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

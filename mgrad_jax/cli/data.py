@@ -255,9 +255,20 @@ def _shown(value: Any) -> str:
     return f"{value:.4%}" if isinstance(value, float) else f"{value:,}"
 
 
-def list_models() -> None:
-    """List the models, what they need, and their hyper-parameters, and what `evaluate` ranks by without training."""
+def list_models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show this model's hyper-parameters alone.")
+    ] = None,
+) -> None:
+    """List the models, what they need, and their hyper-parameters, and what `evaluate` ranks by without training.
+
+    Of one model its hyper-parameters are shown with types, ranges and the published grid.
+    """
     import dataclasses
+
+    if name is not None:
+        _show_model(name)
+        return
 
     from mgrad_jax import models
     from mgrad_jax.analysis.baselines import BASELINES
@@ -274,3 +285,38 @@ def list_models() -> None:
         needs = "no training, image or text" if name == "itemknn-features" else "no training"
         table.add_row(name, needs, "", "", f"ranks by {meaning}")
     console().print(table)
+
+
+def _show_model(name: str) -> None:
+    """One model: where it is from, what it needs, and all there is to know of every hyper-parameter."""
+    import dataclasses
+
+    from mgrad_jax import models
+    from mgrad_jax.analysis.baselines import BASELINES
+
+    if name in BASELINES:
+        console().print(f"{name} ranks by {BASELINES[name]}; it has no hyper-parameters.", soft_wrap=True)
+        return
+    cls = models.model_class(name)
+    grid = {axis: ", ".join(map(str, values)) for axis, values in cls.grid.items()}
+    table = Table("hyper-parameter", "type", "default", "range", "traced", "published grid", "meaning")
+    for field in dataclasses.fields(cls.config_class):
+        hyper = field.metadata
+        limit = "" if hyper["limit"] is None else f"<= {hyper['limit']}"
+        table.add_row(
+            field.name,
+            type(field.default).__name__,
+            str(field.default),
+            ", ".join(part for part in (str(hyper["range"]), limit) if part),
+            "yes" if hyper["traced"] else "no",
+            grid.pop(field.name, ""),
+            hyper["help"],
+        )
+    terminal = console()
+    terminal.print(f"{name} needs {cls.needs_in_words()}. {cls.paper}.", soft_wrap=True)
+    terminal.print(table)
+    for axis, values in grid.items():
+        terminal.print(f"published grid of {axis}: {values}", soft_wrap=True)
+    terminal.print(
+        "traced: a sweep trains all values in one compiled program; otherwise one per value.", soft_wrap=True
+    )

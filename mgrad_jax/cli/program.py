@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mgrad_jax.cli import cache, compare, data, robustness, runs, stopping, sweep, train
+from mgrad_jax.cli import cache, compare, data, landscape, reproduce, robustness, runs, stopping, sweep, theory, train
 from mgrad_jax.cli.arguments import Command
 from mgrad_jax.cli.failures import explain, fail
 
@@ -26,6 +26,9 @@ app.command(cls=Command)(runs.evaluate)
 app.command(cls=Command)(runs.recommend)
 app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(robustness.robustness)
+app.command(cls=Command)(landscape.landscape)
+app.command(cls=Command)(theory.theory)
+app.command(cls=Command)(reproduce.reproduce)
 app.command(cls=Command)(data.prepare)
 app.command(cls=Command)(data.info)
 app.command("models", cls=Command)(data.list_models)

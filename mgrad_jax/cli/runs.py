@@ -80,11 +80,7 @@ def evaluate(
     if per_user is not None:
         _write_users(per_user, evaluated, sampled, internal_ids)
     seconds = f"{time.perf_counter() - started:.1f} s"
-    notes = (
-        [*evaluated.notes, seconds]
-        if _is_baseline(run)
-        else [f"{evaluated.notes[0]}   {seconds}", *evaluated.notes[1:]]
-    )
+    notes = [f"{evaluated.notes[0]}   {seconds}", *evaluated.notes[1:]]
     print_metrics(evaluated.title, notes, means["valid"], means["test"])
     if sampled is not None:
         rows = [[name, f"{float(values.mean()):.4f}"] for name, values in sampled[1].items()]
@@ -103,20 +99,20 @@ class _Evaluated(NamedTuple):
 
 
 def _is_baseline(run: Path) -> bool:
-    """Whether a name alone is meant; a directory of that name is ./NAME."""
+    """Whether a recommender without training is meant; a directory of its name is what one has trained."""
     from mgrad_jax.analysis.baselines import BASELINES
 
-    return str(run) in BASELINES
+    return str(run) in BASELINES and not run.exists()
 
 
 def _evaluated_run(run: Path, data: str | None) -> _Evaluated:
     from mgrad_jax.evaluation.candidates import scores_of
-    from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics
+    from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
 
     loaded, notes = _open(run, data)
     vectors = loaded.vectors()
     values = {
-        split: per_user_metrics(make_ranker(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
+        split: per_user_metrics(make_eval_split(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
         for split in _SPLITS
     }
     title, notes = f"{loaded.config.model} on {loaded.data.name}", [f"best epoch {loaded.epoch}", *notes, str(run)]
@@ -126,7 +122,7 @@ def _evaluated_run(run: Path, data: str | None) -> _Evaluated:
 def _evaluated_baseline(name: str, data: str | None) -> _Evaluated:
     from mgrad_jax.analysis.baselines import make_baseline
     from mgrad_jax.data import load_interactions
-    from mgrad_jax.evaluation.ranking import make_ranker, metrics_of_scores
+    from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
     from mgrad_jax.training.config import RunConfig
 
     if data is None:
@@ -134,9 +130,10 @@ def _evaluated_baseline(name: str, data: str | None) -> _Evaluated:
     interactions, defaults = load_interactions(data), RunConfig("vbpr", data)
     baseline = make_baseline(name, interactions, defaults.metric)
     values = {
-        split: metrics_of_scores(make_ranker(interactions, split, defaults.ks), baseline.scores) for split in _SPLITS
+        split: metrics_of_scores(make_eval_split(interactions, split, defaults.ks), baseline.scores)
+        for split in _SPLITS
     }
-    notes = [f"no training{f'; {baseline.setting}' if baseline.setting else ''}"]
+    notes = ["no training", *filter(None, [baseline.setting])]
     return _Evaluated(f"{name} on {interactions.name}", notes, interactions, data, values, baseline.scores)
 
 

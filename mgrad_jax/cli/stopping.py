@@ -33,6 +33,7 @@ class _Standing:
 
     def __init__(self) -> None:
         self.sentence: Callable[[], str] = _nothing_written
+        self.is_kept = False
         self.at_once = True
         self.asked: int | None = None
         self.leaving = threading.Lock()
@@ -68,7 +69,13 @@ def watched() -> Iterator[None]:
 
 def say(sentence: Callable[[], str]) -> None:
     """Have `sentence` tell how to go on, from now on."""
-    _standing.sentence = sentence
+    if not _standing.is_kept:
+        _standing.sentence = sentence
+
+
+def keep(sentence: Callable[[], str]) -> None:
+    """As `say`, whatever the commands say that are run from here on."""
+    _standing.sentence, _standing.is_kept = sentence, True
 
 
 def complete_what_is_begun() -> None:

@@ -6,9 +6,10 @@
 from typing import TYPE_CHECKING, Any
 
 from mgrad_jax.data.interactions import Interactions
-from mgrad_jax.data.mmrec import load_interactions, problems
+from mgrad_jax.data.mmrec import diagnose, load_interactions
 from mgrad_jax.data.preprocess import prepare
 from mgrad_jax.data.synthetic import demo_interactions, synthetic_interactions
+from mgrad_jax.deprecation import renamed
 
 if TYPE_CHECKING:
     from mgrad_jax.data.sampling import Batch
@@ -17,9 +18,9 @@ __all__ = [
     "Batch",
     "Interactions",
     "demo_interactions",
+    "diagnose",
     "load_interactions",
     "prepare",
-    "problems",
     "synthetic_interactions",
 ]
 
@@ -30,3 +31,6 @@ def __getattr__(name: str) -> Any:
     from mgrad_jax.data.sampling import Batch
 
     return Batch
+
+
+renamed(__name__, {"problems": "diagnose"})

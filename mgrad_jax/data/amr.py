@@ -84,7 +84,8 @@ def prepare_amr(
     candidates = np.full((n_users, lists.shape[1]), -1, np.int32)
     candidates[: len(lists)] = np.where(lists >= 0, new[lists], -1)
     rows = [np.stack([part[:, 0], new[part[:, 1]]], axis=1) for part in split[:3]]
-    data = Interactions(file.stem, n_users, n_items, rows[0], rows[1], rows[2], {"image": features[raw]}, str(source))
+    train, valid, test = rows
+    data = Interactions(file.stem, n_users, n_items, train, valid, test, {"image": features[raw]}, str(source))
     check_negatives(str(inputs[0]), distinct_pairs(data.train, n_items))
     table = pd.DataFrame(np.concatenate(rows), columns=["userID", "itemID"])
     table["x_label"] = np.repeat([0, 1, 2], [len(part) for part in rows])

@@ -17,7 +17,7 @@ SPLITS = ("train", "valid", "test")
 # Past this an id is taken for a raw identifier: arrays are sized by the largest id.
 MAX_ID = 50_000_000
 
-__getattr__ = renamed(
+renamed(
     __name__,
     {"Batch": "mgrad_jax.data.sampling.Batch", "read_features": "mgrad_jax.data.features.read_features"},
 )

@@ -19,7 +19,10 @@ from mgrad_jax.data.interactions import (
 )
 from mgrad_jax.data.synthetic import demo_interactions
 from mgrad_jax.data.tables import Form, few, first_row, line_of, named, other_separator, read_columns
+from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError, shown
+
+renamed(__name__, {"problems": "diagnose"})
 
 # Names of the columns without case and without RecBole's type behind a colon; the first is the one to use.
 COLUMNS = {
@@ -67,7 +70,7 @@ def load_interactions(path: str | Path, name: str | None = None) -> Interactions
     return data
 
 
-def problems(path: str | Path) -> list[str]:
+def diagnose(path: str | Path) -> list[str]:
     """What is wrong or noteworthy in a dataset directory, one sentence each; empty where nothing is.
 
     Where the dataset cannot be loaded: the first error of the interactions and the first of every feature file.

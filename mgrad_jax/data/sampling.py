@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mgrad_jax.data.interactions import Interactions, check_negatives, distinct_pairs
+from mgrad_jax.deprecation import Formerly
 
 
 class Batch(NamedTuple):
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["row_starts", "ranks", "candidates"],
+    data_fields=["indptr", "ranks", "candidates"],
     meta_fields=["max_degree"],
 )
 @dataclass(frozen=True)
@@ -36,16 +37,18 @@ class UserHistory:
     """Each user's training items, as positions in the list of candidates.
 
     Attributes:
-        row_starts: (n_users + 1,) int32; user u owns ranks[row_starts[u]:row_starts[u + 1]].
+        indptr: (n_users + 1,) int32; user u owns ranks[indptr[u]:indptr[u + 1]].
         ranks: (n_pairs,) int32, ascending within a user: positions of the user's items in `candidates`.
         candidates: (n_candidates,) int32, the items that occur in training, ascending.
         max_degree: most items of one user; static.
     """
 
-    row_starts: Int[Array, " users_plus_1"]
-    ranks: Int[Array, " pairs"]
-    candidates: Int[Array, " candidates"]
+    indptr: Int[Any, " users_plus_1"]
+    ranks: Int[Any, " pairs"]
+    candidates: Int[Any, " candidates"]
     max_degree: int
+
+    row_starts = Formerly("indptr")
 
 
 def user_history(data: Interactions) -> UserHistory:
@@ -59,7 +62,7 @@ def user_history(data: Interactions) -> UserHistory:
     candidates = np.flatnonzero(np.bincount(pairs[:, 1]))
     degrees = np.bincount(pairs[:, 0], minlength=data.n_users)
     return UserHistory(
-        row_starts=jnp.asarray(np.concatenate([[0], np.cumsum(degrees)]), jnp.int32),
+        indptr=jnp.asarray(np.concatenate([[0], np.cumsum(degrees)]), jnp.int32),
         ranks=jnp.asarray(np.searchsorted(candidates, pairs[:, 1]), jnp.int32),
         candidates=jnp.asarray(candidates, jnp.int32),
         max_degree=int(degrees.max()),
@@ -69,11 +72,11 @@ def user_history(data: Interactions) -> UserHistory:
 def sample_negatives(key: Array, users: Int[Array, " n"], history: UserHistory) -> Int[Array, " n"]:
     """One negative a user: uniform over the training items that the user does not have in training.
 
-    The published rule redraws until the item is new to the user. The same distribution without a loop: draw r below
+    The reference code redraws until the item is new to the user. The same distribution without a loop: draw r below
     the number of free items; the r-th free item stands at position r plus the number of the user's own items before
     it, which a binary search over rank - (own items before it) finds. No free item is favoured by more than
-    the order of n_candidates / 2**32 (1e-5 at 60,000 items), the modulo bias of `jax.random.randint`. A user who has every training item has no
-    negative; `user_history` refuses such data.
+    the order of n_candidates / 2**32 (1e-5 at 60,000 items), the modulo bias of `jax.random.randint`. A user who has
+    every training item has no negative; `user_history` refuses such data.
 
     Args:
         key: a PRNG key.
@@ -83,8 +86,8 @@ def sample_negatives(key: Array, users: Int[Array, " n"], history: UserHistory) 
     Returns:
         (n,) int32 item ids.
     """
-    start = history.row_starts[users]
-    degree = history.row_starts[users + 1] - start
+    start = history.indptr[users]
+    degree = history.indptr[users + 1] - start
     draw = jax.random.randint(key, users.shape, 0, history.candidates.shape[0] - degree)
     own_before, last = jnp.zeros_like(degree), history.ranks.shape[0] - 1
     for bit in reversed(range(history.max_degree.bit_length())):

@@ -22,7 +22,7 @@ from mgrad_jax.graph.users import UserGraph, nearest_users
 # The largest table of neighbours, in bytes: beyond it k is a slip.
 _MOST = 1 << 32
 
-__getattr__ = renamed(
+renamed(
     __name__,
     {
         "UserSample": "mgrad_jax.graph.users.UserSample",
@@ -37,12 +37,12 @@ def build_user_graph(
 ) -> UserGraph:
     """The k users that share the most training items with each user, itself left out; repeated pairs count once.
 
-    Of the users who share equally many items, the published code keeps whichever comes first in an unspecified order;
+    Of the users who share equally many items, the reference code keeps whichever comes first in an unspecified order;
     here it is the lowest id.
 
     Args:
         data: its training split counts.
-        k: neighbours a user, 40 as published.
+        k: neighbours a user, 40 in the reference code.
         cache: directory of stored graphs; one of the same interactions and k is read instead of built. Its file name is
             a digest of both, so that it cannot be taken for another's. A damaged file is built anew.
         write: whether to store a graph that was built, in one step (a reader never meets half a file).

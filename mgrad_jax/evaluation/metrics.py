@@ -1,4 +1,4 @@
-"""Recall, precision, average precision and NDCG of ranked lists, as the published evaluator defines them, unrounded.
+"""Recall, precision, average precision and NDCG of ranked lists, as the reference evaluator defines them, unrounded.
 
 For a user with P positives and hits h_1 .. h_K among the first K ranks:
 

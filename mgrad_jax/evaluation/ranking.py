@@ -18,12 +18,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.data import Interactions
+from mgrad_jax.deprecation import renamed
 from mgrad_jax.evaluation.metrics import ranking_metrics
+
+renamed(
+    __name__,
+    {
+        "Pairs": "BlockedPairs",
+        "Ranker": "EvalSplit",
+        "make_ranker": "make_eval_split",
+        "rank_metrics": "full_sort_metrics",
+    },
+)
 
 BLOCK = 512  # measured: larger blocks of scores leave the CPU's cache
 
 
-class Pairs(NamedTuple):
+class BlockedPairs(NamedTuple):
     """(user, item) pairs of every block of users, padded at the end.
 
     Attributes:
@@ -41,7 +52,7 @@ class Pairs(NamedTuple):
     meta_fields=["ks"],
 )
 @dataclass(frozen=True)
-class Ranker:
+class EvalSplit:
     """What the evaluation of one split needs, on the device; a pytree.
 
     Attributes:
@@ -52,24 +63,33 @@ class Ranker:
         ks: cut-offs of the metrics; static.
     """
 
-    users: Int[Array, "blocks block"]
-    positive_counts: Int[Array, "blocks block"]
-    positives: Pairs
-    training: Pairs
+    users: Int[Any, "blocks block"]
+    positive_counts: Int[Any, "blocks block"]
+    positives: BlockedPairs
+    training: BlockedPairs
     ks: tuple[int, ...]
 
 
-def make_ranker(
+class _Block(NamedTuple):
+    """The arrays of `EvalSplit`, of one block of users or of all."""
+
+    users: Int[Array, "... block"]
+    positive_counts: Int[Array, "... block"]
+    positives: BlockedPairs
+    training: BlockedPairs
+
+
+def make_eval_split(
     data: Interactions,
     split: Literal["train", "valid", "test"],
     ks: Sequence[int] = (5, 10, 20, 50),
     *,
     block: int = BLOCK,
-) -> Ranker:
+) -> EvalSplit:
     """Prepare the evaluation of one split.
 
     Every user with at least one positive in the split is evaluated over all items. Only training items are masked,
-    for validation and for test, as published: a validation item can take a rank in the test list.
+    for validation and for test, as in the reference code: a validation item can take a rank in the test list.
 
     Args:
         data: the interactions.
@@ -88,7 +108,7 @@ def make_ranker(
     real = dealt >= 0
     ids = np.where(real, users[dealt], -1) if len(users) else np.full_like(dealt, -1)
     masked = np.unique(data.train, axis=0) if split != "train" else pairs[:0]
-    return Ranker(
+    return EvalSplit(
         users=jnp.asarray(np.maximum(ids, 0), jnp.int32),
         positive_counts=jnp.asarray(np.where(real, counts[dealt], 0) if len(users) else real, jnp.int32),
         positives=_block_pairs(pairs, ids, data.n_users),
@@ -97,7 +117,7 @@ def make_ranker(
     )
 
 
-def _block_pairs(pairs: np.ndarray, ids: np.ndarray, n_users: int) -> Pairs:
+def _block_pairs(pairs: np.ndarray, ids: np.ndarray, n_users: int) -> BlockedPairs:
     """Sort pairs into the blocks of their users; `ids` (blocks, block) holds each user at most once, -1 for padding."""
     n_blocks, size = ids.shape
     position = np.full(n_users, -1)
@@ -116,99 +136,105 @@ def _block_pairs(pairs: np.ndarray, ids: np.ndarray, n_users: int) -> Pairs:
     columns = np.zeros((n_blocks, width), np.int64)
     rows[blocks, column] = slots % size
     columns[blocks, column] = items
-    return Pairs(jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32))
+    return BlockedPairs(jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32))
 
 
-def rank_metrics(
-    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
+def full_sort_metrics(
+    eval_split: EvalSplit, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
 ) -> dict[str, Float[Array, ""]]:
     """Metrics of a split, averaged over its users. Pure and jit-able.
 
     Args:
-        ranker: from `make_ranker`.
+        eval_split: from `make_eval_split`.
         user_vectors, item_vectors: the score of a pair is their dot product. A score that is NaN ranks last.
 
     Returns:
         `{"recall@5": (), ...}`, not rounded.
     """
 
-    def block(part: tuple[Array, Array, Pairs, Pairs]) -> dict[str, Array]:
-        counts = part[1]
-        values = ranking_metrics(_hits(part, _scores(part, user_vectors, item_vectors), ranker.ks), counts, ranker.ks)
+    def of_block(block: _Block) -> dict[str, Array]:
+        counts = block.positive_counts
+        values = ranking_metrics(
+            _hits(block, _scores(block, user_vectors, item_vectors), eval_split.ks), counts, eval_split.ks
+        )
         return {name: jnp.sum(jnp.where(counts > 0, value, 0.0)) for name, value in values.items()}
 
-    sums = jax.lax.map(block, _parts(ranker))
-    n_users = jnp.maximum(jnp.sum(ranker.positive_counts > 0), 1)
+    sums = jax.lax.map(of_block, _blocks(eval_split))
+    n_users = jnp.maximum(jnp.sum(eval_split.positive_counts > 0), 1)
     return {name: jnp.sum(value) / n_users.astype(value.dtype) for name, value in sums.items()}
 
 
 def per_user_metrics(
-    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
+    eval_split: EvalSplit, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Metrics of a split user by user, for paired tests.
 
     Args:
-        ranker: from `make_ranker`.
+        eval_split: from `make_eval_split`.
         user_vectors, item_vectors: the score of a pair is their dot product.
 
     Returns:
         The evaluated users' ids (n,), ascending, and `{"recall@5": (n,), ...}` in the same order, on the host.
     """
-    return by_user(ranker, jax.device_get(_user_metrics(ranker, user_vectors, item_vectors)))
+    return by_user(eval_split, jax.device_get(_user_metrics(eval_split, user_vectors, item_vectors)))
 
 
 def metrics_of_scores(
-    ranker: Ranker, scores: Callable[[np.ndarray], np.ndarray]
+    eval_split: EvalSplit, scores: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """As `per_user_metrics`, for scores that are no dot product of two vectors.
 
     Args:
-        ranker: from `make_ranker`.
+        eval_split: from `make_eval_split`.
         scores: gives the scores (n, n_items) of all items for users (n,); called once a block, on the host.
     """
     blocks = []
-    for number in range(ranker.users.shape[0]):
-        part = jax.tree.map(lambda x, number=number: x[number], _parts(ranker))
-        blocks.append(_block_metrics(part, jnp.asarray(scores(np.asarray(part[0]))), ranker.ks))
-    return by_user(ranker, jax.device_get(jax.tree.map(lambda *values: jnp.stack(values), *blocks)))
+    for number in range(eval_split.users.shape[0]):
+        block = jax.tree.map(lambda x, number=number: x[number], _blocks(eval_split))
+        blocks.append(_block_metrics(block, jnp.asarray(scores(np.asarray(block.users))), eval_split.ks))
+    return by_user(eval_split, jax.device_get(jax.tree.map(lambda *values: jnp.stack(values), *blocks)))
 
 
 @partial(jax.jit, static_argnames="ks")
-def _block_metrics(part: tuple[Array, Array, Pairs, Pairs], scores: Array, ks: tuple[int, ...]) -> dict[str, Array]:
-    return ranking_metrics(_hits(part, _masked(scores, part[3]), ks), part[1], ks)
+def _block_metrics(block: _Block, scores: Array, ks: tuple[int, ...]) -> dict[str, Array]:
+    return ranking_metrics(_hits(block, _masked(scores, block.training), ks), block.positive_counts, ks)
 
 
 def user_metrics(
-    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
+    eval_split: EvalSplit, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"]
 ) -> dict[str, Float[Array, "blocks block"]]:
-    """Every metric at every place of `ranker.users`, padding included; `by_user` puts them in order. Pure."""
+    """Every metric at every place of `eval_split.users`, padding included; `by_user` puts them in order. Pure."""
 
-    def block(part: tuple[Array, Array, Pairs, Pairs]) -> dict[str, Array]:
-        return ranking_metrics(_hits(part, _scores(part, user_vectors, item_vectors), ranker.ks), part[1], ranker.ks)
+    def of_block(block: _Block) -> dict[str, Array]:
+        return ranking_metrics(
+            _hits(block, _scores(block, user_vectors, item_vectors), eval_split.ks),
+            block.positive_counts,
+            eval_split.ks,
+        )
 
-    return jax.lax.map(block, _parts(ranker))
+    return jax.lax.map(of_block, _blocks(eval_split))
 
 
 _user_metrics = jax.jit(user_metrics)
 
 
 def user_metrics_and_lists(
-    ranker: Ranker, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"], length: int
+    eval_split: EvalSplit, user_vectors: Float[Array, "users dim"], item_vectors: Float[Array, "items dim"], length: int
 ) -> tuple[dict[str, Float[Array, "blocks block"]], Int[Array, "blocks block length"]]:
     """`user_metrics`, and each user's best new items, of which there are `length`; scores are made once. Pure."""
 
-    def block(part: tuple[Array, Array, Pairs, Pairs]) -> tuple[dict[str, Array], Array]:
-        scores = _scores(part, user_vectors, item_vectors)
-        metrics = ranking_metrics(_hits(part, scores, ranker.ks), part[1], ranker.ks)
+    def of_block(block: _Block) -> tuple[dict[str, Array], Array]:
+        scores = _scores(block, user_vectors, item_vectors)
+        metrics = ranking_metrics(_hits(block, scores, eval_split.ks), block.positive_counts, eval_split.ks)
         return metrics, jax.lax.top_k(scores, length)[1]
 
-    return jax.lax.map(block, _parts(ranker))
+    return jax.lax.map(of_block, _blocks(eval_split))
 
 
-def by_user(ranker: Ranker, values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def by_user(eval_split: EvalSplit, values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The evaluated users' ids (n,), ascending, and values (..., blocks, block) in their order, (..., n)."""
-    real = np.asarray(ranker.positive_counts).ravel() > 0
-    users = np.asarray(ranker.users).ravel()[real]
+    real = np.asarray(eval_split.positive_counts).ravel() > 0
+    users = np.asarray(eval_split.users).ravel()[real]
     order = np.argsort(users)
 
     def arranged(value: np.ndarray) -> np.ndarray:
@@ -217,15 +243,13 @@ def by_user(ranker: Ranker, values: dict[str, np.ndarray]) -> tuple[np.ndarray, 
     return users[order], {name: arranged(value) for name, value in values.items()}
 
 
-def _parts(ranker: Ranker) -> tuple[Array, Array, Pairs, Pairs]:
-    return ranker.users, ranker.positive_counts, ranker.positives, ranker.training
+def _blocks(eval_split: EvalSplit) -> _Block:
+    return _Block(eval_split.users, eval_split.positive_counts, eval_split.positives, eval_split.training)
 
 
-def _hits(
-    part: tuple[Array, Array, Pairs, Pairs], scores: Float[Array, "block items"], ks: Sequence[int]
-) -> Bool[Array, "block ranks"]:
+def _hits(block: _Block, scores: Float[Array, "block items"], ks: Sequence[int]) -> Bool[Array, "block ranks"]:
     """Whether the item at each of the ranks up to the last cut-off is a positive, for one block of users."""
-    users, _, positives, _ = part
+    users, positives = block.users, block.positives
     n_items = scores.shape[1]
     own = scores.at[positives.rows, positives.items].get(mode="fill", fill_value=0.0)
     rows = scores[jnp.minimum(positives.rows, len(users) - 1)]
@@ -236,20 +260,20 @@ def _hits(
     return jnp.zeros((len(users), max(ks)), bool).at[positives.rows, ranks].set(True, mode="drop")
 
 
-def _scores(part: tuple[Array, Array, Pairs, Pairs], user_vectors: Array, item_vectors: Array) -> Array:
+def _scores(block: _Block, user_vectors: Array, item_vectors: Array) -> Array:
     """Scores of one block with the training items at minus infinity, (block, items)."""
-    return _masked_scores(part[0], part[3], user_vectors, item_vectors)
+    return _masked_scores(block.users, block.training, user_vectors, item_vectors)
 
 
 def _masked_scores(
-    users: Int[Array, " block"], training: Pairs, user_vectors: Array, item_vectors: Array
+    users: Int[Array, " block"], training: BlockedPairs, user_vectors: Array, item_vectors: Array
 ) -> Float[Array, "block items"]:
     """Scores of one block with the training items at minus infinity."""
     # Full precision: the reduced one that GPUs take by default makes ties and reorders the list.
     return _masked(jnp.matmul(user_vectors[users], item_vectors.T, precision="highest"), training)
 
 
-def _masked(scores: Float[Array, "block items"], training: Pairs) -> Float[Array, "block items"]:
+def _masked(scores: Float[Array, "block items"], training: BlockedPairs) -> Float[Array, "block items"]:
     return scores.at[training.rows, training.items].set(-jnp.inf, mode="drop", unique_indices=True)
 
 
@@ -292,9 +316,9 @@ def top_items(
 
 
 @partial(jax.jit, static_argnames="k")
-def _top(blocks: Array, pairs: Pairs, user_vectors: Array, item_vectors: Array, k: int) -> Any:
-    def block(part: tuple[Array, Pairs]) -> Any:
-        users, training = part
+def _top(blocks: Array, pairs: BlockedPairs, user_vectors: Array, item_vectors: Array, k: int) -> Any:
+    def of_block(block: tuple[Array, BlockedPairs]) -> Any:
+        users, training = block
         return tuple(jax.lax.top_k(_masked_scores(users, training, user_vectors, item_vectors), k))
 
-    return jax.lax.map(block, (blocks, pairs))
+    return jax.lax.map(of_block, (blocks, pairs))

@@ -15,7 +15,9 @@ from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
 
 def edge_dot(graph: SparseGraph, x: Float[Array, "nodes dim"]) -> Float[Array, " nnz"]:
-    """<x[row], x[column]> of every stored entry of a user-item graph; both directions of an edge share one product.
+    """<x[row], x[column]> of every stored entry of a user-item graph: a sampled dense-dense product (SDDMM).
+
+    Both directions of an edge share one product.
 
     Args:
         graph: with `n_users` and its transpose (`mean_bipartite`, `with_transpose`).
@@ -45,10 +47,10 @@ def _edge_dot_jvp(
 
 def _both_directions(structure: tuple[Any, ...], users: Array, items: Array) -> Array:
     """<users[u], items[i]> of every edge (u, i), for both of its entries."""
-    columns, row_starts, transpose = structure
-    half = columns.shape[0] // 2
-    once = dots(columns[:half], row_ids(row_starts, 2 * half)[:half], users, items)
-    return jnp.concatenate([once, once[transpose.entries[half:]]])
+    indices, indptr, transpose = structure
+    half = indices.shape[0] // 2
+    once = dots(indices[:half], row_ids(indptr, 2 * half)[:half], users, items)
+    return jnp.concatenate([once, once[transpose.permutation[half:]]])
 
 
 def _both_ways(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]) -> tuple[Array]:
@@ -62,14 +64,14 @@ def _pull_either(
     # An entry and its mirror image pull at the same two rows, so that their sum does in one product.
     (other,) = next(argument for argument in arguments if argument is not None)
     (g,) = results
-    return (product(shape, g + g[structure[2].entries], structure, other),)
+    return (product(shape, g + g[structure[2].permutation], structure, other),)
 
 
 _edge_dots_both_ways = Multilinear("graph_edge_dots", _both_ways, {0: _pull_either, 1: _pull_either})
 
 
 def edge_softmax(graph: SparseGraph, logits: Float[Array, " nnz"]) -> Float[Array, " nnz"]:
-    """Softmax over the entries of every row, with 1e-16 in the denominator as published (GRCN)."""
+    """Softmax over the entries of every row, with 1e-16 in the denominator as in the reference code of GRCN."""
     return _edge_softmax(graph.shape[0], graph.rows(), logits)
 
 

@@ -24,6 +24,7 @@ def gather_rows(table: Float[Array, "rows dim"], ids: Int[Array, " n"]) -> Float
         table: (n_rows, dim).
         ids: (n,) in [0, n_rows), in any order, repeated or not.
 
+    >>> import jax, jax.numpy as jnp
     >>> jax.grad(lambda t: gather_rows(t, jnp.array([1, 1])).sum())(jnp.zeros((2, 1))).tolist()
     [[0.0], [2.0]]
     """

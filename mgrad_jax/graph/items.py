@@ -65,8 +65,8 @@ def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) ->
 
 def blend_graphs(weighted: Sequence[tuple[float, SparseGraph]]) -> SparseGraph:
     """The weighted sum of graphs of one shape, as one graph. Host side."""
-    shape, dtype = weighted[0][1].shape, weighted[0][1].values.dtype
+    shape, dtype = weighted[0][1].shape, weighted[0][1].data.dtype
     rows = np.concatenate([np.asarray(graph.rows()) for _, graph in weighted])
-    columns = np.concatenate([np.asarray(graph.columns) for _, graph in weighted])
-    values = np.concatenate([weight * np.asarray(graph.values, np.float64) for weight, graph in weighted])
+    columns = np.concatenate([np.asarray(graph.indices) for _, graph in weighted])
+    values = np.concatenate([weight * np.asarray(graph.data, np.float64) for weight, graph in weighted])
     return sparse_graph(rows, columns, values, shape, dtype=dtype)

@@ -34,7 +34,7 @@ Product = Callable[[tuple[int, int], Array, Array, Array, Array], Array]
 gpu_product = jax.make_user_context("segment")
 
 
-def multiply(kernel: str, shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
+def multiply(kernel: str, shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     """The product of a matrix of this shape with a dense one, (n_rows, dim), on CUDA by this kernel.
 
     Raises:
@@ -44,34 +44,34 @@ def multiply(kernel: str, shape: tuple[int, int], values: Array, columns: Array,
         raise ValueError(f"gpu_product is {kernel!r}; choose one of {', '.join(PRODUCTS)}.")
     others = {} if kernel == "segment" else {"cuda": partial(PRODUCTS[kernel], shape)}
     return jax.lax.platform_dependent(
-        values, columns, row_starts, x, cpu=partial(_bcsr, shape), default=partial(segment, shape), **others
+        values, indices, indptr, x, cpu=partial(_bcsr, shape), default=partial(segment, shape), **others
     )
 
 
-def _bcsr(shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
+def _bcsr(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     # The kernel knows float32 and float64; half precision is summed in float32, which is better anyway.
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    graph = sparse.BCSR((values.astype(wide), columns, row_starts), shape=shape)
+    graph = sparse.BCSR((values.astype(wide), indices, indptr), shape=shape)
     return (graph @ x.astype(wide)).astype(x.dtype)
 
 
-def segment(shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
+def segment(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     """Gather and sorted segment sum."""
-    rows = row_ids(row_starts, columns.shape[0])
-    return jax.ops.segment_sum(values[:, None] * x[columns], rows, shape[0], indices_are_sorted=True)
+    rows = row_ids(indptr, indices.shape[0])
+    return jax.ops.segment_sum(values[:, None] * x[indices], rows, shape[0], indices_are_sorted=True)
 
 
-def cusparse(shape: tuple[int, int], values: Array, columns: Array, row_starts: Array, x: Array) -> Array:
+def cusparse(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     """JAX's own compressed rows; half precision in float32, as on a CPU."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (sparse.CSR((values.astype(wide), columns, row_starts), shape=shape) @ x.astype(wide)).astype(x.dtype)
+    return (sparse.CSR((values.astype(wide), indices, indptr), shape=shape) @ x.astype(wide)).astype(x.dtype)
 
 
 def rows(
     shape: tuple[int, int],
     values: Array,
-    columns: Array,
-    row_starts: Array,
+    indices: Array,
+    indptr: Array,
     x: Array,
     *,
     interpret: bool = False,
@@ -82,46 +82,46 @@ def rows(
     than all others together; sums are taken in one order always, in float32 or better.
 
     Args:
-        shape, values, columns, row_starts: the matrix, see `SparseGraph`.
+        shape, values, indices, indptr: the matrix, see `SparseGraph`.
         x: (n_cols, dim), below 2**31 numbers.
         interpret: compute as Pallas's interpreter does, on any platform.
     """
-    return _sums(row_starts[:-1], row_starts[1:], values, columns, x, interpret).astype(x.dtype)
+    return _sums(indptr[:-1], indptr[1:], values, indices, x, interpret).astype(x.dtype)
 
 
 def split_rows(
     shape: tuple[int, int],
     values: Array,
-    columns: Array,
-    row_starts: Array,
+    indices: Array,
+    indptr: Array,
     x: Array,
     *,
     piece: int = PIECE,
     interpret: bool = False,
 ) -> Array:
     """`rows` for graphs of which some rows are very long: pieces of `piece` entries, then the pieces of every row."""
-    n_rows, nnz = shape[0], columns.shape[0]
+    n_rows, nnz = shape[0], indices.shape[0]
     if nnz <= piece:
-        return rows(shape, values, columns, row_starts, x, interpret=interpret)
-    counts = jnp.maximum(1, -(-jnp.diff(row_starts) // piece))
+        return rows(shape, values, indices, indptr, x, interpret=interpret)
+    counts = jnp.maximum(1, -(-jnp.diff(indptr) // piece))
     piece_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
     n_pieces = n_rows + nnz // piece  # more than there are; those left over are empty
     row = row_ids(piece_starts, n_pieces)
-    starts = row_starts[row] + piece * (jnp.arange(n_pieces, dtype=jnp.int32) - piece_starts[row])
-    ends = jnp.minimum(starts + piece, row_starts[row + 1])
-    sums = _sums(starts, ends, values, columns, x, interpret)
+    starts = indptr[row] + piece * (jnp.arange(n_pieces, dtype=jnp.int32) - piece_starts[row])
+    ends = jnp.minimum(starts + piece, indptr[row + 1])
+    sums = _sums(starts, ends, values, indices, x, interpret)
     every, ones = jnp.arange(n_pieces, dtype=jnp.int32), jnp.ones(n_pieces, sums.dtype)
     return _sums(piece_starts[:-1], piece_starts[1:], ones, every, sums, interpret).astype(x.dtype)
 
 
-def _sums(starts: Array, ends: Array, values: Array, columns: Array, x: Array, interpret: bool) -> Array:
-    """Row r: the sum of values[e] x[columns[e]] over the entries from starts[r] to ends[r], in float32 or better."""
+def _sums(starts: Array, ends: Array, values: Array, indices: Array, x: Array, interpret: bool) -> Array:
+    """Row r: the sum of values[e] x[indices[e]] over the entries from starts[r] to ends[r], in float32 or better."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     n_rows, dim = starts.shape[0], x.shape[1]
     total = jax.ShapeDtypeStruct((n_rows, dim), jnp.promote_types(x.dtype, jnp.float32))
-    if 0 in (n_rows, dim, columns.shape[0], x.shape[0]):
+    if 0 in (n_rows, dim, indices.shape[0], x.shape[0]):
         return jnp.zeros(total.shape, total.dtype)
     width = min(_WIDTH, pl.next_power_of_2(dim))
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -134,10 +134,10 @@ def _sums(starts: Array, ends: Array, values: Array, columns: Array, x: Array, i
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=2),
         name="sparse_rows",
-    )(starts, ends, values, columns, x)
+    )(starts, ends, values, indices, x)
 
 
-def _row_kernel(starts: Any, ends: Any, values: Any, columns: Any, x: Any, y: Any, *, dim: int, width: int) -> None:
+def _row_kernel(starts: Any, ends: Any, values: Any, indices: Any, x: Any, y: Any, *, dim: int, width: int) -> None:
     """One row, one block of columns; what lies outside the row or the matrix is masked."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -150,7 +150,7 @@ def _row_kernel(starts: Any, ends: Any, values: Any, columns: Any, x: Any, y: An
         entries = start + step * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
         real = entries < end
         factors = triton.load(values.at[entries], mask=real, other=0).astype(y.dtype)
-        nodes = triton.load(columns.at[entries], mask=real, other=0)
+        nodes = triton.load(indices.at[entries], mask=real, other=0)
         mask = real[:, None] & (places < dim)[None, :]
         vectors = triton.load(x.at[nodes[:, None], places[None, :]], mask=mask, other=0).astype(y.dtype)
         return total + jnp.sum(factors[:, None] * vectors, axis=0)

@@ -19,9 +19,9 @@ from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
 
 def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "rows dim"]:
-    """One step of propagation, y = A x.
+    """One step of propagation, y = A x: the product of a sparse and a dense matrix (SpMM).
 
-    Differentiable any number of times, forwards and backwards, in `x` and in `graph.values` (whose derivative the compiler
+    Differentiable any number of times, forwards and backwards, in `x` and in `graph.data` (whose derivative the compiler
     drops where nobody asks for it). In a symmetric graph the stored values count as independent entries.
 
     Args:
@@ -33,7 +33,7 @@ def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "
     """
     if x.ndim != 2 or x.shape[0] != graph.shape[1]:
         raise ValueError(f"propagate: x has shape {x.shape}; the graph needs ({graph.shape[1]}, dim).")
-    return product(graph.shape, graph.values.astype(x.dtype), structure_of(graph), x)
+    return product(graph.shape, graph.data.astype(x.dtype), structure_of(graph), x)
 
 
 def product(
@@ -81,7 +81,7 @@ def propagate_bipartite(
         raise ValueError(f"propagate_bipartite: the graph's users and items are not {sizes[0]} and {sizes[1]}.")
     structure = structure_of(graph)
     static = _static(graph.shape, structure, sizes)
-    to_users, to_items = _product(((graph.values.astype(users.dtype),), (users, items)), structure, **static)
+    to_users, to_items = _product(((graph.data.astype(users.dtype),), (users, items)), structure, **static)
     return to_users, to_items
 
 
@@ -116,43 +116,43 @@ def _compute(
     kernel: str,
 ) -> tuple[Array, ...]:
     (values,), vectors = arguments
-    columns, row_starts, transpose = structure
+    indices, indptr, transpose = structure
     if transposed and transpose is None and not symmetric:
-        return _scattered(values, columns, row_starts, vectors, shape)
+        return _scattered(values, indices, indptr, vectors, shape)
     if transposed:
         shape = shape[::-1]
     if transposed and transpose is not None:
-        values, columns, row_starts = values[transpose.entries], transpose.columns, transpose.row_starts
+        values, indices, indptr = values[transpose.permutation], transpose.indices, transpose.indptr
     if sizes is None:
-        return (multiply(kernel, shape, values, columns, row_starts, vectors[0]),)
-    return _halves(sizes, kernel, values, columns, row_starts, *vectors)
+        return (multiply(kernel, shape, values, indices, indptr, vectors[0]),)
+    return _halves(sizes, kernel, values, indices, indptr, *vectors)
 
 
 def _halves(
     sizes: tuple[int, int],
     kernel: str,
     values: Array,
-    columns: Array,
-    row_starts: Array,
+    indices: Array,
+    indptr: Array,
     users: Array,
     items: Array,
 ) -> tuple[Array, Array]:
     """Both products of one step; half of the entries lie in the rows of users."""
     n_users, n_items = sizes
-    half = columns.shape[0] // 2
+    half = indices.shape[0] // 2
     by_kernel = partial(multiply, kernel)
-    to_users = by_kernel(sizes, values[:half], columns[:half] - n_users, row_starts[: n_users + 1], items)
-    to_items = by_kernel((n_items, n_users), values[half:], columns[half:], row_starts[n_users:] - half, users)
+    to_users = by_kernel(sizes, values[:half], indices[:half] - n_users, indptr[: n_users + 1], items)
+    to_items = by_kernel((n_items, n_users), values[half:], indices[half:], indptr[n_users:] - half, users)
     return to_users, to_items
 
 
 def _scattered(
-    values: Array, columns: Array, row_starts: Array, vectors: tuple[Array, ...], shape: tuple[int, int]
+    values: Array, indices: Array, indptr: Array, vectors: tuple[Array, ...], shape: tuple[int, int]
 ) -> tuple[Array, ...]:
     """With the transposed matrix whose structure is not stored; only second derivatives by values come here."""
     x = jnp.concatenate(vectors)
-    rows = row_ids(row_starts, columns.shape[0])
-    y = jax.ops.segment_sum(values[:, None] * x[rows], columns, shape[1])
+    rows = row_ids(indptr, indices.shape[0])
+    y = jax.ops.segment_sum(values[:, None] * x[rows], indices, shape[1])
     return _parted(y, [part.shape[0] for part in vectors])
 
 
@@ -207,13 +207,13 @@ _product = Multilinear("graph_product", _compute, {0: _pull_values, 1: _pull_vec
 
 
 def entry_dots(shape: tuple[int, int], structure: tuple[Any, ...], a: Array, b: Array) -> Float[Array, " nnz"]:
-    """<a[row], b[column]> of every entry; a (n_rows, dim), b (n_cols, dim)."""
+    """<a[row], b[column]> of every entry (a sampled dense-dense product, SDDMM); a (n_rows, dim), b (n_cols, dim)."""
     return _entry_dots(((a,), (b,)), structure, shape=shape)[0]
 
 
 def _dots_of_entries(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]) -> tuple[Array]:
-    columns, row_starts, _ = structure
-    return (dots(columns, row_ids(row_starts, columns.shape[0]), arguments[0][0], arguments[1][0]),)
+    indices, indptr, _ = structure
+    return (dots(indices, row_ids(indptr, indices.shape[0]), arguments[0][0], arguments[1][0]),)
 
 
 def _pull_rows(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any) -> tuple[Array]:
@@ -230,9 +230,9 @@ def _pull_columns(
 _entry_dots = Multilinear("graph_entry_dots", _dots_of_entries, {0: _pull_rows, 1: _pull_columns})
 
 
-def dots(columns: Int[Array, " n"], rows: Int[Array, " n"], a: Array, b: Array) -> Float[Array, " n"]:
+def dots(indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array, b: Array) -> Float[Array, " n"]:
     """<a[row], b[column]> of some entries."""
-    products = a[rows] * b[columns]
+    products = a[rows] * b[indices]
     return jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,60 +11,82 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mgrad_jax.deprecation import Formerly
 
-@partial(jax.tree_util.register_dataclass, data_fields=["columns", "row_starts", "entries"], meta_fields=[])
+
 @dataclass(frozen=True)
 class Transpose:
     """Structure of a transposed graph.
 
     Attributes:
-        columns: (nnz,) int32.
-        row_starts: (n_cols + 1,) int32.
-        entries: (nnz,) int32; entry e of the transposed matrix is entry `entries[e]` of the matrix.
+        indices: (nnz,) int32, the column of every entry.
+        indptr: (n_cols + 1,) int32.
+        permutation: (nnz,) int32; entry e of the transposed matrix is entry `permutation[e]` of the matrix.
     """
 
-    columns: Int[Array, " nnz"]
-    row_starts: Int[Array, " cols_plus_1"]
-    entries: Int[Array, " nnz"]
+    indices: Int[Array, " nnz"]
+    indptr: Int[Array, " cols_plus_1"]
+    permutation: Int[Array, " nnz"]
+
+    columns, row_starts, entries = Formerly("indices"), Formerly("indptr"), Formerly("permutation")
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["values", "columns", "row_starts", "transpose"],
-    meta_fields=["shape", "n_users"],
-)
 @dataclass(frozen=True)
 class SparseGraph:
-    """A sparse matrix in compressed rows.
+    """A sparse matrix in compressed rows (CSR), its arrays named as in SciPy and JAX.
 
     Attributes:
-        values: (nnz,) float, row by row.
-        columns: (nnz,) int32, ascending within a row.
-        row_starts: (n_rows + 1,) int32; row r owns the entries row_starts[r] to row_starts[r + 1].
+        data: (nnz,) float, the values row by row.
+        indices: (nnz,) int32, the column of every entry, ascending within a row.
+        indptr: (n_rows + 1,) int32; row r owns the entries indptr[r] to indptr[r + 1].
         shape: (n_rows, n_cols), static.
         transpose: structure of the transposed matrix; None where the matrix is symmetric.
         n_users: of a user-item graph that stores every edge in both directions, nodes being users, then items; else None.
     """
 
-    values: Float[Array, " nnz"]
-    columns: Int[Array, " nnz"]
-    row_starts: Int[Array, " rows_plus_1"]
+    data: Float[Array, " nnz"]
+    indices: Int[Array, " nnz"]
+    indptr: Int[Array, " rows_plus_1"]
     shape: tuple[int, int]
     transpose: Transpose | None = None
     n_users: int | None = None
 
+    values, columns, row_starts = Formerly("data"), Formerly("indices"), Formerly("indptr")
+
     @property
     def nnz(self) -> int:
         """Number of stored entries."""
-        return self.columns.shape[0]
+        return self.indices.shape[0]
 
     def rows(self) -> Int[Array, " nnz"]:
         """The row of every entry."""
-        return row_ids(self.row_starts, self.nnz)
+        return row_ids(self.indptr, self.nnz)
 
     def todense(self) -> Float[Array, "rows cols"]:
         """The dense matrix, (n_rows, n_cols); for tests and small graphs."""
-        return jnp.zeros(self.shape, self.values.dtype).at[self.rows(), self.columns].add(self.values)
+        return jnp.zeros(self.shape, self.data.dtype).at[self.rows(), self.indices].add(self.data)
+
+
+def _register(cls: type[Any], keys: dict[str, str], static: tuple[str, ...] = ()) -> None:
+    """Make a dataclass a pytree: its arrays, with what their paths call them, and its static fields."""
+
+    def with_keys(node: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        arrays = [(jax.tree_util.GetAttrKey(key), getattr(node, field)) for field, key in keys.items()]
+        return arrays, tuple(getattr(node, field) for field in static)
+
+    def unflatten(values: tuple[Any, ...], arrays: Any) -> Any:
+        return cls(**dict(zip(keys, arrays, strict=True)), **dict(zip(static, values, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten)
+
+
+# The paths keep the arrays' former names: by these the checkpoints of runs that prune a graph store it.
+_register(Transpose, {"indices": "columns", "indptr": "row_starts", "permutation": "entries"})
+_register(
+    SparseGraph,
+    {"data": "values", "indices": "columns", "indptr": "row_starts", "transpose": "transpose"},
+    ("shape", "n_users"),
+)
 
 
 def sparse_graph(
@@ -118,16 +139,16 @@ def sparse_graph(
 
 def _mirror_entries(graph: SparseGraph) -> Transpose:
     """The transpose of a structurally symmetric graph: same rows, entries exchanged with their mirror images."""
-    rows = np.repeat(np.arange(graph.shape[0]), np.diff(np.asarray(graph.row_starts)))
-    order = np.lexsort((rows, np.asarray(graph.columns)))
-    return Transpose(graph.columns, graph.row_starts, jnp.asarray(order, jnp.int32))
+    rows = np.repeat(np.arange(graph.shape[0]), np.diff(np.asarray(graph.indptr)))
+    order = np.lexsort((rows, np.asarray(graph.indices)))
+    return Transpose(graph.indices, graph.indptr, jnp.asarray(order, jnp.int32))
 
 
 def replace_values(graph: SparseGraph, values: Float[Array, " nnz"]) -> SparseGraph:
     """The same structure with other values; a symmetric graph needs its transpose first (`with_transpose`)."""
     if graph.transpose is None:
         raise ValueError("replace_values: a symmetric graph stores no transpose; call with_transpose on it once.")
-    return dataclasses.replace(graph, values=values)
+    return dataclasses.replace(graph, data=values)
 
 
 def with_transpose(graph: SparseGraph) -> SparseGraph:
@@ -136,14 +157,14 @@ def with_transpose(graph: SparseGraph) -> SparseGraph:
 
 
 def structure_of(graph: SparseGraph) -> tuple[Any, ...]:
-    """Columns, row starts and transpose: what no derivative is taken of."""
-    return graph.columns, graph.row_starts, graph.transpose
+    """Indices, row pointers and transpose: what no derivative is taken of."""
+    return graph.indices, graph.indptr, graph.transpose
 
 
-def row_ids(row_starts: Array, nnz: int) -> Int[Array, " nnz"]:
+def row_ids(indptr: Array, nnz: int) -> Int[Array, " nnz"]:
     """The row of every entry, (nnz,)."""
-    n_rows = row_starts.shape[0] - 1
-    return jnp.repeat(jnp.arange(n_rows, dtype=jnp.int32), jnp.diff(row_starts), total_repeat_length=nnz)
+    n_rows = indptr.shape[0] - 1
+    return jnp.repeat(jnp.arange(n_rows, dtype=jnp.int32), jnp.diff(indptr), total_repeat_length=nnz)
 
 
 def starts_of(ids: np.ndarray, size: int) -> Int[Array, " size_plus_1"]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mgrad_jax.deprecation import Formerly
 from mgrad_jax.dropout import keep_mask
 from mgrad_jax.graph.sparse import SparseGraph, replace_values, row_ids, sparse_graph, starts_of
 from mgrad_jax.selection import top_k_mask
@@ -34,7 +35,7 @@ def normalized_bipartite(
     Args:
         users, items: (n,) training pairs; repeated pairs count once.
         n_users, n_items: sizes.
-        eps: added to every degree, as published (1e-7; SLMRec 1e-8; DualGNN and DRAGON 0).
+        eps: added to every degree, as in the reference code (1e-7; SLMRec 1e-8; DualGNN and DRAGON 0).
         dtype: of the values.
     """
     rows, columns, degrees = _both_directions(users, items, n_users, n_items)
@@ -54,7 +55,7 @@ def mean_bipartite(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["users", "items", "log_weights", "columns", "row_starts", "edge_ids"],
+    data_fields=["users", "items", "log_weights", "indices", "indptr", "edge_ids"],
     meta_fields=["n_users", "n_items", "eps"],
 )
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class BipartiteEdges:
     Attributes:
         users, items: (E,) int32, the edges in the order given.
         log_weights: (E,) logarithm of 1 / sqrt((d_u + eps)(d_i + eps)).
-        columns, row_starts: the full graph with both directions of every edge, (2E,) and (n_nodes + 1,).
+        indices, indptr: the full graph with both directions of every edge, (2E,) and (n_nodes + 1,).
         edge_ids: (2E,) int32, the edge of every entry.
         n_users, n_items, eps: static.
     """
@@ -72,12 +73,14 @@ class BipartiteEdges:
     users: Int[Array, " edges"]
     items: Int[Array, " edges"]
     log_weights: Float[Array, " edges"]
-    columns: Int[Array, " entries"]
-    row_starts: Int[Array, " nodes_plus_1"]
+    indices: Int[Array, " entries"]
+    indptr: Int[Array, " nodes_plus_1"]
     edge_ids: Int[Array, " entries"]
     n_users: int
     n_items: int
     eps: float
+
+    columns, row_starts = Formerly("indices"), Formerly("indptr")
 
 
 def bipartite_edges(
@@ -116,11 +119,11 @@ def keep_edges(edges: BipartiteEdges, kept: Bool[Array, " edges"], n_keep: int) 
     keep = kept[edges.edge_ids]
     (places,) = jnp.nonzero(keep, size=2 * n_keep)
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(keep, dtype=jnp.int32)])
-    row_starts = before[edges.row_starts]
-    columns = edges.columns[places]
-    scale = jax.lax.rsqrt(jnp.diff(row_starts).astype(dtype) + edges.eps)
-    values = scale[row_ids(row_starts, columns.shape[0])] * scale[columns]
-    return SparseGraph(values, columns, row_starts, (n_nodes, n_nodes), n_users=edges.n_users)
+    indptr = before[edges.indptr]
+    indices = edges.indices[places]
+    scale = jax.lax.rsqrt(jnp.diff(indptr).astype(dtype) + edges.eps)
+    values = scale[row_ids(indptr, indices.shape[0])] * scale[indices]
+    return SparseGraph(values, indices, indptr, (n_nodes, n_nodes), n_users=edges.n_users)
 
 
 def prune_edges(key: Array, edges: BipartiteEdges, n_keep: int, weighted: bool | Bool[Array, ""] = True) -> SparseGraph:
@@ -148,5 +151,5 @@ def drop_entries(key: Array, graph: SparseGraph, rate: Float[Array, ""] | float)
         graph: with its transpose (`with_transpose`): the result is not symmetric.
         rate: in [0, 1); may be traced.
     """
-    keep = keep_mask(key, graph.values.shape, rate)
-    return replace_values(graph, jnp.where(keep, graph.values / (1.0 - rate), 0.0))
+    keep = keep_mask(key, graph.data.shape, rate)
+    return replace_values(graph, jnp.where(keep, graph.data / (1.0 - rate), 0.0))

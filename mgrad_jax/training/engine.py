@@ -18,7 +18,7 @@ from flax import nnx
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import make_ranker, rank_metrics
+from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainState, run_epoch, training_data
@@ -118,7 +118,7 @@ class Engine:
         self._is_own = [False] * len(constants) if is_own is None else is_own
         self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
         self._train_data = training_data(data)
-        self._rankers = (make_ranker(data, "valid", ks), make_ranker(data, "test", ks))
+        self._eval_splits = (make_eval_split(data, "valid", ks), make_eval_split(data, "test", ks))
 
     def own(self, parts: SplitModel, seed: int, numbers: Mapping[str, jax.Array]) -> Own:
         """What a lane with this model, seed and numbers keeps."""
@@ -138,25 +138,25 @@ class Engine:
         if width > 1:
             arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), arguments)
         state, own, key, best = arguments
-        shared, data, rankers = self._shared, self._train_data, self._rankers
+        shared, data, eval_splits = self._shared, self._train_data, self._eval_splits
 
         def train(state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any) -> tuple[TrainState, EpochLog]:
             if width == 1:
                 return self._train(state, own, key, shared, data)
             return jax.vmap(lambda s, o, k: self._train(s, o, k, shared, data))(state, own, key)
 
-        def evaluate(scoring: Scoring, own: Own, best: Any, shared: Any, rankers: Any) -> Scores:
+        def evaluate(scoring: Scoring, own: Own, best: Any, shared: Any, eval_splits: Any) -> Scores:
             if width == 1:
-                return self._evaluate(scoring, own, best, shared, rankers)
+                return self._evaluate(scoring, own, best, shared, eval_splits)
             # One lane after another: scores of all lanes at once would not fit, and gain nothing.
-            return jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, rankers), (scoring, own, best))
+            return jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, eval_splits), (scoring, own, best))
 
         scored = Scoring(state.params, state.epoch_state)
         trainer = jax.jit(train, donate_argnums=0).lower(state, own, key, shared, data).compile()
-        evaluator = jax.jit(evaluate).lower(scored, own, best, shared, rankers).compile()
+        evaluator = jax.jit(evaluate).lower(scored, own, best, shared, eval_splits).compile()
         return Programs(
             lambda state, own, key: trainer(state, own, key, shared, data),
-            lambda scoring, own, best: evaluator(scoring, own, best, shared, rankers),
+            lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
             time.perf_counter() - started,
             max(_bytes(trainer), _bytes(evaluator)),
         )
@@ -168,17 +168,17 @@ class Engine:
         tx = self._make_tx(own.numbers)
         return run_epoch(self._graphdef, tx, self.plan, state, self._constants(own, shared), data, key)
 
-    def _evaluate(self, scoring: Scoring, own: Own, best: Any, shared: Any, rankers: Any) -> Scores:
+    def _evaluate(self, scoring: Scoring, own: Own, best: Any, shared: Any, eval_splits: Any) -> Scores:
         """Metrics of one lane."""
         constants = self._constants(own, shared)
         users, items = nnx.merge(self._graphdef, scoring.params, scoring.epoch_state, constants).embed()
-        valid = rank_metrics(rankers[0], users, items)
+        valid = full_sort_metrics(eval_splits[0], users, items)
         if self._select_by is None:
-            test = rank_metrics(rankers[1], users, items)
+            test = full_sort_metrics(eval_splits[1], users, items)
         else:
             test = jax.lax.cond(
                 valid[self._select_by] > best,
-                lambda: rank_metrics(rankers[1], users, items),
+                lambda: full_sort_metrics(eval_splits[1], users, items),
                 lambda: jax.tree.map(jnp.zeros_like, valid),
             )
         return Scores(valid, test, jnp.isfinite(users.sum() + items.sum()))

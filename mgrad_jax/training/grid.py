@@ -128,7 +128,7 @@ def published_grid(model: str) -> dict[str, tuple[Any, ...]]:
     >>> published_grid("freedom")["dropout"]
     (0.8, 0.9)
     """
-    return dict(getattr(models.model_class(model), "grid", {}))
+    return dict(models.model_class(model).grid)
 
 
 @contextlib.contextmanager

@@ -140,6 +140,24 @@ def _mirror(optimizer: Any, alpha1: Any, alpha2: Any, interval: int, max_norm: A
     return optax.chain(mirror_gradient(alpha1, alpha2, interval, max_norm=max_norm), optimizer)
 
 
+def _mirror_ascent(
+    optimizer: Any, alpha1: Any, alpha2: Any, interval: int, max_norm: Any
+) -> optax.GradientTransformation:
+    import jax.numpy as jnp
+
+    from mgrad_jax.ascent import check_own_ascent
+    from mgrad_jax.mirror import mirrored
+
+    try:
+        check_own_ascent(optimizer, jnp.zeros((2, 2)))
+    except ValueError:
+        raise UserError(
+            "mirror-ascent takes its step sizes from the optimizer's second moment, and none is known of this optimizer; "
+            "choose one such as adam, adamw, rmsprop or adagrad, or sgd, or train with mirror."
+        ) from None
+    return mirrored(optimizer, alpha1, alpha2, interval, max_norm=max_norm, ascent=True)
+
+
 def _replay(optimizer: Any, interval: int, max_norm: Any) -> optax.GradientTransformation:
     import optax
 
@@ -179,6 +197,13 @@ METHODS: dict[str, Method] = {
             "mirror gradient (alpha1 {alpha1:g}, alpha2 {alpha2:g}, interval {interval})",
             evaluations=_one_a_pass,
             record="mirror",
+        ),
+        Method(
+            "mirror-ascent",
+            _mirror_ascent,
+            "Mirror Gradient whose second half-step is gradient ascent, which Adam's own is not",
+            "mirror gradient with ascent (alpha1 {alpha1:g}, alpha2 {alpha2:g}, interval {interval})",
+            evaluations=_one_a_pass,
         ),
         Method("plain", _plain, "the optimizer alone", "plain training"),
         Method(

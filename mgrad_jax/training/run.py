@@ -143,8 +143,10 @@ class _Run:
             finished = self._finished(settings)
             if finished is not None:
                 return finished
-        if self.config.start_from is not None and self.checkpoints.latest_epoch() is None:
-            start_from(model, load_run(self.config.start_from, self.config.data).model, self.config.start_from)
+        start = self.config.start_from
+        # A resumed run does without it, unless a best epoch that was lost has to be trained again.
+        if start is not None and (self.checkpoints.latest_epoch() is None or Path(start).exists()):
+            start_from(model, load_run(start, self.config.data).model, start)
         with held_back(deliver=False):
             self._prepare(settings, data, model)
             outcome = self._fit(settings, data, model, progress)

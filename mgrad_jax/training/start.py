@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -22,17 +23,20 @@ def start_from(model: Recommender, trained: Recommender, directory: str | Path) 
         UserError: the run's parameters are others or have other shapes.
     """
     theirs, ours = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (trained, model))
-    for path in (*ours, *theirs):
-        name = ".".join(map(str, path))
-        if path not in theirs or path not in ours:
-            lacking, having = (trained, model) if path not in theirs else (model, trained)
+    for path in sorted(ours.keys() ^ theirs.keys(), key=_name):
+        lacking, having = (trained, model) if path in ours else (model, trained)
+        raise UserError(
+            f"{directory} is a run of {trained.name} and cannot start {model.name}: {having.name} has the parameter "
+            f"{_name(path)} and {lacking.name} has not; give a run of {model.name}."
+        )
+    for path, parameter in ours.items():
+        if theirs[path].shape != parameter.shape:
             raise UserError(
-                f"{directory} is a run of {trained.name} and cannot start {model.name}: {having.name} has the "
-                f"parameter {name} and {lacking.name} has not; give a run of {model.name}."
-            )
-        if theirs[path].shape != ours[path].shape:
-            raise UserError(
-                f"{directory} has {name} of shape {theirs[path].shape} and this run of {ours[path].shape}; give a run with "
-                "the same hyper-parameters."
+                f"{directory} has {_name(path)} of shape {theirs[path].shape} and this run of {parameter.shape}; give a run "
+                "with the same hyper-parameters."
             )
     nnx.update(model, nnx.state(trained, nnx.Param))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))

@@ -108,7 +108,7 @@ class _Group:
     def _find_own(self, first: SplitModel) -> list[bool]:
         """Which constants differ between members: loss weights, and what is drawn at random. The others are kept once."""
         variables = jax.tree.leaves(first.constants, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        own = [isinstance(v, models.Scalar) for v in variables for _ in jax.tree.leaves(v)]
+        own = [isinstance(v, models.TracedHyperParameter) for v in variables for _ in jax.tree.leaves(v)]
         other = next((m for m in self.members if m.seed != self.members[0].seed), None)
         if other is None:
             return own

@@ -80,7 +80,7 @@ def test_two_seeds_are_not_tested_and_the_table_says_so(study: Path) -> None:
         assert row["note_on_seeds"] == "not tested: 2 seeds, at least 3 are needed"
         assert (row["p_over_seeds"], row["Holm_over_seeds"]) == ("", "")
         assert 0 <= float(row["p_over_users"]) <= float(row["Holm_over_users"]) <= 1
-    text = (study / "table.md").read_text()
+    text = (study / "table.md").read_text(encoding="utf-8")
     assert "not tested: 2 seeds" in text
     assert "adjusted for the 0 tests over seeds and the 9 over users" in text
 
@@ -260,7 +260,7 @@ def test_a_seed_that_diverged_leaves_the_other_training_without_its_partner() ->
 
 BAD: dict[str, tuple[dict[str, str], str]] = {
     "unknown model": ({"models": "vpbr"}, "unknown model 'vpbr'"),
-    "unknown method": ({"methods": "plain,miror"}, "unknown method 'miror'; choose among mirror, plain"),
+    "unknown method": ({"methods": "plain,miror"}, "unknown method 'miror'; choose among mirror, mirror-ascent, plain"),
     "empty place": ({"methods": "plain,,mirror"}, "--methods plain,,mirror has an empty place"),
     "twice": ({"models": "vbpr,vbpr"}, "--models names vbpr twice"),
     "no seeds": ({"seeds": "0"}, "--seeds is 0; it must be at least 1"),

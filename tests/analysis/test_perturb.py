@@ -25,7 +25,7 @@ from mgrad_jax.analysis.perturb import (
 )
 from mgrad_jax.data import demo_interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.models.base import Frozen, Recommender
+from mgrad_jax.models.base import Constant, Recommender
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -44,7 +44,7 @@ class Factors(Recommender):
 
     def __init__(self, users: Any, items: Any) -> None:
         self.n_users, self.n_items, self.dtype = len(users), len(items), jnp.float32
-        self.user_embedding = Frozen(jnp.asarray(users, jnp.float32))
+        self.user_embedding = Constant(jnp.asarray(users, jnp.float32))
         self.item_embedding = nnx.Param(jnp.asarray(items, jnp.float32))
 
     def embed(self) -> tuple[jax.Array, jax.Array]:
@@ -164,7 +164,7 @@ def test_scores_are_made_of_the_tables_and_features_that_a_model_names(name: str
         swapped = FeatureChange("swap", ("image", "text")).features(GIVEN, ShareCase(30, KEY))
         changed = nnx.clone(model)
         tables = changed.feature_tables(swapped)
-        assert set(tables) == set(changed.open_feature_tables())
+        assert set(tables) == set(changed.expose_features())
         for path, table in tables.items():
             variable_at(changed, path).set_value(table)
         vectors = [np.asarray(x) for x in scored(changed)]
@@ -202,7 +202,7 @@ def test_rows_of_users_in_a_shared_table_stay() -> None:
 
 def test_a_model_without_a_learned_table_says_what_to_do() -> None:
     model = Factors(np.ones((2, 3)), np.ones((4, 3)))
-    model.item_embedding = Frozen(jnp.ones((4, 3)))  # as MMGCN's, which stays as it was drawn
+    model.item_embedding = Constant(jnp.ones((4, 3)))  # as MMGCN's, which stays as it was drawn
     with pytest.raises(UserError, match=r"learns no table of items .*; change its features with --adjust"):
         item_tables(model)
 

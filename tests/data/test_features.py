@@ -36,7 +36,7 @@ def test_a_damaged_header_is_one_sentence(tmp_path: Path, header: str, version: 
     file.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + length + header.encode() + bytes(480))
     with pytest.raises(UserError, match=r"image_feat\.npy is damaged or not a plain .npy array") as caught:
         read_features(file, 20)
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 200
     assert "allow_pickle" not in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgrad_jax.data import Interactions, load_interactions, problems
+from mgrad_jax.data import Interactions, diagnose, load_interactions
 from mgrad_jax.errors import UserError
 
 ROWS = [(u, (u + k) % 6, 0) for u in range(5) for k in range(3)]
@@ -99,7 +99,7 @@ def test_harmless_spellings_load(tmp_path: Path, rewrite: Callable[[str], str]) 
 def test_a_repeated_training_row_is_a_remark_only(tmp_path: Path) -> None:
     make(tmp_path, [*ROWS, ROWS[0]])
     assert len(load_interactions(tmp_path).train) == 16
-    assert any("1 training rows repeat an earlier pair" in remark for remark in problems(tmp_path))
+    assert any("1 training rows repeat an earlier pair" in remark for remark in diagnose(tmp_path))
 
 
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_problems_names_what_is_wrong_in_every_file(tmp_path: Path) -> None:
     make(tmp_path, [*ROWS, (0, -6, 2)])
     np.save(tmp_path / "image_feat.npy", with_nan((10, 3)))
     (tmp_path / "text_feat.npy").write_text("hello")
-    found = problems(tmp_path)
+    found = diagnose(tmp_path)
     assert [any(word in sentence for sentence in found) for word in ("itemID -6", "row 4", "damaged")] == [True] * 3
     assert len(found) == 3
 
@@ -203,7 +203,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_interactions(tmp_path)
     assert "\n" not in str(caught.value)
-    assert problems(tmp_path) == [str(caught.value)]
+    assert diagnose(tmp_path) == [str(caught.value)]
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
 def test_problems_of_a_sound_directory_are_remarks(tmp_path: Path) -> None:
     make(tmp_path)
     np.save(tmp_path / "image_feat.npy", np.eye(6, 3))
-    remarks = problems(tmp_path)
+    remarks = diagnose(tmp_path)
     assert any("no text_feat.npy" in remark for remark in remarks)
     assert any("3 rows are all zero (first: row 3)" in remark for remark in remarks)
 
@@ -297,8 +297,8 @@ def test_features_of_the_largest_floats_are_finite() -> None:
 def test_unused_ids_are_accepted_with_a_remark(tmp_path: Path) -> None:
     data = load_interactions(make(tmp_path, [*ROWS, (9, 8, 0)]))
     assert (data.n_users, data.n_items) == (10, 9)
-    assert any("4 of 10 user ids have no interaction at all (first: 5)" in remark for remark in problems(tmp_path))
-    assert any("2 of 9 item ids have no interaction at all (first: 6)" in remark for remark in problems(tmp_path))
+    assert any("4 of 10 user ids have no interaction at all (first: 5)" in remark for remark in diagnose(tmp_path))
+    assert any("2 of 9 item ids have no interaction at all (first: 6)" in remark for remark in diagnose(tmp_path))
 
 
 def test_faults_are_counted(tmp_path: Path) -> None:

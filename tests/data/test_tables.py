@@ -235,7 +235,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path, what: str) -> No
 def test_long_values_are_cut(tmp_path: Path) -> None:
     for value in ("7" * 200_000, "x" * 200_000, "1e400", "-" + "9" * 5000):
         file = inter(tmp_path / "d", HEADERS[0]) / "d.inter"
-        file.write_text(file.read_text() + f"0\t{value}\t0\n")
+        file.write_text(file.read_text() + f"0\t{value}\t0\n", encoding="utf-8")
         with pytest.raises(UserError, match="line 62") as caught:
             load_interactions(tmp_path / "d")
         assert len(str(caught.value)) < 400
@@ -244,7 +244,7 @@ def test_long_values_are_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["3.0", "+3", " 3", "3 ", "3e0", "03", "3."])
 def test_whole_numbers_in_other_spellings_are_read(tmp_path: Path, value: str) -> None:
     file = inter(tmp_path / "d", HEADERS[0]) / "d.inter"
-    file.write_text(file.read_text() + f"0\t{value}\t0\n")
+    file.write_text(file.read_text() + f"0\t{value}\t0\n", encoding="utf-8")
     assert load_interactions(tmp_path / "d").train[-1].tolist() == [0, 3]
 
 
@@ -253,7 +253,7 @@ def test_whole_numbers_in_other_spellings_are_read(tmp_path: Path, value: str) -
 )
 def test_what_is_no_whole_number_is_refused(tmp_path: Path, value: str) -> None:
     file = inter(tmp_path / "d", HEADERS[0]) / "d.inter"
-    file.write_text(file.read_text() + f"0\t{value}\t0\n")
+    file.write_text(file.read_text() + f"0\t{value}\t0\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"line 62: itemID is .*, not a whole number; correct the row"):
         load_interactions(tmp_path / "d")
 

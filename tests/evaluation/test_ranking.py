@@ -11,7 +11,7 @@ import pytest
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.evaluation.metrics import ranking_metrics
-from mgrad_jax.evaluation.ranking import make_ranker, per_user_metrics, rank_metrics, top_items
+from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split, per_user_metrics, top_items
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "metrics.npz")
 KS = (1, 5, 20)
@@ -49,9 +49,9 @@ def test_equal_to_the_published_evaluator(case: str, block: int) -> None:
         *scores.shape, np.argwhere(GOLDEN[f"{case}/train_mask"]), np.argwhere(GOLDEN[f"{case}/positives"])
     )
     assert len(np.unique(data.test[:, 0])) == len(scores)
-    ranker = make_ranker(data, "test", (1, 5, 10, 20), block=block)
+    eval_split = make_eval_split(data, "test", (1, 5, 10, 20), block=block)
     # The scores themselves as user vectors: their dot products with unit vectors are exact.
-    metrics = jax.jit(rank_metrics)(ranker, jnp.asarray(scores), jnp.eye(scores.shape[1]))
+    metrics = jax.jit(full_sort_metrics)(eval_split, jnp.asarray(scores), jnp.eye(scores.shape[1]))
     for name, value in metrics.items():
         assert float(value) == pytest.approx(float(GOLDEN[f"{case}/metric/{name}"]), abs=1e-6)
     items, _ = top_items(jnp.asarray(scores), jnp.eye(scores.shape[1]), data.train, np.arange(len(scores)), 20)
@@ -67,11 +67,11 @@ def test_equal_to_sorting(levels: int, block: int, ks: tuple[int, ...]) -> None:
     users, hits, counts = sorted_hits(data, scores, max(ks))
     expected = jax.jit(ranking_metrics, static_argnums=2)(jnp.asarray(hits), jnp.asarray(counts), ks)
 
-    ranker = make_ranker(data, "test", ks, block=block)
+    eval_split = make_eval_split(data, "test", ks, block=block)
     vectors = jnp.asarray(scores), jnp.eye(data.n_items)
-    ids, values = per_user_metrics(ranker, *vectors)
+    ids, values = per_user_metrics(eval_split, *vectors)
     np.testing.assert_array_equal(ids, users)
-    means = jax.jit(rank_metrics)(ranker, *vectors)
+    means = jax.jit(full_sort_metrics)(eval_split, *vectors)
     for name, value in expected.items():
         np.testing.assert_allclose(values[name], value, rtol=1e-6)
         np.testing.assert_allclose(means[name], np.mean(value), rtol=1e-5)
@@ -79,7 +79,9 @@ def test_equal_to_sorting(levels: int, block: int, ks: tuple[int, ...]) -> None:
 
 def test_one_evaluated_user_and_a_cold_item() -> None:
     data = interactions(3, 4, np.array([[0, 0], [1, 1], [2, 2]]), np.array([[1, 3]]))
-    metrics = rank_metrics(make_ranker(data, "test", (1, 2)), jnp.ones((3, 1)), jnp.array([[3.0], [9.0], [1.0], [2.0]]))
+    metrics = full_sort_metrics(
+        make_eval_split(data, "test", (1, 2)), jnp.ones((3, 1)), jnp.array([[3.0], [9.0], [1.0], [2.0]])
+    )
     assert float(metrics["recall@1"]) == 0.0  # item 0 is before it, item 1 is masked
     assert float(metrics["recall@2"]) == 1.0
 
@@ -88,29 +90,29 @@ def test_validation_items_are_not_masked_in_test() -> None:
     train, valid, test = (np.array([pair], np.int32) for pair in ((0, 0), (0, 1), (0, 2)))
     data = Interactions("made-up", 1, 3, train, valid, test)
     vectors = jnp.ones((1, 1)), jnp.array([[3.0], [2.0], [1.0]])
-    assert float(rank_metrics(make_ranker(data, "test", (1, 2)), *vectors)["recall@1"]) == 0.0
-    assert float(rank_metrics(make_ranker(data, "valid", (1, 2)), *vectors)["recall@1"]) == 1.0
+    assert float(full_sort_metrics(make_eval_split(data, "test", (1, 2)), *vectors)["recall@1"]) == 0.0
+    assert float(full_sort_metrics(make_eval_split(data, "valid", (1, 2)), *vectors)["recall@1"]) == 1.0
 
 
 def test_scores_that_are_nan_rank_last() -> None:
     data = interactions(1, 60, np.array([[0, 0]]), np.array([[0, 5]]))
-    metrics = rank_metrics(make_ranker(data, "test", (50,)), jnp.full((1, 1), jnp.nan), jnp.ones((60, 1)))
+    metrics = full_sort_metrics(make_eval_split(data, "test", (50,)), jnp.full((1, 1), jnp.nan), jnp.ones((60, 1)))
     assert float(metrics["recall@50"]) == 0.0
 
 
 def test_repeated_pairs_count_once() -> None:
     data = interactions(1, 3, np.array([[0, 0], [0, 0]]), np.array([[0, 1], [0, 1]]))
-    metrics = rank_metrics(make_ranker(data, "test", (1,)), jnp.ones((1, 1)), jnp.array([[3.0], [2.0], [1.0]]))
+    metrics = full_sort_metrics(make_eval_split(data, "test", (1,)), jnp.ones((1, 1)), jnp.array([[3.0], [2.0], [1.0]]))
     assert float(metrics["recall@1"]) == 1.0
 
 
 def test_ranker_is_an_argument_and_compiles_once() -> None:
     data = random_data(0)
-    compiled = jax.jit(lambda *arguments: rank_metrics(*arguments))  # a cache of its own
-    ranker = make_ranker(data, "test", KS, block=8)
+    compiled = jax.jit(lambda *arguments: full_sort_metrics(*arguments))  # a cache of its own
+    eval_split = make_eval_split(data, "test", KS, block=8)
     for seed in range(3):
         vectors = jax.random.normal(jax.random.key(seed), (data.n_users, 4))
-        compiled(ranker, vectors, jnp.ones((data.n_items, 4)))
+        compiled(eval_split, vectors, jnp.ones((data.n_items, 4)))
     assert compiled._cache_size() == 1
 
 

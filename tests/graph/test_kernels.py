@@ -69,7 +69,7 @@ def test_every_product_equals_the_dense_one_in_every_width_and_type(kernel: str,
     for dtype, width in WIDTHS if case == "long and empty rows" else WIDTHS[:1]:
         graph = as_graph(dense, dtype=dtype)
         x = jnp.asarray(np.random.default_rng(1).normal(size=(dense.shape[1], width)), dtype)
-        y = PRODUCTS[kernel](graph.shape, graph.values, graph.columns, graph.row_starts, x)
+        y = PRODUCTS[kernel](graph.shape, graph.data, graph.indices, graph.indptr, x)
         assert (y.dtype, y.shape) == (dtype, (dense.shape[0], width))
         expected = np.asarray(graph.todense(), np.float64) @ np.asarray(x, np.float64)
         # Half precision: the row kernels add in float32, `segment` in the type itself.
@@ -94,7 +94,7 @@ def test_the_chosen_product_is_the_one_in_the_program_for_a_gpu(for_cuda: Any) -
 
 
 def leaves(graph: SparseGraph) -> tuple[Array, Array, Array]:
-    return graph.values, graph.columns, graph.row_starts
+    return graph.data, graph.indices, graph.indptr
 
 
 def test_the_choice_changes_nothing_on_a_cpu() -> None:
@@ -139,12 +139,12 @@ def test_propagation_has_second_derivatives_by_vectors_and_values(kind: str) -> 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(dense.shape[1], 3)))
 
     def ours(values: Any, x: Any) -> Any:
-        return jnp.sum(jnp.sin(propagate(dataclasses.replace(graph, values=values), x)))
+        return jnp.sum(jnp.sin(propagate(dataclasses.replace(graph, data=values), x)))
 
     def theirs(values: Any, x: Any) -> Any:
         return jnp.sum(jnp.sin(jnp.zeros(dense.shape).at[places].set(values) @ x))
 
-    assert_second_derivatives(ours, theirs, graph.values, x)
+    assert_second_derivatives(ours, theirs, graph.data, x)
 
 
 @pytest.mark.usefixtures("x64")

@@ -44,7 +44,7 @@ def graph_of(dense: np.ndarray, dtype: Any, *, symmetric: bool = True) -> Sparse
 
 def dense_of(graph: SparseGraph) -> np.ndarray:
     """A graph as a dense matrix, by propagating the identity."""
-    return np.asarray(propagate(graph, jnp.eye(graph.shape[1], dtype=graph.values.dtype)))
+    return np.asarray(propagate(graph, jnp.eye(graph.shape[1], dtype=graph.data.dtype)))
 
 
 def recorded_pruned_graph(numbers: dict[str, np.ndarray], model: Any) -> SparseGraph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from mgrad_jax import interop, mirror_gradient, models
 from mgrad_jax.data import Batch, Interactions, demo_interactions
 from mgrad_jax.errors import UserError
+from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.training import fit
 from mgrad_jax.training.epoch import split_model
 
@@ -193,10 +195,25 @@ def test_the_configuration_explains_itself(name: str) -> None:
     model = models.model_class(name)
     assert model.name == name
     assert model.paper
-    assert all(field.metadata.get("help") for field in dataclasses.fields(model.config_class))
+    assert all(field.metadata["help"] for field in dataclasses.fields(model.config_class))
     axes = {field.name for field in dataclasses.fields(model.config_class)} | {"learning_rate"}
     assert set(model.grid) <= axes
     for axis, values in model.grid.items():
         for value in values:
             if axis != "learning_rate":
                 models.make_config(name, {axis: value})
+
+
+@pytest.mark.parametrize("name", [*NAMES, "adversarial"])
+def test_a_model_says_whether_its_loss_stops_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adversarial(create("vbpr"), epsilon=0.1, weight=1.0) if name == "adversarial" else create(name)
+    original, callers = jax.lax.stop_gradient, []
+
+    def stop_gradient(x: Any) -> Any:
+        callers.append(sys._getframe(1).f_globals["__name__"])
+        return original(x)
+
+    monkeypatch.setattr(jax.lax, "stop_gradient", stop_gradient)
+    jax.eval_shape(lambda batch, key: model.loss(batch, key), first_batch(), jax.random.key(0))
+    # JAX's own functions, softmax for one, stop what no value depends on.
+    assert any(caller.startswith("mgrad_jax.") for caller in callers) == model.stops_gradient

@@ -24,7 +24,7 @@ SMALL = demo_interactions(n_users=60, n_items=40, n_groups=4)
 
 def _tables(model: models.Recommender) -> list[jax.Array]:
     found = []
-    for path in model.open_feature_tables():
+    for path in model.expose_features():
         variable = model
         for name in path.split("."):
             variable = getattr(variable, name)

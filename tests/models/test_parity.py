@@ -23,7 +23,7 @@ from golden import (
 )
 
 from mgrad_jax import interop, models
-from mgrad_jax.models import EpochState, Frozen, Recommender
+from mgrad_jax.models import Constant, EpochState, Recommender
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "vbpr": {"reg_weight": 0.01},
@@ -41,9 +41,9 @@ def build(name: str, dtype: Any, **changes: Any) -> Recommender:
 
 def feed_recorded_graphs(name: str, model: Recommender) -> None:
     if name != "vbpr":
-        model.graph = Frozen(graph_of(recorded(name)["graph/norm_adj"], jnp.float64))
+        model.graph = Constant(graph_of(recorded(name)["graph/norm_adj"], jnp.float64))
     if name == "freedom":
-        model.item_graph = Frozen(graph_of(recorded(name)["graph/mm_adj"], jnp.float64, symmetric=False))
+        model.item_graph = Constant(graph_of(recorded(name)["graph/mm_adj"], jnp.float64, symmetric=False))
 
 
 def compare(name: str, model: Recommender, atol: float, rtol: float = 0.0, prefix: str = "") -> None:

@@ -20,7 +20,7 @@ from mgrad_jax import models
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import drop_entries, propagate
-from mgrad_jax.models import EpochState, Frozen, Recommender
+from mgrad_jax.models import Constant, EpochState, Recommender
 
 KEY = 0
 
@@ -90,7 +90,7 @@ def assert_scores(name: str, model: Recommender, atol: float) -> None:
 def test_equals_the_published_numbers_in_float64(name: str) -> None:
     numbers = recorded(RECORDED[name][0])
     model = build(name, jnp.float64)
-    model.graph = Frozen(graph_of(numbers["graph/norm_adj"], jnp.float64))
+    model.graph = Constant(graph_of(numbers["graph/norm_adj"], jnp.float64))
     assert_recorded(name, model, *loss_and_gradients(model, batch_of(numbers)), atol=1e-9)
     assert_scores(name, model, atol=1e-9)
 

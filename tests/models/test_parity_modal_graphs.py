@@ -21,7 +21,7 @@ from golden import batch_of, dense_of, graph_of, loss_and_gradients, recorded, r
 from mgrad_jax import interop, models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.models import Frozen, Recommender
+from mgrad_jax.models import Constant, Recommender
 
 NAMES = ("mmgcn", "grcn")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def build(name: str, dtype: Any, *, recorded_graph: bool = False, **changes: Any
     """A model with the recorded parameters, on its own graph or on the recorded one."""
     model = models.create(name, tiny(), dtype=dtype, **(SETTINGS[name] | changes))
     if name == "mmgcn" and recorded_graph:
-        model.graph = Frozen(graph_of(recorded(name)["graph/mean_adj"], dtype, symmetric=False))
+        model.graph = Constant(graph_of(recorded(name)["graph/mean_adj"], dtype, symmetric=False))
     if name == "mmgcn":
         model.use_tables(**{ours: recorded(name)[f"const/{published}"] for ours, published in TABLES.items()})
     parameters = recorded_parameters(name)
@@ -189,7 +189,7 @@ def test_grcn_attention_and_edge_weights_are_the_published_ones() -> None:
     weights = model._edge_weights(graph, attentions)
     assert 0 < np.count_nonzero(weights) < weights.size
     for ours, published in zip([*attentions, weights], ("v_attention", "t_attention", "edge_weight"), strict=True):
-        dense = dataclasses.replace(graph, values=ours).todense()
+        dense = dataclasses.replace(graph, data=ours).todense()
         np.testing.assert_allclose(dense, as_dense(numbers[f"out/{published}"]), atol=1e-12)
 
 

@@ -21,7 +21,7 @@ from mgrad_jax import interop, models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import UserGraph, UserSample, sample_user_graph
-from mgrad_jax.models import Frozen, Recommender
+from mgrad_jax.models import Constant, Recommender
 
 NAMES = ("dualgnn", "dragon")
 
@@ -31,9 +31,9 @@ def build(name: str, dtype: Any, *, recorded_graph: bool = False, **changes: Any
     numbers = recorded(name)
     model = models.create(name, tiny(), dtype=dtype, **({"reg_weight": 0.01} | changes))
     if recorded_graph:
-        model.graph = Frozen(graph_of(numbers["graph/conv_adj"], dtype))
+        model.graph = Constant(graph_of(numbers["graph/conv_adj"], dtype))
         if name == "dragon":
-            model.item_graph = Frozen(graph_of(numbers["graph/mm_adj"], dtype, symmetric=False))
+            model.item_graph = Constant(graph_of(numbers["graph/mm_adj"], dtype, symmetric=False))
     neighbours = jnp.asarray(numbers["graph/epoch_user_graph"], jnp.int32)
     model.user_sample.set_value(UserSample(neighbours, jnp.asarray(numbers["graph/user_weight_matrix"], dtype)))
     return interop.load_torch_state(model, recorded_parameters(name))

@@ -15,7 +15,7 @@ from golden import graph_of, recorded, recorded_parameters, tiny
 from mgrad_jax import interop, mirror_gradient, mirror_step, mirrored, models
 from mgrad_jax.data import Batch
 from mgrad_jax.mirror import pass_schedule, restart_epoch
-from mgrad_jax.models import Frozen, Recommender
+from mgrad_jax.models import Constant, Recommender
 from mgrad_jax.optimizers import make_optimizer
 
 BATCHES_PER_EPOCH = 7
@@ -36,8 +36,8 @@ def build(name: str, dtype: Any) -> Recommender:
     numbers = recorded(f"mg_{name}")
     model = models.create(name, tiny(), dtype=dtype, embedding_dim=8, **SETTINGS[name])
     if name == "freedom":
-        model.graph = Frozen(graph_of(numbers["graph/norm_adj"], dtype))
-        model.item_graph = Frozen(graph_of(numbers["graph/mm_adj"], dtype, symmetric=False))
+        model.graph = Constant(graph_of(numbers["graph/norm_adj"], dtype))
+        model.item_graph = Constant(graph_of(numbers["graph/mm_adj"], dtype, symmetric=False))
     return interop.load_torch_state(model, recorded_parameters(f"mg_{name}"))
 
 
