@@ -11,6 +11,7 @@ from command_lines import assert_one_sentence
 
 from mgrad_jax.cli import main
 from mgrad_jax.cli import train as command
+from mgrad_jax.training import run
 from mgrad_jax.training.config import RunConfig
 
 CONFIG = RunConfig(
@@ -41,7 +42,7 @@ def file(tmp_path: Path) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The configurations that `train` would have trained."""
     found: list[RunConfig] = []
-    monkeypatch.setattr(command, "train_and_tell", lambda config, resume: found.append(config))
+    monkeypatch.setattr(run, "train_run", lambda config, resume, progress: found.append(config))
     monkeypatch.setattr(command, "_print_result", lambda result, directory: None)
     return found
 
