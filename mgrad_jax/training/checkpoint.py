@@ -14,9 +14,7 @@ import contextlib
 import errno
 import gc
 import glob
-import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -33,16 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgrad_jax.errors import UserError, shown
-from mgrad_jax.files import Damaged, read_mapping, sync_directory, sync_tree, unreadable, unwritable, write_whole
+from mgrad_jax.files import Damaged, sync_directory, sync_tree, unreadable, unwritable, write_whole
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.identity import digest
+from mgrad_jax.training.stored_state import SIDECAR, is_intact, orbax, read_leaves, read_sidecar, seal
 
 _NAME = re.compile(r"(\d+)-best-(\d+)")
-_SIDECAR = "run.json"
 # What a power loss may cost besides the epoch under way.
 _SECONDS_WITHOUT_DISK = 1.0
-# A leaf in checkpoints of earlier versions, which had no sidecar.
-_FINGERPRINT = "fingerprint"
 _Which = Literal["latest", "best"]
 _Read = TypeVar("_Read")
 
@@ -123,7 +119,7 @@ class Checkpoints:
             CheckpointLost: there is none, or it is damaged; the message says what remains.
             UserError: it cannot be read now, or it belongs to another model, optimizer or dataset.
         """
-        entry, saved = self._stable(which, _read)
+        entry, saved = self._stable(which, read_leaves)
         expected = _named_leaves(like)
         saved.update({name: np.array(leaf) for name, leaf in expected.items() if not leaf.size})
         fits = {
@@ -148,14 +144,14 @@ class Checkpoints:
         Raises:
             CheckpointLost, UserError: as `restore`.
         """
-        entry, sidecar = self._stable(which, _read_sidecar)
+        entry, sidecar = self._stable(which, read_sidecar)
         return entry.path, {} if sidecar is None else sidecar["notes"]
 
     def are_intact(self) -> bool:
         """Whether the latest and the best can both be read and hold what was written."""
         try:
-            self._stable("latest", _read)
-            self._stable("best", _read)
+            self._stable("latest", read_leaves)
+            self._stable("best", read_leaves)
         except CheckpointLost:
             return False
         return True
@@ -250,7 +246,7 @@ class Checkpoints:
 
     def _put(self, epoch: int, path: Path, leaves: dict[str, np.ndarray], notes: dict[str, Any]) -> None:
         self._check_place()  # orbax would make it again
-        ocp = _orbax()
+        ocp = orbax()
         unfinished = path.with_name(f"{path.name}.unfinished")
         # Orbax looks for the parts of its one-file format with a pattern in which a path's own [brackets] match nothing,
         # and leaves a checkpoint that nobody can read; there it writes one directory per array instead.
@@ -258,8 +254,8 @@ class Checkpoints:
         with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=one_file))) as writer:
             writer.save(unfinished, args=ocp.args.PyTreeSave(leaves))
         content = {"notes": notes, "state": digest(leaves)}
-        content["digest"] = _seal(content)
-        write_whole(unfinished / _SIDECAR, json.dumps(content), durable=False)
+        content["digest"] = seal(content)
+        write_whole(unfinished / SIDECAR, json.dumps(content), durable=False)
         if is_due := time.monotonic() - self._safe_since >= _SECONDS_WITHOUT_DISK:
             sync_tree(unfinished)
         self._check_place()
@@ -345,7 +341,7 @@ class Checkpoints:
 
     def _damaged(self, entry: _Entry) -> CheckpointLost:
         """The sentence for a damaged checkpoint; what it advises depends on the others, which are read for it."""
-        intact = [other for other in self._entries() if other != entry and _is_intact(other.path)]
+        intact = [other for other in self._entries() if other != entry and is_intact(other.path)]
         if not intact:
             remedy = (
                 "delete it and start anew, for the run has no other checkpoint that is intact, or restore it from a "
@@ -380,118 +376,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(discarded) if discarded.is_dir() else discarded.unlink()
 
 
-def _is_intact(path: Path) -> bool:
-    try:
-        _read(path)
-    except Damaged:
-        return False
-    return True
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The leaves of a checkpoint by name.
-
-    Raises:
-        Damaged: they are not what was written.
-        UserError: they cannot be read now.
-    """
-    sidecar = _read_sidecar(path)
-    ocp = _orbax()
-    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    leaves: dict[str, np.ndarray] = {}
-    try:
-        _open_storage(path)
-        with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
-            # One leaf at a time: where one of several concurrent reads fails, the others complain on the terminal.
-            for name in list(reader.metadata(path).item_metadata.keys()):
-                wanted = {"item": {name: 0}, "restore_args": {name: as_numpy}, "partial_restore": True}
-                leaves[name] = np.asarray(reader.restore(path, args=ocp.args.PyTreeRestore(**wanted))[name])
-    except MemoryError as error:
-        raise unreadable(path, error) from None
-    except Exception as error:  # orbax and its storage raise whatever they trip over
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise unreadable(path, MemoryError()) from None
-        _check_readable(path)
-        raise Damaged("its storage cannot be decoded") from None
-    if sidecar is None:
-        intact = np.array_equal(leaves.pop(_FINGERPRINT, np.zeros(0)), _fingerprint(leaves))
-    else:
-        intact = sidecar["state"] == digest(leaves)
-    if not intact:
-        raise Damaged("its arrays are not those that were written")
-    return leaves
-
-
-def _open_storage(path: Path) -> None:
-    """Raise where the storage's own index is damaged: orbax asks it for all leaves at once, and each complains aloud."""
-    import tensorstore
-
-    storage = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/"}}
-    tensorstore.KvStore.open(storage).result().list().result()
-
-
-def _read_sidecar(path: Path) -> dict[str, Any] | None:
-    """The content of `run.json`; None in a checkpoint of an earlier version.
-
-    Raises:
-        Damaged, UserError: as `_read`.
-    """
-    try:
-        content = read_mapping(path / _SIDECAR, json.loads)
-    except FileNotFoundError:
-        if not path.is_dir():
-            raise Damaged("it is no directory") from None
-        return None
-    sealed = content.pop("digest", None)
-    if content.keys() != {"notes", "state"} or sealed != _seal(content):
-        raise Damaged(f"{_SIDECAR} is not what was written")
-    return content
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _check_readable(path: Path) -> None:
-    """Raise a `UserError` where a file cannot be read: then nothing says that it is damaged."""
-
-    def give_up(error: OSError) -> None:
-        raise error
-
-    try:
-        for parent, _, names in os.walk(path, onerror=give_up):
-            for name in names:
-                with (Path(parent) / name).open("rb") as stream:
-                    while stream.read(2**20):
-                        pass
-    except FileNotFoundError:
-        return  # what is not there is damage
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _orbax() -> Any:
-    """Orbax, imported on first use (over a second), its notes silenced: what goes wrong it raises besides."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
-    import orbax.checkpoint
-
-    return orbax.checkpoint
-
-
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by their place in the tree, in order."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _fingerprint(leaves: dict[str, np.ndarray]) -> np.ndarray:
-    """(2,) uint64, in place of a digest in checkpoints of earlier versions."""
-    total = np.zeros(2, np.uint64)
-    for name in sorted(leaves):
-        data = np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8)
-        words = data[: data.size // 8 * 8].view(np.uint64)
-        rest = data[data.size // 8 * 8 :]
-        # Arrays of one element, not scalars: these wrap around without a warning.
-        total[:1] ^= np.bitwise_xor.reduce(words, initial=np.uint64(0))
-        total[1:] += np.sum(words, dtype=np.uint64, keepdims=True)
-        total[1:] += np.sum(rest, dtype=np.uint64, keepdims=True)
-    return total

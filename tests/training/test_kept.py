@@ -19,7 +19,7 @@ from flax import nnx
 
 from mgrad_jax.cli import main
 from mgrad_jax.errors import UserError
-from mgrad_jax.training import checkpoint
+from mgrad_jax.training import stored_state
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.identity import identity
 from mgrad_jax.training.kept import KeptParams
@@ -53,7 +53,7 @@ def test_every_second_epoch_is_kept_and_holds_what_the_run_had(run: Path) -> Non
     loaded = load_run(run)
     assert loaded.kept.epochs() == [2, 4, 6]
     latest = next(path for path in (run / "checkpoint").iterdir() if path.name.startswith("000006"))
-    saved = [x for name, x in checkpoint._read(latest).items() if ".params" in name]
+    saved = [x for name, x in stored_state.read_leaves(latest).items() if ".params" in name]
     loaded.kept.load(6, loaded.model)
     assert len(saved) == 2
     for ours, theirs in zip(params(loaded), saved, strict=True):

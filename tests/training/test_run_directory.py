@@ -18,7 +18,7 @@ import yaml
 from mgrad_jax import files
 from mgrad_jax.errors import UserError
 from mgrad_jax.files import locked
-from mgrad_jax.training import checkpoint, identity
+from mgrad_jax.training import checkpoint, identity, stored_state
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import TrainingDiverged
 from mgrad_jax.training.run import load_run, train_run
@@ -228,10 +228,10 @@ def test_a_note_that_was_changed_is_damage(run: Path) -> None:
 @pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on(finished: Path, run: Path, tmp_path: Path) -> None:
     """Its checkpoints have a fingerprint among their arrays and no notes; its data a checksum."""
-    ocp = checkpoint._orbax()
+    ocp = stored_state.orbax()
     for path in checkpoints(unfinished(run)):
-        leaves = checkpoint._read(path)
-        leaves["fingerprint"] = checkpoint._fingerprint(leaves)
+        leaves = stored_state.read_leaves(path)
+        leaves["fingerprint"] = stored_state.fingerprint(leaves)
         shutil.rmtree(path)
         ocp.PyTreeCheckpointer().save(path, leaves)
     data = load_run(finished).data

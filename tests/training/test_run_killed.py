@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mgrad_jax.training import checkpoint
+from mgrad_jax.training import checkpoint, stored_state
 
 # Trains; a process that is told a number dies before its file operation of that number, others count them.
 PROGRAM = """
@@ -54,7 +54,7 @@ def content(out: Path) -> dict[str, Any]:
     result = json.loads((out / "result.json").read_text())
     del result["seconds"]
     table = pd.read_csv(out / "history.csv", dtype=str).drop(columns=["seconds_train", "seconds_evaluate"])
-    saved = {path.name: checkpoint._read(path) for path in (out / "checkpoint").iterdir()}
+    saved = {path.name: stored_state.read_leaves(path) for path in (out / "checkpoint").iterdir()}
     arrays = {name: {leaf: (x.dtype, x.tobytes()) for leaf, x in leaves.items()} for name, leaves in saved.items()}
     assert all(np.isfinite(x).all() for leaves in saved.values() for x in leaves.values())
     kept = {path.name: path.read_bytes() for path in (out / "kept").iterdir()}
