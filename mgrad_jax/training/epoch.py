@@ -77,6 +77,10 @@ class EpochPlan:
         """Index of each batch's first pass, (n_batches,): the published epoch loss adds these up."""
         return np.unique(np.asarray(self.schedule), return_index=True)[1]
 
+    def epoch_loss(self, losses: Any) -> float:
+        """The epoch's loss, of those of its passes (passes,) on the host; also of a part of them."""
+        return float(np.asarray(losses)[self.first_passes].sum(dtype=np.float64))
+
 
 class SplitModel(NamedTuple):
     """A model taken apart for jit: what is static, what is trained, what is redrawn and what is constant."""

@@ -129,8 +129,8 @@ def test_idle_slots_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     from mgrad_jax.training import sweep as module
 
     widths: list[int] = []
-    keep = module._Lanes.keep
-    monkeypatch.setattr(module._Lanes, "keep", lambda self, lanes: (keep(self, lanes), widths.append(self.width)))
+    keep = module.Lanes.keep
+    monkeypatch.setattr(module.Lanes, "keep", lambda self, *kept: (keep(self, *kept), widths.append(self.width)))
     members = [dataclasses.replace(VBPR, epochs=epochs, patience=9, seed=1) for epochs in (1, 2, 3)]
     results = sweep(DATA, members, slots=3)
     assert widths == [1]

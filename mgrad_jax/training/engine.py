@@ -1,0 +1,270 @@
+"""The compiled programs of training, an epoch and its evaluation, for one lane or for several side by side.
+
+A lane is one training: its state, and what is its own besides. `fit` is one lane with checkpoints, a sweep sends its
+members through several. Lanes run under one `jax.vmap`; one lane alone has no leading axis and passes through none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from mgrad_jax.data import Interactions
+from mgrad_jax.errors import UserError
+from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split
+from mgrad_jax.iterates import evaluation_params
+from mgrad_jax.mirror import check_loop, pass_schedule
+from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainState, run_epoch, training_data
+
+
+class Own(NamedTuple):
+    """What a lane keeps through its training: constants no other lane has, its traced numbers, its random key."""
+
+    constants: list[jax.Array]
+    numbers: Mapping[str, jax.Array]
+    key: jax.Array
+
+
+class Scoring(NamedTuple):
+    """The variables evaluation reads."""
+
+    params: nnx.State
+    epoch_state: nnx.State
+
+
+class Scores(NamedTuple):
+    """Metrics on validation and on test, and whether the scores are finite.
+
+    Where a lane evaluates test only for what improves on its best, it has zeros there otherwise.
+    """
+
+    valid: dict[str, Any]
+    test: dict[str, Any]
+    finite: Any
+
+
+class Programs(NamedTuple):
+    """Both compiled for a number of lanes, the seconds that took, and the bytes that the larger one needs to run."""
+
+    train: Callable[[TrainState, Own, jax.Array], tuple[TrainState, EpochLog]]
+    evaluate: Callable[[Scoring, Own, Any], Scores]
+    seconds: float
+    size: int
+
+
+def check_splits(data: Interactions) -> None:
+    """Raise a `UserError` where data have nothing to select the best epoch by, or to report."""
+    for split in ("valid", "test"):
+        if not len(getattr(data, split)):
+            raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")
+
+
+def first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first epoch.
+
+    A copy: it is donated to each epoch, and must take neither the model's own arrays nor the constants' with it.
+    """
+    return jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+
+
+def scoring(state: TrainState) -> Scoring:
+    """What evaluation scores with: as of the end of the epoch, or before its last update where that is kept."""
+    stale = state.stale_params
+    return Scoring(evaluation_params(state.opt_state, state.params) if stale is None else stale, state.epoch_state)
+
+
+class Engine:
+    """What the lanes of one structure share, and their programs.
+
+    Args:
+        parts: the model of any lane.
+        state: its state before the first epoch.
+        data: the interactions.
+        make_tx: a lane's transformation, of its traced numbers.
+        batch_size, ks, evaluate: see `mgrad_jax.training.fit`.
+        is_own: which of the model's constants differ between lanes; by default none.
+        select_by: the metric by whose improvement on validation test is evaluated; None: it always is.
+
+    Raises:
+        ValueError, UserError: an optimizer that the loop cannot drive.
+    """
+
+    def __init__(
+        self,
+        parts: SplitModel,
+        state: TrainState,
+        data: Interactions,
+        make_tx: Callable[[Mapping[str, jax.Array]], optax.GradientTransformation],
+        *,
+        batch_size: int,
+        ks: Sequence[int],
+        evaluate: str,
+        is_own: Sequence[bool] | None = None,
+        select_by: str | None = None,
+    ) -> None:
+        _check_optimizer(state.opt_state)
+        schedule = pass_schedule(state.opt_state, -(-len(data.train) // batch_size))
+        self.plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale")
+        self._make_tx, self._select_by = make_tx, select_by
+        self._graphdef = parts.graphdef
+        constants, self._structure = jax.tree.flatten(parts.constants)
+        self._is_own = [False] * len(constants) if is_own is None else is_own
+        self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
+        self._train_data = training_data(data)
+        self._rankers = (make_eval_split(data, "valid", ks), make_eval_split(data, "test", ks))
+
+    def own(self, parts: SplitModel, seed: int, numbers: Mapping[str, jax.Array]) -> Own:
+        """What a lane with this model, seed and numbers keeps."""
+        constants = [x for own, x in zip(self._is_own, jax.tree.leaves(parts.constants), strict=True) if own]
+        return Own(constants, numbers, jax.random.key(seed))
+
+    def compile(self, lane: tuple[TrainState, Own], width: int) -> Programs:
+        """Compile both programs ahead of time, so that compilation is timed apart.
+
+        Args:
+            lane: state and own of any, or their shapes.
+            width: how many lanes there are.
+        """
+        started = time.perf_counter()
+        goal = None if self._select_by is None else jax.ShapeDtypeStruct((), jnp.zeros((), float).dtype)
+        arguments = (*lane, lane[1].key, goal)
+        if width > 1:
+            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), arguments)
+        state, own, key, best = arguments
+        shared, data, eval_splits = self._shared, self._train_data, self._rankers
+
+        def train(state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any) -> tuple[TrainState, EpochLog]:
+            if width == 1:
+                return self._train(state, own, key, shared, data)
+            return jax.vmap(lambda s, o, k: self._train(s, o, k, shared, data))(state, own, key)
+
+        def evaluate(scoring: Scoring, own: Own, best: Any, shared: Any, eval_splits: Any) -> Scores:
+            if width == 1:
+                return self._evaluate(scoring, own, best, shared, eval_splits)
+            # One lane after another: scores of all lanes at once would not fit, and gain nothing.
+            return jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, eval_splits), (scoring, own, best))
+
+        scored = Scoring(state.params, state.epoch_state)
+        trainer = jax.jit(train, donate_argnums=0).lower(state, own, key, shared, data).compile()
+        evaluator = jax.jit(evaluate).lower(scored, own, best, shared, eval_splits).compile()
+        return Programs(
+            lambda state, own, key: trainer(state, own, key, shared, data),
+            lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
+            time.perf_counter() - started,
+            max(_bytes(trainer), _bytes(evaluator)),
+        )
+
+    def _train(
+        self, state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any
+    ) -> tuple[TrainState, EpochLog]:
+        """One epoch of one lane."""
+        tx = self._make_tx(own.numbers)
+        return run_epoch(self._graphdef, tx, self.plan, state, self._constants(own, shared), data, key)
+
+    def _evaluate(self, scoring: Scoring, own: Own, best: Any, shared: Any, eval_splits: Any) -> Scores:
+        """Metrics of one lane."""
+        constants = self._constants(own, shared)
+        users, items = nnx.merge(self._graphdef, scoring.params, scoring.epoch_state, constants).embed()
+        valid = full_sort_metrics(eval_splits[0], users, items)
+        if self._select_by is None:
+            test = full_sort_metrics(eval_splits[1], users, items)
+        else:
+            test = jax.lax.cond(
+                valid[self._select_by] > best,
+                lambda: full_sort_metrics(eval_splits[1], users, items),
+                lambda: jax.tree.map(jnp.zeros_like, valid),
+            )
+        return Scores(valid, test, jnp.isfinite(users.sum() + items.sum()))
+
+    def _constants(self, own: Own, shared: Sequence[jax.Array | None]) -> nnx.State:
+        mine = iter(own.constants)
+        return jax.tree.unflatten(self._structure, [next(mine) if x is None else x for x in shared])
+
+
+class Lanes:
+    """Trainings side by side on the device.
+
+    Attributes:
+        state, own: of all lanes, with a leading axis where there is more than one.
+        width: how many there are.
+
+    Args:
+        engine: what they share.
+        members: state and own of each.
+        programs: compiled for as many.
+    """
+
+    def __init__(self, engine: Engine, members: Sequence[tuple[TrainState, Own]], programs: Programs) -> None:
+        self.engine, self.programs, self.width = engine, programs, len(members)
+        stacked: tuple[TrainState, Own] = members[0]
+        if self.width > 1:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+        self.state, self.own = stacked
+
+    def train(self, epochs: Sequence[int]) -> list[EpochLog]:
+        """Train every lane for an epoch, of these numbers from 0; returns what was logged, on the host."""
+        key = _epoch_key(self.own.key, epochs[0]) if self.width == 1 else _epoch_keys(self.own.key, np.asarray(epochs))
+        self.state, log = self.programs.train(self.state._replace(stale_params=None), self.own, key)
+        return self._apart(jax.device_get(log))
+
+    def evaluate(self, best: Sequence[float] | None = None) -> list[Scores]:
+        """Metrics of every lane on the host; `best` are the selection metrics to improve on."""
+        # In JAX's own precision, that of the metrics they are compared with.
+        goals = None if best is None else jnp.asarray(best[0] if self.width == 1 else best, float)
+        return self._apart(jax.device_get(self.programs.evaluate(scoring(self.state), self.own, goals)))
+
+    def put(self, lane: int, member: tuple[TrainState, Own]) -> None:
+        """Replace what a lane trains."""
+        if self.width == 1:
+            self.state, self.own = member
+        else:
+            now = (self.state._replace(stale_params=None), self.own)
+            self.state, self.own = _put(now, member, lane)
+
+    def keep(self, lanes: Sequence[int], programs: Programs) -> None:
+        """Go on with these lanes only, in programs of their number."""
+        index = np.asarray(lanes) if len(lanes) > 1 else lanes[0]
+        self.state, self.own = jax.tree.map(lambda x: x[index], (self.state._replace(stale_params=None), self.own))
+        self.width, self.programs = len(lanes), programs
+
+    def _apart(self, results: Any) -> list[Any]:
+        """What a program returned, lane by lane."""
+        if self.width == 1:
+            return [results]
+        leaves, structure = jax.tree.flatten(results)
+        return [jax.tree.unflatten(structure, [x[lane] for x in leaves]) for lane in range(self.width)]
+
+
+_epoch_key = jax.random.fold_in
+_epoch_keys = jax.jit(jax.vmap(jax.random.fold_in))
+
+
+@jax.jit
+def _put(stacked: Any, member: Any, lane: int) -> Any:
+    return jax.tree.map(lambda full, new: full.at[lane].set(new), stacked, member)
+
+
+def _bytes(program: Any) -> int:
+    """XLA's own account of a program's memory; the arguments twice, for loading a member into its lane copies them."""
+    sizes = program.memory_analysis()
+    if sizes is None:
+        return 0
+    return int(2 * sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes)
+
+
+def _check_optimizer(opt_state: Any) -> None:
+    """Refuse what the loop cannot drive, or has no parameters to evaluate with."""
+    check_loop(opt_state)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.LookaheadState))
+    if any(isinstance(node, optax.LookaheadState) for node in nodes):
+        raise UserError(
+            "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, "
+            "as optax.contrib.schedule_free does."
+        )
