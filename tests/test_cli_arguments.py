@@ -35,6 +35,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "a part twice": (["--adversarial", "epsilon=1,epsilon=2"], "--adversarial epsilon is given twice"),
     "empty": (["--out", ""], "--out is empty; give it a value or leave it out"),
     "empty after =": (["--out="], "--out is empty"),
+    "blank": (["--out", " "], "--out is blank; give it a value or leave it out"),
     "empty argument": ([""], "an argument is empty"),
     "empty value of a key": (["--set", "reg_weight="], "is not of the form key=value"),
     "underscores": (["--epochs", "1_000"], "--epochs '1_000' is not a number in plain digits"),

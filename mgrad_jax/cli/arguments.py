@@ -31,8 +31,8 @@ class Command(TyperCommand):
                     raise UserError(f"{before} and {option} exclude each other; leave one of them out.")
                 seen[parameter.name] = option
             for value in values:
-                if not value:
-                    raise UserError(f"{option} is empty; give it a value or leave it out.")
+                if not value.strip() and not (value and option == "--separator"):  # which may be a blank or a tab
+                    raise UserError(f"{option} is {'blank' if value else 'empty'}; give it a value or leave it out.")
                 if parameter is not None and parameter.name in numbers:
                     check_plain(option, value)
         return super().parse_args(ctx, args)
