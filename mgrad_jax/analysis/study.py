@@ -15,8 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,20 +25,18 @@ import yaml
 
 from mgrad_jax import models
 from mgrad_jax.analysis.convergence import gradient_evaluations
+from mgrad_jax.analysis.study_users import sampled_metrics, user_metrics
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.errors import UserError, shown
-from mgrad_jax.evaluation.candidates import Candidates, candidate_metrics, read_candidates, scores_of
-from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
-from mgrad_jax.files import Damaged, locked, read_mapping, write_whole, written_whole
+from mgrad_jax.evaluation.candidates import Candidates, read_candidates
+from mgrad_jax.files import Damaged, locked, read_mapping, write_whole
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.fit import EpochReport, TrainingDiverged, fit
+from mgrad_jax.training.fit import EpochReport, TrainingDiverged
 from mgrad_jax.training.history import History, read_rows
 from mgrad_jax.training.methods import METHODS, SETTINGS, unused
-from mgrad_jax.training.run import load_run, train_run
+from mgrad_jax.training.run import train_run
 
 STUDY_FILE = "study.yaml"
-USERS_FILE = "users.npz"
-CANDIDATES_FILE = "candidates.npz"
 _DIVERGED_FILE = "diverged.txt"
 _STRIDE = 100_000  # between the seeds of one try of `replay` and the next
 
@@ -206,13 +203,14 @@ class Study:
     @functools.cached_property
     def _configs(self) -> dict[Key, RunConfig]:
         return {
-            Key(cell, seed, attempt): self._config(cell, seed, attempt, setting)
+            Key(cell, seed, attempt): self.config(cell, seed, attempt, setting)
             for cell in self.cells()
             for attempt, setting in enumerate(self.tries(cell))
             for seed in self.seeds
         }
 
-    def _config(self, cell: Cell, seed: int, attempt: int = 0, setting: Mapping[str, float] | None = None) -> RunConfig:
+    def config(self, cell: Cell, seed: int, attempt: int = 0, setting: Mapping[str, float] | None = None) -> RunConfig:
+        """The configuration of one run; `attempt` counts the tries of a tuned training, with these settings."""
         interval = "" if cell.interval is None else f"-i{cell.interval}"
         setting = setting or {}
         # A try at what is set anyway is the run of a study that is not tuned.
@@ -321,7 +319,7 @@ def train_study(
     data = load_interactions(study.data)
     candidates = None if study.candidates is None else read_candidates(Path(study.candidates), data)
     configs = study.configs()
-    _check_models(configs.values(), data)
+    check_models(configs.values(), data)
     for start in filter(None, dict.fromkeys(config.start_from for config in configs.values())):
         if not (Path(start) / "config.yaml").exists():
             raise UserError(f"{start} holds no run to start from; train it first, or give another --start-from.")
@@ -345,7 +343,7 @@ def train_study(
     return Outcome(runs, tried)
 
 
-def _check_models(configs: Iterable[RunConfig], data: Interactions) -> None:
+def check_models(configs: Iterable[RunConfig], data: Interactions) -> None:
     """A model that the data cannot train is found before hours are spent on the others."""
     for config in {config.model: config for config in configs}.values():
         settings = models.make_config(config.model, dict(config.hyper_parameters))
@@ -409,51 +407,10 @@ def _read(
     evaluations = gradient_evaluations(config, len(data.train), len(history))
     if result is None:
         return Run(key.cell, key.seed, directory, None, history, evaluations, np.zeros(0, np.int64), {}, note)
-    users, metrics = _user_metrics(directory, result)
+    users, metrics = user_metrics(directory, result)
     if candidates is not None:
-        metrics = {**metrics, **_candidate_metrics(directory, result, candidates)}
+        metrics = {**metrics, **sampled_metrics(directory, result, candidates)}
     return Run(key.cell, key.seed, directory, result, history, evaluations, users, metrics, note)
-
-
-def _user_metrics(directory: Path, result: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Each user's test metrics at the best epoch, kept in `users.npz` beside the run."""
-    path = directory / USERS_FILE
-    kept = _read_users(path)
-    if kept is None or int(kept.pop("epoch")) != result["best_epoch"]:
-        loaded = load_run(directory)
-        vectors = loaded.vectors()
-        users, metrics = per_user_metrics(make_eval_split(loaded.data, "test", loaded.config.ks), *vectors)
-        _write_users(path, epoch=result["best_epoch"], users=users, **metrics)
-        return users, metrics
-    return kept.pop("users"), kept
-
-
-def _candidate_metrics(directory: Path, result: Mapping[str, Any], candidates: Candidates) -> dict[str, np.ndarray]:
-    """Each user's metrics on the candidates at the best epoch, kept in `candidates.npz` beside the run."""
-    path = directory / CANDIDATES_FILE
-    kept = _read_users(path)
-    same = {"epoch": result["best_epoch"], "digest": candidates.digest}
-    if kept is None or any(str(kept.pop(name, None)) != str(value) for name, value in same.items()):
-        users, metrics = candidate_metrics(candidates, scores_of(*load_run(directory).vectors()))
-        _write_users(path, **same, users=users, **metrics)
-        return metrics
-    del kept["users"]
-    return kept
-
-
-def _write_users(path: Path, **arrays: Any) -> None:
-    with written_whole(path, "wb") as stream:
-        np.savez(stream, **arrays)
-
-
-def _read_users(path: Path) -> dict[str, np.ndarray] | None:
-    """The content of a `users.npz`; None where there is none that can be read, for it is made again at will."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError):
-        return None
-    return content if {"epoch", "users"} <= content.keys() else None
 
 
 def study_runs(directory: Path) -> list[Path]:
@@ -477,7 +434,7 @@ def study_runs(directory: Path) -> list[Path]:
             f"{directory / STUDY_FILE} cannot be read ({reason}); repeat the study with --resume."
         ) from None
     found = {key: config.directory for key, config in study.configs().items()}
-    missing = [run for run in found.values() if not _is_finished(run)]
+    missing = [run for run in found.values() if not is_finished(run)]
     if missing:
         raise UserError(
             f"{directory} is a study with {len(found) - len(missing)} of {len(found)} runs finished; "
@@ -499,65 +456,6 @@ def _read_result(run: Path) -> dict[str, Any] | None:
         raise UserError(f"{run / 'result.json'} is damaged ({damage}); repeat the study with --resume.") from None
 
 
-class Estimate(NamedTuple):
-    """Seconds a cell's runs will take.
-
-    Attributes:
-        cell: which.
-        runs: how many there are to train, finished ones left out.
-        compilation: of one run, where nothing is in the cache.
-        epoch: of training and evaluating once.
-        evaluation: of the latter alone.
-        least, most: of all the runs: patience + 1 epochs each, and all the epochs that are allowed.
-    """
-
-    cell: Cell
-    runs: int
-    compilation: float
-    epoch: float
-    least: float
-    most: float
-    evaluation: float
-
-
-def estimate(study: Study) -> Iterator[Estimate]:
-    """Time two epochs of plain training of every model and optimizer, in memory, and reckon the rest from them.
-
-    Raises:
-        UserError: data that cannot be loaded or trained on.
-    """
-    data = load_interactions(study.data)
-    _check_models(study.configs().values(), data)
-    measured: dict[tuple[str, str], tuple[float, float, float]] = {}
-    for cell in study.cells():
-        key = cell.model, cell.optimizer
-        if key not in measured:
-            measured[key] = _measure(study._config(cell._replace(method="plain", interval=None), study.seeds[0]), data)
-        compilation, gradient, evaluation = measured[key]
-        configs = [config for key, config in study.configs().items() if key.cell == cell]
-        runs = sum(not _is_finished(config.directory) for config in configs)
-        epoch = float(gradient_evaluations(configs[0], len(data.train), 1)[0]) * gradient + evaluation
-        patience, epochs = configs[0].patience, configs[0].epochs
-        least, most = (runs * (compilation + n * epoch) for n in (min(patience + 1, epochs), epochs))
-        yield Estimate(cell, runs, compilation, epoch, least, most, evaluation)
-
-
-def _is_finished(run: Path) -> bool:
+def is_finished(run: Path) -> bool:
+    """Whether a run's directory holds what came of it: a result, or that it diverged."""
     return any((run / name).exists() for name in ("result.json", _DIVERGED_FILE))
-
-
-def _measure(config: RunConfig, data: Interactions) -> tuple[float, float, float]:
-    """Seconds of compilation, of one gradient evaluation with its update, and of one evaluation of the metrics."""
-    timed = fit(
-        config.create_model(data),
-        data,
-        config.transformation(data),
-        epochs=2,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        metric=config.metric,
-        ks=config.ks,
-    )
-    batches = math.ceil(len(data.train) / config.batch_size)
-    warm = timed.history[-1]
-    return timed.seconds["compile"], warm.seconds_train / batches, warm.seconds_evaluate

@@ -203,7 +203,7 @@ def _progress(study: Study) -> Iterator[Any]:
 
 
 def _print_estimate(study: Study) -> None:
-    from mgrad_jax.analysis.study import estimate
+    from mgrad_jax.analysis.estimate import estimate
 
     headings = ("model", "method", "optimizer", "interval", "runs to train", "seconds per epoch", "at least", "at most")
     rows, total = [], [0.0, 0.0]

@@ -252,7 +252,7 @@ class _Clock:
 
     def of_study(self, study: Study) -> tuple[int, float, float]:
         """Runs to train, and seconds."""
-        from mgrad_jax.analysis.study import estimate
+        from mgrad_jax.analysis.estimate import estimate
 
         self.new, least, most = [], 0.0, 0.0
         for row in estimate(study):
@@ -270,7 +270,7 @@ class _Clock:
         if step.sweeps is not None:
             import dataclasses
 
-            from mgrad_jax.analysis.study import estimate
+            from mgrad_jax.analysis.estimate import estimate
 
             model, members = step.sweeps
             like = dataclasses.replace(asked, models=(model,), seeds=asked.seeds[:1]).study(step.out.name)
