@@ -39,7 +39,7 @@ def convergence_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], metr
         for axes, what, name in zip(
             rows[2 * number : 2 * number + 2],
             ("loss", "valid"),
-            ("training loss a batch", f"validation {metric}"),
+            ("training loss per batch", f"validation {metric}"),
             strict=True,
         ):
             for axis, (x, x_name) in zip(axes, _AXES.items(), strict=True):
