@@ -12,8 +12,9 @@ import numpy as np
 
 from mgrad_jax.analysis.flatness import Flatness, flatness
 from mgrad_jax.analysis.landscape import Surface, norm, objective, parameters, surface
+from mgrad_jax.analysis.runs import each_run
 from mgrad_jax.training.numerics import as_configured
-from mgrad_jax.training.run import LoadedRun, load_run
+from mgrad_jax.training.run import LoadedRun
 
 # Points side by side on a GPU; on a CPU that brings nothing.
 _SIDE_BY_SIDE = 16
@@ -95,16 +96,11 @@ def measure_landscapes(
     """
     found: dict[str, dict[str, dict[int, Landscape]]] = {}
     name = ""
-    for model, trainings in groups.items():
-        for training, by_seed in trainings.items():
-            for seed, directory in by_seed.items():
-                if progress is not None:
-                    progress(directory)
-                run = load_run(directory, data)
-                name = run.data.name
-                with as_configured(run.config):
-                    measured = measure(run, asked)
-                found.setdefault(model, {}).setdefault(training, {})[seed] = measured
+    for model, training, seed, run in each_run(groups, data, progress):
+        name = run.data.name
+        with as_configured(run.config):
+            measured = measure(run, asked)
+        found.setdefault(model, {}).setdefault(training, {})[seed] = measured
     return found, name
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from mgrad_jax.analysis.baselines import popularity
 from mgrad_jax.analysis.perturb import FeatureChange, item_tables
 from mgrad_jax.analysis.robustness import Measured, Response, changed_features, check_features, table_noise
+from mgrad_jax.analysis.runs import each_run
 from mgrad_jax.data import Interactions
 from mgrad_jax.data.features import MODALITIES, read_features
 from mgrad_jax.errors import UserError
@@ -124,17 +125,12 @@ def measure_runs(
         for change in changes:
             change.check(some)
     found: list[dict[str, dict[str, dict[int, Response]]]] = [{} for _ in changes]
-    for model, trainings in groups.items():
-        for training, by_seed in trainings.items():
-            for run_seed, directory in by_seed.items():
-                if progress is not None:
-                    progress(directory)
-                run = load_run(directory, data)
-                for change, responses in zip(changes, found, strict=True):
-                    what = Measured(tuple(metrics), split, change.draws, seed)
-                    with as_configured(run.config):
-                        response = change.measure(run, what)
-                    responses.setdefault(model, {}).setdefault(training, {})[run_seed] = response
+    for model, training, run_seed, run in each_run(groups, data, progress):
+        for change, responses in zip(changes, found, strict=True):
+            what = Measured(tuple(metrics), split, change.draws, seed)
+            with as_configured(run.config):
+                response = change.measure(run, what)
+            responses.setdefault(model, {}).setdefault(training, {})[run_seed] = response
     return [Experiment(*change[:3], responses) for change, responses in zip(changes, found, strict=True)]
 
 

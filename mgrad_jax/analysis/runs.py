@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from mgrad_jax.analysis.study import STUDY_FILE, study_runs
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.training.checkpoint import Checkpoints
 from mgrad_jax.training.methods import unused
-from mgrad_jax.training.run import load_run
+from mgrad_jax.training.run import LoadedRun, load_run
 
 # What runs of one training may differ in, and what trainings of one model may.
 _FREE = ("out", "seed", "data", "keep_every")
@@ -67,6 +67,29 @@ def group_runs(paths: Sequence[Path]) -> dict[str, dict[str, dict[int, Path]]]:
         _check_alike(of_model, _OF_TRAINING)
         groups[model] = _by_training(model, of_model)
     return groups
+
+
+def each_run(
+    groups: Mapping[str, Mapping[str, Mapping[int, Path]]],
+    data: str | None = None,
+    progress: Callable[[Path], None] | None = None,
+) -> Iterator[tuple[str, str, int, LoadedRun]]:
+    """Load the runs of `group_runs` one after another: model, training, seed and run.
+
+    Args:
+        groups: run directories by model, training and seed.
+        data: where the runs' data lie now, if they were moved.
+        progress: called with every directory before it is loaded.
+
+    Raises:
+        UserError: a run that cannot be read.
+    """
+    for model, trainings in groups.items():
+        for training, by_seed in trainings.items():
+            for seed, directory in by_seed.items():
+                if progress is not None:
+                    progress(directory)
+                yield model, training, seed, load_run(directory, data)
 
 
 def compared_pairs(trainings: Sequence[str]) -> list[tuple[str, str]]:

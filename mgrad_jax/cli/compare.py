@@ -10,6 +10,7 @@ import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import HyperParameters
 from mgrad_jax.cli.console import print_table, progress
 from mgrad_jax.cli.options import pairs, scalar
 from mgrad_jax.cli.train import how_to_go_on
@@ -40,14 +41,7 @@ def compare(
         str, typer.Option(metavar="N", help="How many, counted upwards from --seed, or a list such as 999,42,2024.")
     ] = "5",
     seed: Annotated[int, typer.Option(help="The first seed.")] = 999,
-    hyper: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A hyper-parameter of every model that has it, or of one: freedom.dropout=0.9.",
-        ),
-    ] = None,
+    hyper: HyperParameters = None,
     metrics: Annotated[
         str, typer.Option(metavar="NAME,...", help="Test metrics in the tables, besides --metric.")
     ] = "recall@5,recall@20,ndcg@20",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -110,6 +112,17 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, total=expected, completed=done, state=state)
 
         yield show
+
+
+@contextlib.contextmanager
+def run_progress(
+    title: str, groups: Mapping[str, Mapping[str, Mapping[int, Path]]]
+) -> Iterator[Callable[[Path], None]]:
+    """Yields what to call with every run's directory before it is measured; `groups` are as `group_runs` makes them."""
+    n_runs = sum(len(by_seed) for trainings in groups.values() for by_seed in trainings.values())
+    done = itertools.count()
+    with progress(title) as tell:
+        yield lambda run: tell(str(run), next(done), n_runs)
 
 
 def _print_line(state: str, done: int, expected: int) -> None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import FinishedRuns, MovedData, NewDirectory
 from mgrad_jax.cli.compare import print_tables
-from mgrad_jax.cli.console import progress
+from mgrad_jax.cli.console import run_progress
 from mgrad_jax.errors import UserError
 
 
 def landscape(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs, or of a study of `compare`.")
-    ],
-    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
-    data: Annotated[str | None, typer.Option(help="Where the runs' data lie now, if they were moved.")] = None,
+    runs: FinishedRuns,
+    out: NewDirectory,
+    data: MovedData = None,
     directions: Annotated[
         str,
         typer.Option(
@@ -77,14 +75,7 @@ def landscape(
         seed,
     )
     groups = group_runs(runs)
-    n_runs = sum(len(by_seed) for trainings in groups.values() for by_seed in trainings.values())
-    with progress("landscape") as tell:
-        seen: list[Path] = []
-
-        def show(run: Path) -> None:
-            tell(str(run), len(seen), n_runs)
-            seen.append(run)
-
+    with run_progress("landscape", groups) as show:
         landscapes, name = measure_landscapes(groups, asked, data=data, progress=show)
     stopping.complete_what_is_begun()
     report = write_landscape(out, landscapes, groups, name, {"settings": asdict(asked)})

@@ -15,6 +15,7 @@ import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import HyperParameters
 from mgrad_jax.cli.compare import duration, names, print_tables, seeds_of, train_outcome
 from mgrad_jax.cli.console import print_table
 from mgrad_jax.cli.options import pairs
@@ -47,14 +48,7 @@ def reproduce(
     patience: Annotated[
         int | None, typer.Option(help="Epochs without improvement that are tolerated; 20 by default.")
     ] = None,
-    hyper: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A hyper-parameter of every model that has it, or of one: freedom.dropout=0.9.",
-        ),
-    ] = None,
+    hyper: HyperParameters = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List steps and runs with an estimate of the time.")
     ] = False,
@@ -115,7 +109,7 @@ def _asked(
 def _begin(name: str, place: Path, asked: dict[str, Asked], resume: bool) -> None:
     import yaml
 
-    from mgrad_jax.files import write_whole
+    from mgrad_jax.files import Damaged, read_mapping, write_whole
 
     begun = (place / ASKED_FILE).exists()
     if begun and not resume:
@@ -123,7 +117,12 @@ def _begin(name: str, place: Path, asked: dict[str, Asked], resume: bool) -> Non
     if resume and not begun:
         raise UserError(f"{place} holds nothing to resume; leave --resume out to begin.")
     if begun:
-        before = yaml.safe_load((place / ASKED_FILE).read_text(encoding="utf-8"))
+        try:
+            before = read_mapping(place / ASKED_FILE, yaml.safe_load)
+        except Damaged as damage:
+            raise UserError(
+                f"{place / ASKED_FILE} is damaged ({damage}); restore it, or choose another --out."
+            ) from None
         if before.get("name") != name:
             raise UserError(f"{place} holds {before.get('name')}, not {name}; choose another --out.")
     first = next(iter(asked.values()))
@@ -165,10 +164,13 @@ def _train(step: Training) -> None:
 
 def _call(step: Call, asked: Asked, run: Callable[[Sequence[str]], None]) -> None:
     """Run another command, unless what it would write is there already."""
-    from mgrad_jax.files import write_whole
+    from mgrad_jax.files import Damaged, read_mapping, write_whole
 
     file, key = asked.out / STEPS_FILE, step.out.name
-    done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        done = read_mapping(file, json.loads)
+    except (FileNotFoundError, Damaged):  # then the steps are made again; finished runs are not trained twice
+        done = {}
     digest = _digest(step)
     if step.sweeps is None and done.get(key) == digest and (step.out / "result.json").exists():
         print(f"{step.out} is there already")

@@ -11,8 +11,9 @@ import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import FinishedRuns, MovedData, NewDirectory
 from mgrad_jax.cli.compare import names, print_tables
-from mgrad_jax.cli.console import progress
+from mgrad_jax.cli.console import run_progress
 from mgrad_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,11 +25,9 @@ _KINDS = ("swap", "mix", "noise", "mean")
 
 
 def robustness(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs, or of a study of `compare`.")
-    ],
-    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
-    data: Annotated[str | None, typer.Option(help="Where the runs' data lie now, if they were moved.")] = None,
+    runs: FinishedRuns,
+    out: NewDirectory,
+    data: MovedData = None,
     noise: Annotated[
         bool, typer.Option("--noise", help="Gaussian noise in the learned item tables; what is done by default.")
     ] = False,
@@ -97,14 +96,7 @@ def robustness(
     groups = group_runs(runs)
     interactions = _data_of(groups, data)
     changes = options.changes(interactions)
-    n_runs = sum(len(by_seed) for trainings in groups.values() for by_seed in trainings.values())
-    with progress("robustness") as tell:
-        seen: list[Path] = []
-
-        def show(run: Path) -> None:
-            tell(str(run), len(seen), n_runs)
-            seen.append(run)
-
+    with run_progress("robustness", groups) as show:
         experiments = measure_runs(groups, changes, asked, options.split, seed=seed, data=data, progress=show)
     settings = {"settings": {**asdict(options), "metrics": asked}, "runs": groups}
     stopping.complete_what_is_begun()

@@ -11,6 +11,7 @@ import typer
 
 from mgrad_jax.cli import options, stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import NewDirectory
 from mgrad_jax.cli.compare import names, print_tables
 from mgrad_jax.cli.console import progress
 from mgrad_jax.errors import UserError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def theory(
-    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
+    out: NewDirectory,
     runs: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[RUN...]", help="Directories of finished runs, or of a study of `compare`."),

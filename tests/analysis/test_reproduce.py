@@ -347,3 +347,15 @@ def test_bad_option(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     error = capfd.readouterr().err
     assert part in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["name: [", "- a list\n", ""])
+def test_what_was_asked_is_damaged(content: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "reproduce.yaml").write_text(content)
+    assert main(["reproduce", "table9", "--data", "demo", "--resume", "--out", str(out)]) == 2
+    error = capfd.readouterr().err
+    assert f"{out / 'reproduce.yaml'} is damaged" in error
+    assert error.count("\n") == 1
+    assert [file.name for file in out.iterdir()] == ["reproduce.yaml"]
