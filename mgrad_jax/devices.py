@@ -120,8 +120,12 @@ class Layout:
         return cls(mesh, layout.rows, split, layout.by_rows)
 
     def whole_tables(self, tables: Any) -> list[int]:
-        """Widths of the tables that no split fits, and that are therefore on every device."""
-        return sorted({x.shape[-1] for x in jax.tree.leaves(tables) if self._is_table(x)} - self.widths)
+        """Widths of the tables that are on every device because the number of devices does not divide them.
+
+        A table that is narrower than that is small, and not among them.
+        """
+        found = {x.shape[-1] for x in jax.tree.leaves(tables) if self._is_table(x)} - self.widths
+        return sorted(width for width in found if width > self.mesh.size)
 
     def place(self, tree: _Tree) -> _Tree:
         """Put arrays where they belong."""

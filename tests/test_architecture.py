@@ -18,6 +18,7 @@ ALLOWED = {
     "signals": (),
     "dropout": (),
     "files": ("errors",),
+    "devices": ("errors",),
     "selection": ("deprecation",),
     "iterates": (),
     "ascent": (),
@@ -26,15 +27,15 @@ ALLOWED = {
     "nnx_loop": ("mirror",),
     "sharpness_aware": ("mirror", "selection"),
     "optimizers": ("errors",),
-    "graph": ("deprecation", "dropout", "errors", "selection"),
+    "graph": ("deprecation", "devices", "dropout", "errors", "selection"),
     "data": ("deprecation", "errors", "files", "graph"),
     "losses": ("deprecation",),
     "models": ("data", "deprecation", "dropout", "errors", "graph"),
-    "evaluation": ("data", "deprecation", "errors"),
+    "evaluation": ("data", "deprecation", "devices", "errors"),
     "interop": ("errors", "models"),
     "training": (
-        *("ascent", "data", "deprecation", "errors", "evaluation", "files", "iterates", "mirror", "models"),
-        *("optimizers", "selection", "sharpness_aware", "signals"),
+        *("ascent", "data", "deprecation", "devices", "errors", "evaluation", "files", "iterates"),
+        *("mirror", "models", "optimizers", "selection", "sharpness_aware", "signals"),
     ),
     "analysis": (
         *(

@@ -7,6 +7,7 @@ whole row. Users pass through in blocks, so that no users x items array ever exi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -129,18 +130,22 @@ def split_over_devices(eval_split: EvalSplit, mesh: Mesh) -> EvalSplit:
     missing = -eval_split.n_blocks % mesh.size
     size = eval_split.users.shape[1]
 
-    def filled(x: Array, value: int = 0) -> np.ndarray:
-        return np.pad(np.asarray(x), ((0, missing), (0, 0)), constant_values=value)
+    def filled(x: Array) -> Any:
+        return np.pad(np.asarray(x), ((0, missing), (0, 0)))
 
     def pairs(blocked: BlockedPairs) -> BlockedPairs:
         rows = filled(blocked.rows)
         rows[eval_split.n_blocks :] = size + np.arange(rows.shape[1])
         return BlockedPairs(rows, filled(blocked.items))
 
-    users, counts = filled(eval_split.users), filled(eval_split.positive_counts)
-    parts = _Block(users, counts, pairs(eval_split.positives), pairs(eval_split.training))
-    placed = jax.device_put(parts, NamedSharding(mesh, BLOCKS))
-    return EvalSplit(*placed, ks=eval_split.ks, n_blocks=eval_split.n_blocks)
+    padded = dataclasses.replace(
+        eval_split,
+        users=filled(eval_split.users),
+        positive_counts=filled(eval_split.positive_counts),
+        positives=pairs(eval_split.positives),
+        training=pairs(eval_split.training),
+    )
+    return jax.device_put(padded, NamedSharding(mesh, BLOCKS))
 
 
 def _by_block(
@@ -155,7 +160,7 @@ def _by_block(
         return jax.lax.map(lambda block: function(block, user_vectors[block.users], item_vectors), blocks)
 
     def own(blocks: _Block, vectors: Array, item_vectors: Array) -> _Result:
-        return jax.lax.map(lambda block: function(*block, item_vectors), (blocks, vectors))
+        return jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
 
     operands = (blocks, user_vectors[blocks.users], item_vectors)
     return everywhere(over_devices(mesh, own, (BLOCKS, BLOCKS, WHOLE), BLOCKS, *operands))

@@ -124,10 +124,10 @@ class Engine:
         self._is_own = [False] * len(constants) if is_own is None else is_own
         self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
         self._train_data = training_data(data)
-        self._eval_splits = (make_eval_split(data, "valid", ks), make_eval_split(data, "test", ks))
+        self._eval_splits = [make_eval_split(data, split, ks) for split in ("valid", "test")]
         if layout is not None:
             self._shared, self._train_data = layout.place((self._shared, self._train_data))
-            self._eval_splits = tuple(split_over_devices(split, layout.mesh) for split in self._eval_splits)
+            self._eval_splits = [split_over_devices(split, layout.mesh) for split in self._eval_splits]
 
     def placed(self, tree: _Tree) -> _Tree:
         """A lane's arrays, where they belong."""
@@ -166,8 +166,8 @@ class Engine:
 
         scored = Scoring(state.params, state.epoch_state)
         with in_force(self.plan.layout):
-            trainer = jax.jit(train, donate_argnums=0, **self._results(state))
-            trainer = trainer.lower(state, own, key, shared, data).compile()
+            training = jax.jit(train, donate_argnums=0, **self._results(state))
+            trainer = training.lower(state, own, key, shared, data).compile()
             evaluator = jax.jit(evaluate).lower(scored, own, best, shared, eval_splits).compile()
         return Programs(
             lambda state, own, key: trainer(state, own, key, shared, data),
