@@ -57,7 +57,8 @@ def make_config(name: str, hyper_parameters: dict[str, Any]) -> ModelConfig:
     for key in hyper_parameters:
         if key not in known:
             raise UserError(
-                f"{name} has no hyper-parameter {shown(key)}; choose among {', '.join(known)}{did_you_mean(key, known)}."
+                f"{name} has no hyper-parameter {shown(key)}; choose among "
+                f"{', '.join(known)}{did_you_mean(key, known)}."
             )
     return config_class(**hyper_parameters)
 
@@ -78,8 +79,8 @@ def create(
         data: the interactions and features it is built on.
         seed: seed of the initial parameters.
         dtype: floating-point type of parameters, features and graphs.
-        feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory; `dtype`
-            unless given. Everything else, item graphs included, is made of the features as they are.
+        feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory;
+            `dtype` unless given. Everything else, item graphs included, is made of the features as they are.
         **hyper_parameters: names of the reference code, e.g. `reg_weight=1e-3`; the rest keep their defaults there.
 
     Raises:

@@ -149,8 +149,8 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
     methods = {run.settings["training"] for run in runs}
     if methods & {"mirror", "mirror-ascent"} and len(methods) > 1 and "replay" not in methods:
         raise UserError(
-            f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many updates; "
-            "add runs made with train --replay."
+            f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many "
+            "updates; add runs made with train --replay."
         )
     return {name: _by_seed(alike) for name, alike in named.items()}
 

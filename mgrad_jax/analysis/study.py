@@ -3,10 +3,13 @@
 | file | holds |
 |---|---|
 | `study.yaml` | what was asked for last |
-| `runs/<model>-<method>-<optimizer>[-i<interval>][-<setting>]-s<seed>/` | a run (`mgrad_jax.training.run`), and `users.npz`: each user's test metrics; `candidates.npz`: the same on sampled candidates |
+| `runs/<model>-<method>-<optimizer>[-i<interval>][-<setting>]-s<seed>/` | see below |
 
-Some trainings are tried several times (`Study.tune`): with every setting, and `replay` with as many sets of other seeds. The
-try with the best mean on validation stands for the training; nothing else enters the tables.
+A run's directory (`mgrad_jax.training.run`) also holds `users.npz`, each user's test metrics, and `candidates.npz`, the
+same on sampled candidates.
+
+Some trainings are tried several times (`Study.tune`): with every setting, and `replay` with as many sets of other
+seeds. The try with the best mean on validation stands for the training; nothing else enters the tables.
 """
 
 from __future__ import annotations
@@ -75,8 +78,8 @@ class Run(NamedTuple):
         history: rows of `history.csv`.
         evaluations: gradient evaluations until the end of every epoch of the history.
         users: (n,) the evaluated test users, ascending.
-        metrics: each user's test metrics at the best epoch, `{"recall@5": (n,), ...}`; those on sampled candidates are of
-            the users who have some.
+        metrics: each user's test metrics at the best epoch, `{"recall@5": (n,), ...}`; those on sampled candidates are
+            of the users who have some.
         note: how the training was tuned; "" where it was not.
     """
 
@@ -128,7 +131,7 @@ class Study:
         settings: further arguments of `RunConfig`, the same in every run.
         tune: values by name of a setting that some of the methods have, such as alpha2. Those methods are trained with
             every combination, and `replay` with as many sets of seeds, `_STRIDE` apart.
-        candidates: an .npy file of sampled candidates (`mgrad_jax.evaluation.candidates`), on which runs are ranked, too.
+        candidates: an .npy file of sampled candidates (`mgrad_jax.evaluation.candidates`) that runs are ranked on.
         start_from: a run whose parameters every run begins with, or a study, whose plain run of the same model and seed
             it is.
 
@@ -191,7 +194,7 @@ class Study:
         return list(dict.fromkeys(cells))
 
     def tries(self, cell: Cell) -> list[dict[str, float]]:
-        """The settings that a training is tried with; those of `replay`, which has none of them, differ by their seeds."""
+        """The settings that a training is tried with; `replay`, which has none of them, is tried with other seeds."""
         if cell.method == "replay":
             return [{}] * max(len(_combinations(_tuned(self.tune, method))) for method in self.methods)
         return _combinations(_tuned(self.tune, cell.method))
@@ -248,8 +251,8 @@ class Study:
         for name, values in self.tune.items():
             if name not in tunable:
                 raise UserError(
-                    f"--tune has no setting {shown(name)}; choose among {', '.join(tunable)}, which some methods have and "
-                    "others do not."
+                    f"--tune has no setting {shown(name)}; choose among {', '.join(tunable)}, which some methods have "
+                    "and others do not."
                 )
             if all(name in unused(method) for method in self.methods):
                 raise UserError(f"--tune {name} has no effect in {' or '.join(self.methods)}; leave it out.")

@@ -120,7 +120,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class InputFindings:
-    """A subject's inputs along its training, and the metrics under worst-case changes of them (none where they are not scored).
+    """A subject's inputs along its training, and the metrics under worst-case changes of them (none if not scored).
 
     Attributes:
         trained: whether the inputs are tables that were trained themselves.

@@ -54,8 +54,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUES",
-            help="Try a setting that only some methods have, alpha2=0.1,0.2,0.3, and keep the best on validation; replay "
-            "is tried as often with other seeds.",
+            help="Try a setting that only some methods have, alpha2=0.1,0.2,0.3, and keep the best on validation; "
+            "replay is tried as often with other seeds.",
         ),
     ] = None,
     adversarial: Annotated[

@@ -116,7 +116,8 @@ class TrainingOptions:
         for what, name, choices in (("", self.method, METHODS), ("flat-minima ", self.flat_minima, _FLAT_MINIMA)):
             if name not in (None, *choices):
                 raise UserError(
-                    f"unknown {what}method {shown(name)}; choose one of {', '.join(choices)}{did_you_mean(name, choices)}."
+                    f"unknown {what}method {shown(name)}; choose one of "
+                    f"{', '.join(choices)}{did_you_mean(name, choices)}."
                 )
         said = {
             f"--method {self.method}": self.method,

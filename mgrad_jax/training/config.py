@@ -68,7 +68,7 @@ class RunConfig:
         max_norm: clip gradients by global norm before a batch's last update; None: never.
         seed: of the initial parameters and of everything drawn in training.
         epochs, patience, batch_size, metric, ks, evaluate: see `mgrad_jax.training.fit`.
-        start_from: a run whose best parameters this one begins with, see `mgrad_jax.training.start`; None: with its own.
+        start_from: a run whose best parameters this one begins with, see `mgrad_jax.training.start`; None: its own.
         keep_every: keep the parameters of one epoch in how many (`mgrad_jax.training.kept`); None: of none.
         out: the run's directory; None: `runs/<model>-<data>-<training>-s<seed>`.
 

@@ -216,8 +216,8 @@ class _Run:
             _, best = checkpoints.restore(like, "best")
         except CheckpointLost:
             warnings.warn(
-                f"{checkpoints.directory}: the checkpoint of the best epoch, {self.progress.best_epoch}, is lost; training "
-                "goes on, and unless a later epoch is better, that one is trained again at the end.",
+                f"{checkpoints.directory}: the checkpoint of the best epoch, {self.progress.best_epoch}, is lost; "
+                "training goes on, and unless a later epoch is better, that one is trained again at the end.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -238,8 +238,9 @@ class _Run:
         """What to say where a value is not finite after this pass of the epoch under way."""
         updated = number != 0 or self.progress.epoch > 0
         return (
-            f"epoch {self.progress.epoch + 1}, batch {self.lanes.engine.plan.schedule[number]}: {what} became NaN or infinite; "
-            f"{self.diagnosis.cause(updated)}. {self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
+            f"epoch {self.progress.epoch + 1}, batch {self.lanes.engine.plan.schedule[number]}: {what} became NaN or "
+            f"infinite; {self.diagnosis.cause(updated)}. "
+            f"{self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
         )
 
 

@@ -152,8 +152,8 @@ def _mirror_ascent(
         check_own_ascent(optimizer, jnp.zeros((2, 2)))
     except ValueError:
         raise UserError(
-            "mirror-ascent takes its step sizes from the optimizer's second moment, and none is known of this optimizer; "
-            "choose one such as adam, adamw, rmsprop or adagrad, or sgd, or train with mirror."
+            "mirror-ascent takes its step sizes from the optimizer's second moment, and none is known of this "
+            "optimizer; choose one such as adam, adamw, rmsprop or adagrad, or sgd, or train with mirror."
         ) from None
     return mirrored(optimizer, alpha1, alpha2, interval, max_norm=max_norm, ascent=True)
 

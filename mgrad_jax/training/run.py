@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | `config.yaml` | the whole configuration, defaults included, and a digest of the data |
-| `checkpoint/` | the latest and the best state; each with the configuration and the rows of the history as of its epoch |
+| `checkpoint/` | the latest and the best state; each with the configuration and the history up to its epoch |
 | `kept/` | the parameters of every N-th epoch, where they are asked for (`mgrad_jax.training.kept`) |
 | `history.csv` | one row an epoch: loss and its parts, validation and test metrics, seconds |
 | `result.json` | the best epoch's metrics and everything needed to compare runs; written when training ends |

@@ -106,7 +106,7 @@ class _Group:
         return split_model(member.create_model(self.data))
 
     def _find_own(self, first: SplitModel) -> list[bool]:
-        """Which constants differ between members: loss weights, and what is drawn at random. The others are kept once."""
+        """Which constants differ between members: loss weights, and what is drawn at random. Others are kept once."""
         variables = jax.tree.leaves(first.constants, is_leaf=lambda x: isinstance(x, nnx.Variable))
         own = [isinstance(v, models.TracedHyperParameter) for v in variables for _ in jax.tree.leaves(v)]
         other = next((m for m in self.members if m.seed != self.members[0].seed), None)
