@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.declaration import check_names
+from mgrad_jax.errors import UserError, shown
 
 if TYPE_CHECKING:
     import optax
@@ -81,14 +82,10 @@ class Method:
 
     def check_arguments(self, given: Mapping[str, Any]) -> None:
         """Raise a `UserError` for an argument that the method does not have."""
-        for name in given:
-            if not self.arguments:
-                raise UserError(f"{self.name} training takes no flat-minima argument {shown(name)}; leave it out.")
-            if name not in self.arguments:
-                raise UserError(
-                    f"{self.name} has no argument {shown(name)}; choose among {', '.join(self.arguments)}"
-                    f"{did_you_mean(name, self.arguments)}."
-                )
+        if given and not self.arguments:
+            (name, *_) = given
+            raise UserError(f"{self.name} training takes no flat-minima argument {shown(name)}; leave it out.")
+        check_names(f"{self.name} has no argument", given, self.arguments)
 
     def transformation(
         self, optimizer: optax.GradientTransformation, values: Mapping[str, Any]

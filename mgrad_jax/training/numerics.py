@@ -15,7 +15,6 @@ import jax
 
 from mgrad_jax.errors import UserError
 
-MATMUL_PRECISIONS = ("default", "high", "highest")
 # What runs count as whose files say nothing of it; on a CPU it makes no difference.
 UNSAID = {"matmul_precision": "highest", "deterministic": False}
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"

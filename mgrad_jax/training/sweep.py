@@ -71,9 +71,7 @@ class _Group:
             state,
             data,
             lambda numbers: self._transformation(first, numbers),
-            batch_size=first.batch_size,
-            ks=first.ks,
-            evaluate=first.evaluate,
+            first,
             is_own=self._find_own(parts),
             select_by=first.metric,
         )

@@ -265,7 +265,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "twice": ({"models": "vbpr,vbpr"}, "--models names vbpr twice"),
     "no seeds": ({"seeds": "0"}, "--seeds is 0; it must be at least 1"),
     "no number": ({"seeds": "five"}, "--seeds five is no list of whole numbers"),
-    "interval": ({"intervals": "0"}, "interval is 0; it must be a whole number of at least 1"),
+    "interval": ({"intervals": "0"}, "interval is 0; it must be at least 1"),
     "unknown optimizer": ({"optimizers": "adamm"}, "adamm"),
     "unknown metric": ({"metrics": "recall@7"}, "unknown metric 'recall@7'; choose among recall@5"),
     "unknown hyper-parameter": ({"set": "droput=0.1"}, "no compared model has the hyper-parameter 'droput'"),
