@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,8 @@ class Recommender(nnx.Module):
         features_in_scores: whether `embed` reads the variables of `feature_paths`, untrained.
         feature_graphs: paths of the item graphs that `embed` reads and that are made of the features once.
         stops_gradient: whether `loss` holds back gradients, so that its gradient is not that of its values.
+        tables_in_pass: how several devices share the tables while a pass reads them: by "columns", or by "rows" where
+            every pass maps whole tables of features.
     """
 
     name: ClassVar[str]
@@ -93,6 +95,7 @@ class Recommender(nnx.Module):
     features_in_scores: ClassVar[bool] = False
     feature_graphs: ClassVar[tuple[str, ...]] = ()
     stops_gradient: ClassVar[bool] = False
+    tables_in_pass: ClassVar[Literal["columns", "rows"]] = "columns"
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         del rngs  # the subclasses draw their parameters from it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class UserGraphRecommender(Recommender):
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
     features_in_scores: ClassVar[bool] = True
     penalties: ClassVar[tuple[str, ...]] = ("squares",)
+    tables_in_pass: ClassVar[Literal["columns", "rows"]] = "rows"
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
         "reg_weight": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),

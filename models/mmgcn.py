@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,7 @@ class MMGCN(Recommender):
     item_tables: ClassVar[tuple[str, ...]] = ("id_embedding",)
     features_in_scores: ClassVar[bool] = True
     penalties: ClassVar[tuple[str, ...]] = ("table_squares",)
+    tables_in_pass: ClassVar[Literal["columns", "rows"]] = "rows"
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-4, 5e-4, 1e-3, 5e-3, 1e-2),
         "reg_weight": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,7 @@ class SLMRec(Recommender):
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
     needs_all: ClassVar[bool] = True
     uses_negatives: ClassVar[bool] = False
+    tables_in_pass: ClassVar[Literal["columns", "rows"]] = "rows"
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (1e-4, 1e-3, 1e-2, 1e-1),
         "ssl_temp": (0.1, 0.2, 0.5, 1.0),

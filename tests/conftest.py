@@ -27,6 +27,9 @@ install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "beartype.beartyp
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# As many as the tests of several devices need, on one processor; whoever asks for none uses the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -19,6 +19,7 @@ ALLOWED = {
     "signals": (),
     "dropout": (),
     "files": ("errors",),
+    "devices": ("errors",),
     "selection": ("deprecation",),
     "iterates": (),
     "ascent": (),
@@ -27,15 +28,15 @@ ALLOWED = {
     "nnx_loop": ("mirror",),
     "sharpness_aware": ("mirror", "selection"),
     "optimizers": ("declaration", "errors"),
-    "graph": ("deprecation", "dropout", "errors", "selection"),
+    "graph": ("deprecation", "devices", "dropout", "errors", "selection"),
     "data": ("deprecation", "errors", "files", "graph"),
     "losses": ("deprecation",),
     "models": ("data", "declaration", "deprecation", "dropout", "errors", "graph"),
-    "evaluation": ("data", "deprecation", "errors"),
+    "evaluation": ("data", "deprecation", "devices", "errors"),
     "interop": ("errors", "models"),
     "training": (
-        *("ascent", "data", "declaration", "deprecation", "errors", "evaluation", "files", "iterates", "mirror"),
-        *("models", "optimizers", "selection", "sharpness_aware", "signals"),
+        *("ascent", "data", "declaration", "deprecation", "devices", "errors", "evaluation", "files", "iterates"),
+        *("mirror", "models", "optimizers", "selection", "sharpness_aware", "signals"),
     ),
     "analysis": (
         *(

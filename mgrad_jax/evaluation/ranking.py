@@ -7,18 +7,21 @@ whole row. Users pass through in blocks, so that no users x items array ever exi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.deprecation import renamed
+from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, mesh_in_force, over_devices
 from mgrad_jax.evaluation.metrics import ranking_metrics
 
 renamed(
@@ -30,6 +33,8 @@ renamed(
         "rank_metrics": "full_sort_metrics",
     },
 )
+
+_Result = TypeVar("_Result")
 
 BLOCK = 512  # measured: larger blocks of scores leave the CPU's cache
 
@@ -49,7 +54,7 @@ class BlockedPairs(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["users", "positive_counts", "positives", "training"],
-    meta_fields=["ks"],
+    meta_fields=["ks", "n_blocks"],
 )
 @dataclass(frozen=True)
 class EvalSplit:
@@ -61,6 +66,7 @@ class EvalSplit:
         positives: the split's pairs, each once.
         training: the users' training pairs, each once: masked in every list.
         ks: cut-offs of the metrics; static.
+        n_blocks: how many blocks hold users; static. Others fill up what several devices share.
     """
 
     users: Int[Any, "blocks block"]
@@ -68,6 +74,7 @@ class EvalSplit:
     positives: BlockedPairs
     training: BlockedPairs
     ks: tuple[int, ...]
+    n_blocks: int
 
 
 class _Block(NamedTuple):
@@ -114,7 +121,49 @@ def make_eval_split(
         positives=_block_pairs(pairs, ids, data.n_users),
         training=_block_pairs(masked, ids, data.n_users),
         ks=tuple(int(k) for k in ks),
+        n_blocks=n_blocks,
     )
+
+
+def split_over_devices(eval_split: EvalSplit, mesh: Mesh) -> EvalSplit:
+    """The same evaluation with each of its blocks on one of the mesh's devices; empty blocks fill up the last."""
+    missing = -eval_split.n_blocks % mesh.size
+    size = eval_split.users.shape[1]
+
+    def filled(x: Array) -> Any:
+        return np.pad(np.asarray(x), ((0, missing), (0, 0)))
+
+    def pairs(blocked: BlockedPairs) -> BlockedPairs:
+        rows = filled(blocked.rows)
+        rows[eval_split.n_blocks :] = size + np.arange(rows.shape[1])
+        return BlockedPairs(rows, filled(blocked.items))
+
+    padded = dataclasses.replace(
+        eval_split,
+        users=filled(eval_split.users),
+        positive_counts=filled(eval_split.positive_counts),
+        positives=pairs(eval_split.positives),
+        training=pairs(eval_split.training),
+    )
+    return jax.device_put(padded, NamedSharding(mesh, BLOCKS))
+
+
+def _by_block(
+    function: Callable[[_Block, Array, Array], _Result], eval_split: EvalSplit, user_vectors: Array, item_vectors: Array
+) -> _Result:
+    """Results (blocks, ...) of `function(block, vectors of its users, item vectors)`, block after block.
+
+    Each of several devices does its own blocks; for that the items' vectors come to all of them.
+    """
+    blocks, mesh = _all_blocks(eval_split), mesh_in_force()
+    if mesh is None or eval_split.users.shape[0] % mesh.size:
+        return jax.lax.map(lambda block: function(block, user_vectors[block.users], item_vectors), blocks)
+
+    def own(blocks: _Block, vectors: Array, item_vectors: Array) -> _Result:
+        return jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
+
+    operands = (blocks, user_vectors[blocks.users], item_vectors)
+    return everywhere(over_devices(mesh, own, (BLOCKS, BLOCKS, WHOLE), BLOCKS, *operands))
 
 
 def _block_pairs(pairs: np.ndarray, ids: np.ndarray, n_users: int) -> BlockedPairs:
@@ -152,16 +201,15 @@ def full_sort_metrics(
         `{"recall@5": (), ...}`, not rounded.
     """
 
-    def of_block(block: _Block) -> dict[str, Array]:
+    def of_block(block: _Block, vectors: Array, item_vectors: Array) -> dict[str, Array]:
         counts = block.positive_counts
-        values = ranking_metrics(
-            _hits(block, _scores(block, user_vectors, item_vectors), eval_split.ks), counts, eval_split.ks
-        )
+        hits = _hits(block, _scores(block, vectors, item_vectors), eval_split.ks)
+        values = ranking_metrics(hits, counts, eval_split.ks)
         return {name: jnp.sum(jnp.where(counts > 0, value, 0.0)) for name, value in values.items()}
 
-    sums = jax.lax.map(of_block, _blocks(eval_split))
+    sums = _by_block(of_block, eval_split, user_vectors, item_vectors)
     n_users = jnp.maximum(jnp.sum(eval_split.positive_counts > 0), 1)
-    return {name: jnp.sum(value) / n_users.astype(value.dtype) for name, value in sums.items()}
+    return {name: jnp.sum(value[: eval_split.n_blocks]) / n_users.astype(value.dtype) for name, value in sums.items()}
 
 
 def per_user_metrics(
@@ -190,7 +238,7 @@ def metrics_of_scores(
     """
     blocks = []
     for number in range(eval_split.users.shape[0]):
-        block = jax.tree.map(lambda x, number=number: x[number], _blocks(eval_split))
+        block = jax.tree.map(lambda x, number=number: x[number], _all_blocks(eval_split))
         blocks.append(_block_metrics(block, jnp.asarray(scores(np.asarray(block.users))), eval_split.ks))
     return by_user(eval_split, jax.device_get(jax.tree.map(lambda *values: jnp.stack(values), *blocks)))
 
@@ -205,14 +253,11 @@ def user_metrics(
 ) -> dict[str, Float[Array, "blocks block"]]:
     """Every metric at every place of `eval_split.users`, padding included; `by_user` puts them in order. Pure."""
 
-    def of_block(block: _Block) -> dict[str, Array]:
-        return ranking_metrics(
-            _hits(block, _scores(block, user_vectors, item_vectors), eval_split.ks),
-            block.positive_counts,
-            eval_split.ks,
-        )
+    def of_block(block: _Block, vectors: Array, item_vectors: Array) -> dict[str, Array]:
+        hits = _hits(block, _scores(block, vectors, item_vectors), eval_split.ks)
+        return ranking_metrics(hits, block.positive_counts, eval_split.ks)
 
-    return jax.lax.map(of_block, _blocks(eval_split))
+    return _by_block(of_block, eval_split, user_vectors, item_vectors)
 
 
 _user_metrics = jax.jit(user_metrics)
@@ -223,12 +268,12 @@ def user_metrics_and_lists(
 ) -> tuple[dict[str, Float[Array, "blocks block"]], Int[Array, "blocks block length"]]:
     """`user_metrics`, and each user's best new items, of which there are `length`; scores are made once. Pure."""
 
-    def of_block(block: _Block) -> tuple[dict[str, Array], Array]:
-        scores = _scores(block, user_vectors, item_vectors)
+    def of_block(block: _Block, vectors: Array, item_vectors: Array) -> tuple[dict[str, Array], Array]:
+        scores = _scores(block, vectors, item_vectors)
         metrics = ranking_metrics(_hits(block, scores, eval_split.ks), block.positive_counts, eval_split.ks)
         return metrics, jax.lax.top_k(scores, length)[1]
 
-    return jax.lax.map(of_block, _blocks(eval_split))
+    return _by_block(of_block, eval_split, user_vectors, item_vectors)
 
 
 def by_user(eval_split: EvalSplit, values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -243,7 +288,7 @@ def by_user(eval_split: EvalSplit, values: dict[str, np.ndarray]) -> tuple[np.nd
     return users[order], {name: arranged(value) for name, value in values.items()}
 
 
-def _blocks(eval_split: EvalSplit) -> _Block:
+def _all_blocks(eval_split: EvalSplit) -> _Block:
     return _Block(eval_split.users, eval_split.positive_counts, eval_split.positives, eval_split.training)
 
 
@@ -260,17 +305,14 @@ def _hits(block: _Block, scores: Float[Array, "block items"], ks: Sequence[int])
     return jnp.zeros((len(users), max(ks)), bool).at[positives.rows, ranks].set(True, mode="drop")
 
 
-def _scores(block: _Block, user_vectors: Array, item_vectors: Array) -> Array:
-    """Scores of one block with the training items at minus infinity, (block, items)."""
-    return _masked_scores(block.users, block.training, user_vectors, item_vectors)
-
-
-def _masked_scores(
-    users: Int[Array, " block"], training: BlockedPairs, user_vectors: Array, item_vectors: Array
-) -> Float[Array, "block items"]:
+def _scores(block: _Block, vectors: Array, item_vectors: Array) -> Float[Array, "block items"]:
     """Scores of one block with the training items at minus infinity."""
+    return _masked(_products(vectors, item_vectors), block.training)
+
+
+def _products(vectors: Array, item_vectors: Array) -> Array:
     # Full precision: the reduced one that GPUs take by default makes ties and reorders the list.
-    return _masked(jnp.matmul(user_vectors[users], item_vectors.T, precision="highest"), training)
+    return jnp.matmul(vectors, item_vectors.T, precision="highest")
 
 
 def _masked(scores: Float[Array, "block items"], training: BlockedPairs) -> Float[Array, "block items"]:
@@ -319,6 +361,7 @@ def top_items(
 def _top(blocks: Array, pairs: BlockedPairs, user_vectors: Array, item_vectors: Array, k: int) -> Any:
     def of_block(block: tuple[Array, BlockedPairs]) -> Any:
         users, training = block
-        return tuple(jax.lax.top_k(_masked_scores(users, training, user_vectors, item_vectors), k))
+        scores = _masked(_products(user_vectors[users], item_vectors), training)
+        return tuple(jax.lax.top_k(scores, k))
 
     return jax.lax.map(of_block, (blocks, pairs))

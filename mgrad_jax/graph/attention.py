@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mgrad_jax.devices import mesh_in_force
 from mgrad_jax.graph.multilinear import Arguments, Multilinear
 from mgrad_jax.graph.propagation import dots, product
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
@@ -33,7 +34,7 @@ def edge_dot(graph: SparseGraph, x: Float[Array, "nodes dim"]) -> Float[Array, "
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _edge_dot(shape: tuple[int, int], structure: tuple[Any, ...], x: Array) -> Array:
-    return _both_directions(structure, x, x)
+    return _both_directions(mesh_in_force(), structure, x, x)
 
 
 @_edge_dot.defjvp
@@ -41,25 +42,25 @@ def _edge_dot_jvp(
     shape: tuple[int, int], structure: tuple[Any, ...], primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
-    (moved,) = _edge_dots_both_ways(((x,), (tangent,)), structure, shape=shape)
+    (moved,) = _edge_dots_both_ways(((x,), (tangent,)), structure, shape=shape, mesh=mesh_in_force())
     return _edge_dot(shape, structure, x), moved
 
 
-def _both_directions(structure: tuple[Any, ...], users: Array, items: Array) -> Array:
+def _both_directions(mesh: Any, structure: tuple[Any, ...], users: Array, items: Array) -> Array:
     """<users[u], items[i]> of every edge (u, i), for both of its entries."""
     indices, indptr, transpose = structure
     half = indices.shape[0] // 2
-    once = dots(indices[:half], row_ids(indptr, 2 * half)[:half], users, items)
+    once = dots(mesh, indices[:half], row_ids(indptr, 2 * half)[:half], users, items)
     return jnp.concatenate([once, once[transpose.permutation[half:]]])
 
 
-def _both_ways(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]) -> tuple[Array]:
+def _both_ways(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int], mesh: Any) -> tuple[Array]:
     (a,), (b,) = arguments
-    return (_both_directions(structure, a, b) + _both_directions(structure, b, a),)
+    return (_both_directions(mesh, structure, a, b) + _both_directions(mesh, structure, b, a),)
 
 
 def _pull_either(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]
+    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int], mesh: Any
 ) -> tuple[Array]:
     # An entry and its mirror image pull at the same two rows, so that their sum does in one product.
     (other,) = next(argument for argument in arguments if argument is not None)

@@ -6,6 +6,7 @@ would scatter; and it has a batching rule of its own, so that members of a grid 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mgrad_jax.devices import AXIS, COLUMNS, WHOLE, held_by_rows, mesh_in_force, over_devices, padded_columns
 from mgrad_jax.graph.kernels import gpu_product, multiply
 from mgrad_jax.graph.multilinear import Arguments, Multilinear
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
@@ -33,7 +35,7 @@ def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "
     """
     if x.ndim != 2 or x.shape[0] != graph.shape[1]:
         raise ValueError(f"propagate: x has shape {x.shape}; the graph needs ({graph.shape[1]}, dim).")
-    return product(graph.shape, graph.data.astype(x.dtype), structure_of(graph), x)
+    return held_by_rows(product(graph.shape, graph.data.astype(x.dtype), structure_of(graph), held_by_rows(x)))
 
 
 def product(
@@ -58,6 +60,7 @@ def _static(
         "symmetric": promised,
         "transposed": False,
         "kernel": gpu_product.value,
+        "mesh": mesh_in_force(),
     }
 
 
@@ -81,8 +84,9 @@ def propagate_bipartite(
         raise ValueError(f"propagate_bipartite: the graph's users and items are not {sizes[0]} and {sizes[1]}.")
     structure = structure_of(graph)
     static = _static(graph.shape, structure, sizes)
-    to_users, to_items = _product(((graph.data.astype(users.dtype),), (users, items)), structure, **static)
-    return to_users, to_items
+    vectors = held_by_rows(users), held_by_rows(items)
+    to_users, to_items = _product(((graph.data.astype(users.dtype),), vectors), structure, **static)
+    return held_by_rows(to_users), held_by_rows(to_items)
 
 
 def lightgcn_mean(
@@ -114,6 +118,7 @@ def _compute(
     symmetric: bool,
     transposed: bool,
     kernel: str,
+    mesh: Any,
 ) -> tuple[Array, ...]:
     (values,), vectors = arguments
     indices, indptr, transpose = structure
@@ -123,14 +128,28 @@ def _compute(
         shape = shape[::-1]
     if transposed and transpose is not None:
         values, indices, indptr = values[transpose.permutation], transpose.indices, transpose.indptr
+    by_kernel = partial(_by_columns, mesh, kernel)
     if sizes is None:
-        return (multiply(kernel, shape, values, indices, indptr, vectors[0]),)
-    return _halves(sizes, kernel, values, indices, indptr, *vectors)
+        return (by_kernel(shape, values, indices, indptr, vectors[0]),)
+    return _halves(sizes, by_kernel, values, indices, indptr, *vectors)
+
+
+def _by_columns(
+    mesh: Any, kernel: str, shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array
+) -> Array:
+    """The product, of its own columns on each of several devices: nothing is sent, and no sum is split."""
+    if mesh is None:
+        return multiply(kernel, shape, values, indices, indptr, x)
+    own = partial(multiply, kernel, shape)
+    specs = (WHOLE, WHOLE, WHOLE, COLUMNS)
+    return over_devices(mesh, own, specs, COLUMNS, values, indices, indptr, padded_columns(x, mesh.size))[
+        :, : x.shape[1]
+    ]
 
 
 def _halves(
     sizes: tuple[int, int],
-    kernel: str,
+    by_kernel: Callable[..., Array],
     values: Array,
     indices: Array,
     indptr: Array,
@@ -140,7 +159,6 @@ def _halves(
     """Both products of one step; half of the entries lie in the rows of users."""
     n_users, n_items = sizes
     half = indices.shape[0] // 2
-    by_kernel = partial(multiply, kernel)
     to_users = by_kernel(sizes, values[:half], indices[:half] - n_users, indptr[: n_users + 1], items)
     to_items = by_kernel((n_items, n_users), values[half:], indices[half:], indptr[n_users:] - half, users)
     return to_users, to_items
@@ -208,20 +226,24 @@ _product = Multilinear("graph_product", _compute, {0: _pull_values, 1: _pull_vec
 
 def entry_dots(shape: tuple[int, int], structure: tuple[Any, ...], a: Array, b: Array) -> Float[Array, " nnz"]:
     """<a[row], b[column]> of every entry (a sampled dense-dense product, SDDMM); a (n_rows, dim), b (n_cols, dim)."""
-    return _entry_dots(((a,), (b,)), structure, shape=shape)[0]
+    return _entry_dots(((a,), (b,)), structure, shape=shape, mesh=mesh_in_force())[0]
 
 
-def _dots_of_entries(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int]) -> tuple[Array]:
+def _dots_of_entries(
+    arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int], mesh: Any
+) -> tuple[Array]:
     indices, indptr, _ = structure
-    return (dots(indices, row_ids(indptr, indices.shape[0]), arguments[0][0], arguments[1][0]),)
+    return (dots(mesh, indices, row_ids(indptr, indices.shape[0]), arguments[0][0], arguments[1][0]),)
 
 
-def _pull_rows(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any) -> tuple[Array]:
+def _pull_rows(
+    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any, mesh: Any
+) -> tuple[Array]:
     return (product(shape, results[0], structure, arguments[1][0], symmetric=False),)
 
 
 def _pull_columns(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any
+    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any, mesh: Any
 ) -> tuple[Array, ...]:
     static = _static(shape, structure, symmetric=False)
     return _product(((results[0],), arguments[0]), structure, **{**static, "transposed": True})
@@ -230,8 +252,19 @@ def _pull_columns(
 _entry_dots = Multilinear("graph_entry_dots", _dots_of_entries, {0: _pull_rows, 1: _pull_columns})
 
 
-def dots(indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array, b: Array) -> Float[Array, " n"]:
-    """<a[row], b[column]> of some entries."""
+def dots(mesh: Any, indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array, b: Array) -> Float[Array, " n"]:
+    """<a[row], b[column]> of some entries; of their own columns on several devices, which then send n numbers each."""
+    if mesh is None:
+        return _dots(indices, rows, a, b)
+
+    def own(indices: Array, rows: Array, a: Array, b: Array) -> Array:
+        return jax.lax.psum(_dots(indices, rows, a, b), AXIS)
+
+    wide = padded_columns(a, mesh.size), padded_columns(b, mesh.size)
+    return over_devices(mesh, own, (WHOLE, WHOLE, COLUMNS, COLUMNS), WHOLE, indices, rows, *wide)
+
+
+def _dots(indices: Array, rows: Array, a: Array, b: Array) -> Array:
     products = a[rows] * b[indices]
     return jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from mgrad_jax.data import Interactions
+from mgrad_jax.devices import WHOLE, Layout, hold_of, in_force
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split
+from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split, split_over_devices
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainState, run_epoch, training_data
 from mgrad_jax.training.settings import FitSettings
+
+_Tree = TypeVar("_Tree")
 
 
 class Own(NamedTuple):
@@ -92,6 +96,7 @@ class Engine:
         settings: what the lanes have in common.
         is_own: which of the model's constants differ between lanes; by default none.
         select_by: the metric by whose improvement on validation test is evaluated; None: it always is.
+        layout: how the arrays of its one lane are split over several devices; None on one.
 
     Raises:
         ValueError, UserError: an optimizer that the loop cannot drive.
@@ -107,22 +112,32 @@ class Engine:
         *,
         is_own: Sequence[bool] | None = None,
         select_by: str | None = None,
+        layout: Layout | None = None,
     ) -> None:
         _check_optimizer(state.opt_state)
         schedule = pass_schedule(state.opt_state, -(-len(data.train) // settings.batch_size))
-        self.plan = EpochPlan(settings.batch_size, tuple(int(i) for i in schedule), settings.evaluate == "stale")
+        self.plan = EpochPlan(
+            settings.batch_size, tuple(int(i) for i in schedule), settings.evaluate == "stale", layout
+        )
         self._make_tx, self._select_by = make_tx, select_by
         self._graphdef = parts.graphdef
         constants, self._structure = jax.tree.flatten(parts.constants)
         self._is_own = [False] * len(constants) if is_own is None else is_own
         self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
         self._train_data = training_data(data)
-        self._eval_splits = tuple(make_eval_split(data, split, settings.ks) for split in ("valid", "test"))
+        self._eval_splits = [make_eval_split(data, split, settings.ks) for split in ("valid", "test")]
+        if layout is not None:
+            self._shared, self._train_data = layout.place((self._shared, self._train_data))
+            self._eval_splits = [split_over_devices(split, layout.mesh) for split in self._eval_splits]
+
+    def placed(self, tree: _Tree) -> _Tree:
+        """A lane's arrays, where they belong."""
+        return tree if self.plan.layout is None else self.plan.layout.place(tree)
 
     def own(self, parts: SplitModel, seed: int, numbers: Mapping[str, jax.Array]) -> Own:
         """What a lane with this model, seed and numbers keeps."""
         constants = [x for own, x in zip(self._is_own, jax.tree.leaves(parts.constants), strict=True) if own]
-        return Own(constants, numbers, jax.random.key(seed))
+        return self.placed(Own(constants, numbers, jax.random.key(seed)))
 
     def compile(self, lane: tuple[TrainState, Own], width: int) -> Programs:
         """Compile both programs ahead of time, so that compilation is timed apart.
@@ -151,14 +166,23 @@ class Engine:
             return jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, eval_splits), (scoring, own, best))
 
         scored = Scoring(state.params, state.epoch_state)
-        trainer = jax.jit(train, donate_argnums=0).lower(state, own, key, shared, data).compile()
-        evaluator = jax.jit(evaluate).lower(scored, own, best, shared, eval_splits).compile()
+        with in_force(self.plan.layout):
+            training = jax.jit(train, donate_argnums=0, **self._results(state))
+            trainer = training.lower(state, own, key, shared, data).compile()
+            evaluator = jax.jit(evaluate).lower(scored, own, best, shared, eval_splits).compile()
         return Programs(
             lambda state, own, key: trainer(state, own, key, shared, data),
             lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
             time.perf_counter() - started,
             max(_bytes(trainer), _bytes(evaluator)),
         )
+
+    def _results(self, state: TrainState) -> dict[str, Any]:
+        """Where an epoch's results belong, for `jax.jit`: the state where it came from, the log on every device."""
+        if (layout := self.plan.layout) is None:
+            return {}
+        after = state._replace(stale_params=state.params if self.plan.keep_stale else None)
+        return {"out_shardings": (layout.shardings(after), NamedSharding(layout.mesh, WHOLE))}
 
     def _train(
         self, state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any
@@ -170,6 +194,7 @@ class Engine:
     def _evaluate(self, scoring: Scoring, own: Own, best: Any, shared: Any, eval_splits: Any) -> Scores:
         """Metrics of one lane."""
         constants = self._constants(own, shared)
+        scoring, constants = hold_of(self.plan.layout)((scoring, constants))
         users, items = nnx.merge(self._graphdef, scoring.params, scoring.epoch_state, constants).embed()
         valid = full_sort_metrics(eval_splits[0], users, items)
         if self._select_by is None:

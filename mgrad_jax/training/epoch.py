@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.sampling import UserHistory, sample_negatives, shuffle, user_history
+from mgrad_jax.devices import Layout, everywhere, hold_of
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import restart_epoch, update_with
 from mgrad_jax.models import EpochState, Recommender
@@ -66,11 +67,13 @@ class EpochPlan:
         batch_size: interactions a batch; the last batch holds the rest.
         schedule: batch number of every pass, in order.
         keep_stale: whether to return the parameters before the last update.
+        layout: how arrays are split over several devices; None on one.
     """
 
     batch_size: int
     schedule: tuple[int, ...]
     keep_stale: bool = False
+    layout: Layout | None = None
 
     @property
     def first_passes(self) -> np.ndarray:
@@ -122,14 +125,19 @@ def run_epoch(
         key: the epoch's key; everything random in the epoch follows from it.
     """
     resample_key, order_key, negative_key, pass_key = jax.random.split(key, 4)
+    hold = hold_of(plan.layout)
+    constants = hold(constants)
     model = nnx.merge(graphdef, state.params, state.epoch_state, constants)
     for name, value in model.resample(resample_key).items():
-        getattr(model, name).set_value(value)
+        getattr(model, name).set_value(everywhere(value))
     epoch_state = nnx.state(model, EpochState)
-    samples = _samples(train, model.uses_negatives, order_key, negative_key)
-    step = partial(train_pass, graphdef, tx, epoch_state, constants, pass_key)
+    samples = everywhere(_samples(train, model.uses_negatives, order_key, negative_key))
 
-    carry = (state.params, restart_epoch(state.opt_state))
+    def step(batches: Batch, carry: Any, position: Any) -> tuple[Any, EpochLog]:
+        carry, log = train_pass(graphdef, tx, epoch_state, constants, pass_key, batches, carry, position)
+        return hold(carry), log
+
+    carry = hold((state.params, restart_epoch(state.opt_state)))
     stale = None
     logs = []
     for batches, indices, numbers, is_last in _segments(samples, plan):

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from mgrad_jax.data import Interactions
+from mgrad_jax.devices import Layout
 from mgrad_jax.errors import UserError
 from mgrad_jax.models import Recommender
 from mgrad_jax.signals import held_back, let_through
@@ -86,6 +88,7 @@ def fit(
     kept: KeptParams | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochReport], None] | None = None,
+    mesh: Mesh | None = None,
     **named: Any,
 ) -> FitResult:
     """Train `model` on `data` with the Optax chain `tx` until validation stops improving.
@@ -105,6 +108,8 @@ def fit(
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
             lost is trained again.
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
+        mesh: of several devices, from `mgrad_jax.devices.mesh`; the run is the same but for the order of sums, that is
+            for last digits. The model then holds arrays that are split over them.
         **named: settings by name, in place of those in `settings`:
 
             epochs: the most epochs to run (1000).
@@ -129,7 +134,7 @@ def fit(
     base, scale = settings.learning_rate_decay
     tx = with_decay(tx, (base, scale), nnx.state(model, nnx.Param))
     with let_through():
-        run = _start(model, data, tx, settings)
+        run = _start(model, data, tx, settings, layout_of(model, mesh))
     run.diagnosis.checkpoints = None if checkpoints is None else checkpoints.directory
     best_is_lost = False
     if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
@@ -210,7 +215,7 @@ class _Run:
         stale = state.params if self.lanes.engine.plan.keep_stale else None
         like = _blank_checkpoint(state._replace(stale_params=stale), self.settings)
         _, latest = checkpoints.restore(like, "latest")
-        self.lanes.state = latest["state"]
+        self.lanes.state = self.lanes.engine.placed(latest["state"])
         self.progress = EarlyStopping.from_arrays(latest["progress"], self.settings.metric_names)
         try:
             _, best = checkpoints.restore(like, "best")
@@ -222,13 +227,14 @@ class _Run:
                 stacklevel=2,
             )
             return False
-        self.best = scoring(best["state"])
+        self.best = self.lanes.engine.placed(scoring(best["state"]))
         return True
 
     def best_again(self, model: Recommender, tx: optax.GradientTransformation) -> _Run:
         """The run as it was after its best epoch, trained from the beginning once more: its seed gives the same."""
-        lane = (first_state(split_model(model), tx), self.lanes.own)
-        lanes = Lanes(self.lanes.engine, [lane], self.lanes.programs)
+        engine = self.lanes.engine
+        lane = (engine.placed(first_state(split_model(model), tx)), self.lanes.own)
+        lanes = Lanes(engine, [lane], self.lanes.programs)
         again = dataclasses.replace(self, lanes=lanes, progress=EarlyStopping())
         while again.progress.epoch < self.progress.best_epoch:
             again.epoch()
@@ -242,6 +248,27 @@ class _Run:
             f"infinite; {self.diagnosis.cause(updated)}. "
             f"{self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
         )
+
+
+def layout_of(model: Recommender, mesh: Mesh | None) -> Layout | None:
+    """How a model is split over a mesh; None where there is none, or one device.
+
+    Raises:
+        UserError: it cannot be split over so many devices.
+    """
+    if mesh is None or mesh.size == 1:
+        return None
+    rows = model.n_users, model.n_items, model.n_users + model.n_items
+    tables = nnx.state(model)
+    layout = Layout.of(mesh, rows, tables, model.tables_in_pass)
+    if whole := layout.whole_tables(tables):
+        warnings.warn(
+            f"tables of width {', '.join(map(str, whole))} are kept whole on each of {mesh.size} devices, whose number "
+            "does not divide that.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return layout
 
 
 def restore_best(
@@ -270,11 +297,13 @@ def _start(
     data: Interactions,
     tx: optax.GradientTransformation,
     settings: FitSettings,
+    layout: Layout | None,
 ) -> _Run:
-    """Put model and data on the device and compile the two programs."""
+    """Put model and data on the devices and compile the two programs."""
     parts = split_model(model)
     state = first_state(parts, tx)
-    engine = Engine(parts, state, data, lambda _: tx, settings)
+    engine = Engine(parts, state, data, lambda _: tx, settings, layout=layout)
+    state = engine.placed(state)
     lane = (state, engine.own(parts, settings.seed, {}))
     lanes = Lanes(engine, [lane], engine.compile(lane, 1))
     return _Run(settings, lanes, jax.tree.map(jnp.copy, scoring(state)), Diagnosis.of(model, data))

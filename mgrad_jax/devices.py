@@ -1,0 +1,188 @@
+"""Several devices: which arrays are split over them, and how.
+
+Tables with a row per user, item or node are split by columns over the one axis of a mesh. Columns never meet in the
+product of a graph with a table, in gathers of rows or in an optimizer's update, so none of these sends anything; what
+travels in a step are sums over columns. Everything else (graphs, training pairs, batches) is on every device alike.
+The mesh's axis is in JAX's automatic mode: programs read as for one device, and XLA adds what has to be sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from mgrad_jax.errors import UserError, shown
+
+AXIS = "shards"
+COLUMNS, ROWS, BLOCKS, WHOLE = P(None, AXIS), P(AXIS, None), P(AXIS), P()
+
+_Tree = TypeVar("_Tree")
+
+# Whether tables are by rows within a pass, as in models that map whole tables of features.
+tables_by_rows = jax.make_user_context(False)
+
+
+def mesh(devices: int | Literal["all"] = "all") -> Mesh:
+    """A mesh over so many devices, of all processes where there are several.
+
+    Raises:
+        UserError: there are fewer.
+
+    >>> mesh(1).size
+    1
+    """
+    found = jax.devices()
+    n = len(found) if devices == "all" else devices
+    if not 1 <= n <= len(found):
+        platform = found[0].platform
+        there = f"is one {platform} device" if len(found) == 1 else f"are {len(found)} {platform} devices"
+        virtual = f", or set JAX_NUM_CPU_DEVICES={n} to try it on a processor" if platform == "cpu" else ""
+        raise UserError(f"{n} devices were asked for, and there {there}; ask for at most as many{virtual}.")
+    return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=found[:n])
+
+
+def parse_devices(text: str) -> int | Literal["all"]:
+    """How many devices an option asks for, at least 1, or "all".
+
+    Raises:
+        UserError: it is neither.
+
+    >>> parse_devices("8")
+    8
+    """
+    if text == "all":
+        return "all"
+    if text.isascii() and text.isdigit() and int(text) >= 1:
+        return int(text)
+    raise UserError(f"--devices is {shown(text)}; give how many to train on, a number from 1, or all.")
+
+
+def mesh_in_force() -> Any:
+    """The mesh over whose devices a program is traced, as JAX knows it abstractly; None on one device."""
+    found = jax.sharding.get_abstract_mesh()
+    is_ours = AXIS in found.axis_names and found.shape[AXIS] > 1
+    return found if is_ours and found.axis_types[found.axis_names.index(AXIS)] == AxisType.Auto else None
+
+
+def over_devices(mesh: Any, function: Callable[..., Any], in_specs: Any, out_specs: Any, *operands: Any) -> Any:
+    """Each device's own part of a computation, by `jax.shard_map`."""
+    # Without the check of which results vary: it refuses kernels chosen by platform, some of which vary.
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
+
+
+def padded_columns(x: Float[Array, "rows dim"], n: int) -> Float[Array, "rows wider"]:
+    """Columns of zeros added until n devices have equally many."""
+    missing = -x.shape[1] % n
+    return jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+
+
+def held_by_rows(x: _Tree) -> _Tree:
+    """Tables of a model that keeps them by rows within a pass, kept so; other models' as they are."""
+    if mesh_in_force() is None or not tables_by_rows.value:
+        return x
+    return jax.lax.with_sharding_constraint(x, ROWS)
+
+
+def everywhere(tree: _Tree) -> _Tree:
+    """Arrays computed alike on every device, where there are several."""
+    return tree if mesh_in_force() is None else jax.lax.with_sharding_constraint(tree, WHOLE)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a training is split over a mesh, told from shapes alone, so that an optimizer's moments follow.
+
+    Attributes:
+        mesh: with the axis `AXIS`.
+        rows: how many rows tables have: users, items, nodes.
+        widths: of the tables that are split; a matrix that maps such a width is split by its rows.
+        by_rows: whether tables are turned to rows within an epoch.
+    """
+
+    mesh: Mesh
+    rows: frozenset[int]
+    widths: frozenset[int]
+    by_rows: bool
+
+    @classmethod
+    def of(cls, mesh: Mesh, rows: Iterable[int], tables: Any, in_pass: str) -> Layout:
+        """The layout for tables with these numbers of rows.
+
+        Args:
+            mesh: from `mesh`.
+            rows: numbers of users, of items, and of both.
+            tables: a pytree with the model's arrays.
+            in_pass: "columns" or "rows", see `Recommender.tables_in_pass`.
+
+        Raises:
+            UserError: no table can be split over so many devices.
+        """
+        layout = cls(mesh, frozenset(rows), frozenset(), in_pass == "rows")
+        widths = {x.shape[-1] for x in jax.tree.leaves(tables) if layout._is_table(x)}
+        split = frozenset(width for width in widths if width % mesh.size == 0)
+        if widths and not split:
+            most = math.gcd(*widths)
+            raise UserError(
+                f"{mesh.size} devices cannot share tables of width {', '.join(map(str, sorted(widths)))}; choose a "
+                f"number of devices that divides one of them, such as {most}, or other widths."
+            )
+        return cls(mesh, layout.rows, split, layout.by_rows)
+
+    def whole_tables(self, tables: Any) -> list[int]:
+        """Widths of the tables that are on every device because the number of devices does not divide them.
+
+        A table that is narrower than that is small, and not among them.
+        """
+        found = {x.shape[-1] for x in jax.tree.leaves(tables) if self._is_table(x)} - self.widths
+        return sorted(width for width in found if width > self.mesh.size)
+
+    def place(self, tree: _Tree) -> _Tree:
+        """Put arrays where they belong."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def shardings(self, tree: Any) -> Any:
+        """Where every array belongs between epochs."""
+        return jax.tree.map(lambda x: NamedSharding(self.mesh, self._stored(x)), tree)
+
+    def hold(self, tree: _Tree) -> _Tree:
+        """Keep arrays as they are split within a pass; inside a program."""
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._in_pass(x)), tree)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Trace for this layout."""
+        with jax.set_mesh(self.mesh), tables_by_rows(self.by_rows):
+            yield
+
+    def _is_table(self, x: Any) -> bool:
+        return x.ndim >= 2 and x.shape[0] in self.rows and jnp.issubdtype(x.dtype, jnp.floating)
+
+    def _stored(self, x: Any) -> P:
+        if self._is_table(x):
+            return P(*[None] * (x.ndim - 1), AXIS) if x.shape[-1] in self.widths else WHOLE
+        is_map = not self.by_rows and x.ndim == 2 and x.shape[0] in self.widths
+        return ROWS if is_map and jnp.issubdtype(x.dtype, jnp.floating) else WHOLE
+
+    def _in_pass(self, x: Any) -> P:
+        if self.by_rows and self._is_table(x):
+            return P(AXIS, *[None] * (x.ndim - 1))
+        return self._stored(x)
+
+
+def hold_of(layout: Layout | None) -> Callable[[_Tree], _Tree]:
+    """`layout.hold`, and on one device nothing."""
+    return (lambda tree: tree) if layout is None else layout.hold
+
+
+def in_force(layout: Layout | None) -> AbstractContextManager[Any]:
+    """`layout.in_force()`, and on one device nothing."""
+    return nullcontext() if layout is None else layout.in_force()
