@@ -91,7 +91,7 @@ def setting(
     >>> setting(0.3, "share dropped", least=0, below=1).metadata["range"].in_words()
     'be at least 0 and below 1'
     """
-    sample = default[0] if isinstance(default, tuple) else default
+    sample = default[0] if isinstance(default, tuple) and default else default
     told = {
         "help": help,
         "kind": kind or (str if sample is dataclasses.MISSING else type(sample)),

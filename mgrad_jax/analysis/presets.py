@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from mgrad_jax.analysis.settings import NOISE_DRAWS, RobustnessSettings
 from mgrad_jax.analysis.study import Study, hyper_parameter_names
 from mgrad_jax.errors import UserError, did_you_mean, shown
 
@@ -22,7 +23,7 @@ METRICS = ("recall@5", "precision@5", "map@5", "ndcg@5")
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 OPTIMIZERS = ("adam", "sgd", "rmsprop", "adagrad")
-NOISE_SCALES, NOISE_DRAWS = (0, 0.25, 0.5, 1, 2, 3, 5, 10), 20
+NOISE_SCALES = RobustnessSettings.scales
 SHARES, SHARE_DRAWS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1), 10
 _FIVE = tuple(range(999, 1004))
 _TEN = tuple(range(999, 1009))

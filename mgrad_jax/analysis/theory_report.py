@@ -13,7 +13,8 @@ from mgrad_jax.analysis import figures_theory
 from mgrad_jax.analysis.figures import png
 from mgrad_jax.analysis.inputs import InputNumbers, at_loss, common_loss
 from mgrad_jax.analysis.report import Column, Table, csv_records, provenance, to_csv, to_latex, to_markdown
-from mgrad_jax.analysis.theory_run import WORST_CASE, Findings, InputFindings, Subject, TheorySettings
+from mgrad_jax.analysis.settings import TheorySettings
+from mgrad_jax.analysis.theory_run import WORST_CASE, Findings, InputFindings, Subject
 from mgrad_jax.files import write_whole
 
 # Where the slope of the residual has to lie for the theorem to be said to hold.

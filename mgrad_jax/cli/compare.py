@@ -12,7 +12,7 @@ from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import HyperParameters
 from mgrad_jax.cli.console import print_table, progress
-from mgrad_jax.cli.options import pairs, scalar
+from mgrad_jax.cli.options import names, pairs, scalar
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.methods import METHODS
@@ -122,14 +122,6 @@ def compare(
     for sentence in report.verdicts:
         print(sentence)
     print(f"Tables, tests and pictures: {study.directory}")
-
-
-def names(option: str, text: str) -> tuple[str, ...]:
-    """The names in a list with commas."""
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
-        raise UserError(f"{option} {text} has an empty place; write names with commas between them.")
-    return found
 
 
 def values_by_name(option: str, arguments: Sequence[str]) -> dict[str, tuple[float, ...]]:

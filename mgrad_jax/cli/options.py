@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
@@ -83,12 +83,17 @@ def _options(group: Any) -> Iterator[inspect.Parameter]:
         told, hint = field.metadata, hints[field.name]
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         metavar, names = told["metavar"], told["option"] or (spelling(field),)
-        if told["kind"] is dict:
+        if isinstance(default, tuple) and is_list(field):
+            items = [f"{item:g}" if told["kind"] is float else item for item in default]
+            hint, default = str | None, ",".join(items) or None
+        elif told["kind"] is dict:
             several = default is inspect.Parameter.empty
             hint, default = (list[str] | None if several else str | None), None
             metavar = "KEY=VALUE" if several else "KEY=VALUE,..."
-        if field.name == "training":  # whose default holds where no alias is given
+        elif field.name == "training":  # whose default holds where no alias is given
             hint, default = str | None, None
+        elif get_origin(hint) is Literal:  # whose choices are checked with all else
+            hint = str
         if spelling(field):
             yield _parameter(field.name, hint, default, typer.Option(*names, metavar=metavar, help=told["help"]))
         if field.name == "training":
@@ -104,12 +109,20 @@ def _given(values: Mapping[str, Any], group: Any) -> dict[str, Any]:
     """The settings of a group that the command line gives."""
     given = {}
     for field in dataclasses.fields(group):
-        value = values.get(field.name)
-        if value is not None:
-            is_text = field.metadata["kind"] is dict and isinstance(value, str)
-            value = value.split(",") if is_text else value
-            given[field.name] = pairs(spelling(field), value) if field.metadata["kind"] is dict else value
+        value, kind = values.get(field.name), field.metadata["kind"]
+        if value is None:
+            continue
+        if kind is dict:
+            value = pairs(spelling(field), value.split(",") if isinstance(value, str) else value)
+        elif is_list(field):
+            value = (numbers if kind is float else names)(spelling(field), value)
+        given[field.name] = value
     return given
+
+
+def is_list(field: dataclasses.Field[Any]) -> bool:
+    """Whether a setting's option is a list with commas."""
+    return isinstance(field.default, tuple) and "," in (field.metadata["metavar"] or "")
 
 
 def _method(given: Mapping[str, Any]) -> str:
@@ -130,6 +143,22 @@ def _method(given: Mapping[str, Any]) -> str:
     if len(methods) > 1:
         raise UserError(f"{' and '.join(options)} exclude each other; leave one of them out.")
     return methods.pop() if methods else Settings.training
+
+
+def names(option: str, text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise UserError(f"{option} {text} has an empty place; write names with commas between them.")
+    return found
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """The numbers in a list with commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text} is no list of numbers; write for example {option} 0,0.5,1.") from None
 
 
 def pairs(option: str, arguments: Sequence[str]) -> dict[str, Any]:
