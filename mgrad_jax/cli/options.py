@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import typer
 
-from mgrad_jax.declaration import check_choice, spelling
+from mgrad_jax.declaration import check_choice, marked, spelling
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.methods import METHODS
 from mgrad_jax.training.settings import RunSettings, Settings
@@ -28,13 +28,20 @@ METHOD_ALIASES = {
 }
 
 
+class Part(NamedTuple):
+    """Some of the settings that a dataclass declares, by name."""
+
+    group: Any
+    names: tuple[str, ...]
+
+
 def takes_settings(**groups: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command take settings, each as an option of its own.
 
     Args:
         **groups: the names of those parameters of the command that stand for several options, and the dataclass that
-            declares these (`mgrad_jax.declaration`). The command is given an instance, and of settings of a training
-            (`Settings`, `RunSettings`) a `RunConfig`.
+            declares these (`mgrad_jax.declaration`). The command is given an instance, of settings of a training
+            (`Settings`, `RunSettings`) a `RunConfig`, and of a `Part` their values by name.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,10 +52,7 @@ def takes_settings(**groups: Any) -> Callable[[Callable[..., None]], Callable[..
             shown += _options(groups[name]) if name in groups else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
 
         def spread(**values: Any) -> None:
-            made = {
-                name: config_of(values, group) if issubclass(group, Settings) else group(**_given(values, group))
-                for name, group in groups.items()
-            }
+            made = {name: _made(values, group) for name, group in groups.items()}
             command(**made, **{name: values[name] for name in own if name not in groups})
 
         # Not by `functools.wraps`, which would show the parameters of the command.
@@ -76,10 +80,21 @@ def config_of(values: Mapping[str, Any], group: Any = RunSettings) -> RunConfig:
     return config
 
 
+def _made(values: Mapping[str, Any], group: Any) -> Any:
+    """What a command is given for a group of settings."""
+    if isinstance(group, Part):
+        given = _given(values, group.group)
+        return {name: given.get(name) for name in group.names}
+    return config_of(values, group) if issubclass(group, Settings) else group(**_given(values, group))
+
+
 def _options(group: Any) -> Iterator[inspect.Parameter]:
     """The parameters of a command that are the settings of a group."""
+    group, chosen = group if isinstance(group, Part) else (group, marked(group))
     hints = get_type_hints(group)
     for field in dataclasses.fields(group):
+        if field.name not in chosen:
+            continue
         told, hint = field.metadata, hints[field.name]
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         metavar, names = told["metavar"], told["option"] or (spelling(field),)
