@@ -25,7 +25,7 @@ from mgrad_jax.analysis.report import Column, Table, csv_records, provenance, to
 from mgrad_jax.analysis.statistics import Spread, spread
 from mgrad_jax.analysis.study import Cell, Outcome, Run, Study, Tried
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.errors import UserError
+from mgrad_jax.declaration import check_choice
 from mgrad_jax.evaluation.candidates import CANDIDATE_METRICS, CAPTION, candidate_metrics, read_candidates
 from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 from mgrad_jax.files import write_whole
@@ -59,8 +59,7 @@ class Report:
 def check_metrics(metrics: Sequence[str], config: RunConfig) -> None:
     """Refuse a metric that the runs do not measure."""
     for metric in metrics:
-        if metric not in config.metric_names:
-            raise UserError(f"unknown metric '{metric}'; choose among {', '.join(config.metric_names)}.")
+        check_choice("unknown metric", metric, config.metric_names)
 
 
 def write_report(study: Study, outcome: Outcome, metrics: Sequence[str]) -> Report:

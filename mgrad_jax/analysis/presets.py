@@ -16,8 +16,9 @@ from typing import Any
 import pandas as pd
 
 from mgrad_jax.analysis.settings import NOISE_DRAWS, RobustnessSettings
-from mgrad_jax.analysis.study import Study, hyper_parameter_names
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.analysis.study_plan import Study, hyper_parameter_names
+from mgrad_jax.declaration import check_choice
+from mgrad_jax.errors import UserError
 
 METRICS = ("recall@5", "precision@5", "map@5", "ndcg@5")
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
@@ -341,8 +342,5 @@ PRESETS: Mapping[str, Preset] = {
 
 def find_preset(name: str) -> Preset:
     """A preset by name; an unknown one is a `UserError` that lists the known."""
-    if name not in PRESETS:
-        raise UserError(
-            f"there is no preset {shown(name)}; choose one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}."
-        )
+    check_choice("there is no preset", name, PRESETS)
     return PRESETS[name]

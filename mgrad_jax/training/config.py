@@ -22,7 +22,7 @@ from mgrad_jax.errors import UserError, shown
 from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.training.decay import decayed, rate_factors
-from mgrad_jax.training.memory import check_memory, estimate
+from mgrad_jax.training.memory import Part, check_memory, estimate
 from mgrad_jax.training.settings import RunSettings
 
 # The most that a setting usually is; beyond, it is named where a training diverges.
@@ -128,13 +128,17 @@ class RunConfig(RunSettings):
         Raises:
             UserError: the data lack what the model needs, or the device has not the memory that it takes.
         """
-        tx = self.transformation(data) if training else optax.identity()
-        parts = estimate(self.model, self.model_config, data, tx, batch_size=self.batch_size, ks=self.ks)
+        parts = self.memory(data, training=training)
         settings = {**dataclasses.asdict(self.model_config), "batch_size": self.batch_size, "ks": self.ks}
         check_memory(parts if training else {"parameters": parts["parameters"].shrunk(2)}, self.model, settings)
         feature_dtype = jnp.dtype(self.feature_dtype)
         model = models.create(self.model, data, seed=self.seed, feature_dtype=feature_dtype, **self.hyper_parameters)
         return model if self.adversarial is None else adversarial(model, **self.adversarial)
+
+    def memory(self, data: Interactions, *, training: bool = True) -> dict[str, Part]:
+        """The largest arrays of a training on the data, or of its model, see `mgrad_jax.training.memory.estimate`."""
+        tx = self.transformation(data) if training else optax.identity()
+        return estimate(self.model, self.model_config, data, tx, batch_size=self.batch_size, ks=self.ks)
 
     @functools.cached_property
     def rate_factors(self) -> np.ndarray | None:
