@@ -261,7 +261,7 @@ def test_sweep_takes_the_options_of_train(capfd: pytest.CaptureFixture[str]) -> 
         assert main([command, "--no-such-option"]) == 2
         listed = capfd.readouterr().err.split("choose among ")[1].split(", ")
         options.append({option for option in listed if option.startswith("--")})
-    assert options[0] - options[1] == {"--config", "--keep-every", "--start-from"}
+    assert options[0] - options[1] == {"--config", "--devices", "--keep-every", "--start-from"}
     assert options[1] - options[0] == {"--grid", "--seeds", "--slots"}
 
 

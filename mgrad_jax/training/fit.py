@@ -129,7 +129,8 @@ def fit(
         ValueError: an optimizer that no loop of two passes can drive (`mgrad_jax.mirror.check_loop`).
         TrainingDiverged: a loss or score became NaN or infinite.
     """
-    settings = dataclasses.replace(settings or FitSettings(), **named)
+    settings = settings or FitSettings()
+    settings = dataclasses.replace(settings, **named) if named else settings
     check_splits(data)
     base, scale = settings.learning_rate_decay
     tx = with_decay(tx, (base, scale), nnx.state(model, nnx.Param))
