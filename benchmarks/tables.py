@@ -182,6 +182,9 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "floors": partial(_whole, "floors", *list(TABLES["floors"].columns)[1:]),
         "bfloat16": _bfloat16,
     },
+    "devices.md": {
+        "same_run": partial(_whole, "same_run", *[c for c in TABLES["same_run"].columns if c not in ("data", "epochs")]),
+    },
     "results.md": {
         "tiktok, means": partial(_means, "tiktok", METRICS, "reference_tiktok.csv"),
         "tiktok, epochs": _curves,
