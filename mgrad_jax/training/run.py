@@ -5,7 +5,7 @@
 | `config.yaml` | the whole configuration, defaults included, and a digest of the data |
 | `checkpoint/` | the latest and the best state; each with the configuration and the history up to its epoch |
 | `kept/` | the parameters of every N-th epoch, where they are asked for (`mgrad_jax.training.kept`) |
-| `history.csv` | one row an epoch: loss and its parts, validation and test metrics, seconds |
+| `history.csv` | one row per epoch: loss and its parts, validation and test metrics, seconds |
 | `result.json` | the best epoch's metrics and everything needed to compare runs; written when training ends |
 | `curves.png` | loss and recall over the epochs |
 | `.lock` | the process that writes, while it does |

@@ -56,7 +56,7 @@ class FitSettings:
     patience: int = setting(
         20, "Epochs without improvement that are tolerated.", least=0, limit=INT32, outside=True, free=True
     )
-    batch_size: int = setting(2048, "Interactions a batch.", least=1, limit=INT32, axis=True)
+    batch_size: int = setting(2048, "Interactions per batch.", least=1, limit=INT32, axis=True)
     metric: str = setting("recall@5", "What selects the best epoch, on validation.")
     ks: tuple[int, ...] = setting((5, 10, 20, 50), "Cut-offs of the metrics.", least=1, limit=INT32, option=())
     evaluate: str = setting(

@@ -4,8 +4,8 @@
 |---|---|
 | `config.yaml` | the base configuration, the grid, the seeds, and a digest of the data |
 | `members/<id>/result.json` | a member's result, as of a single run; there as soon as the member has stopped |
-| `results.csv` | one row a member |
-| `summary.csv` | one row a setting: mean and standard deviation over its seeds |
+| `results.csv` | one row per member |
+| `summary.csv` | one row per setting: mean and standard deviation over its seeds |
 | `best.json` | the setting with the best mean selection metric on validation |
 | `heatmap.png` | that metric over alpha1 and alpha2, where both vary (as the paper's Fig. 5) |
 | `.lock` | the process that writes, while it does |
@@ -315,7 +315,7 @@ def _conclude(config: SweepConfig, members: Sequence[RunConfig], records: Sequen
 
 
 def _results(config: SweepConfig, members: Sequence[RunConfig], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row a member."""
+    """One row per member."""
     names = config.base.metric_names
     rows = [
         {
@@ -334,7 +334,7 @@ def _results(config: SweepConfig, members: Sequence[RunConfig], records: Sequenc
 
 
 def _summary(config: SweepConfig, results: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting, the best first; a setting with a member that diverged comes after those without."""
+    """One row per setting, the best first; a setting with a member that diverged comes after those without."""
     metrics = [f"{split}_{name}" for split in ("valid", "test") for name in config.base.metric_names]
     rows = []
     for _, part in results.groupby(config.axes or (lambda _: 0), sort=False, dropna=False):
