@@ -27,8 +27,6 @@ from mgrad_jax.data import demo_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.base import Constant, Recommender
 
-pytestmark = pytest.mark.quick_compilation
-
 DATA = demo_interactions(n_users=40, n_items=30, n_groups=3)
 NAMES = models.names()
 SLOW = ("dragon", "dualgnn", "freedom", "grcn", "mmgcn")  # to make

@@ -19,8 +19,6 @@ from mgrad_jax.analysis.robustness_run import NOISE, Experiment
 from mgrad_jax.cli import main
 from mgrad_jax.training.run import LoadedRun, load_run
 
-pytestmark = pytest.mark.quick_compilation
-
 WHAT = Measured(("recall@5", "recall@20", "ndcg@20"), draws=2)
 SWAP = FeatureChange("swap", ("image", "text"))
 
