@@ -19,6 +19,7 @@ ALLOWED = {
     "dropout": (),
     "files": ("errors",),
     "devices": ("errors",),
+    "processes": ("errors",),
     "selection": ("deprecation",),
     "iterates": (),
     "ascent": (),
@@ -35,7 +36,7 @@ ALLOWED = {
     "interop": ("errors", "models"),
     "training": (
         *("ascent", "data", "deprecation", "devices", "errors", "evaluation", "files", "iterates"),
-        *("mirror", "models", "optimizers", "selection", "sharpness_aware", "signals"),
+        *("mirror", "models", "optimizers", "processes", "selection", "sharpness_aware", "signals"),
     ),
     "analysis": (
         *(
@@ -54,8 +55,8 @@ ALLOWED = {
         *("sharpness_aware", "signals", "training"),
     ),
     "cli": (
-        *("analysis", "data", "errors", "evaluation", "files", "interop", "mirror", "models", "optimizers"),
-        *("sharpness_aware", "signals", "training"),
+        *("analysis", "data", "devices", "errors", "evaluation", "files", "interop", "mirror", "models"),
+        *("optimizers", "processes", "sharpness_aware", "signals", "training"),
     ),
     "__main__": ("cli",),
     # The public names.
