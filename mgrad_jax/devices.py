@@ -48,17 +48,16 @@ def mesh(devices: int | Literal["all"] = "all") -> Mesh:
         there = f"is one {platform} device" if len(found) == 1 else f"are {len(found)} {platform} devices"
         virtual = f", or set JAX_NUM_CPU_DEVICES={n} to try it on a processor" if platform == "cpu" else ""
         raise UserError(f"{n} devices were asked for, and there {there}; ask for at most as many{virtual}.")
-    if n % jax.process_count():
-        raise UserError(
-            f"{n} devices cannot be shared evenly by {jax.process_count()} processes; ask for a multiple of that, or all."
-        )
-    chosen = [own for process in range(jax.process_count()) for own in _of_process(found, process, n)]
+    processes = jax.process_count()
+    if n % processes:
+        raise UserError(f"{n} devices cannot be shared evenly by {processes} processes; ask for a multiple, or all.")
+    chosen = [device for process in range(processes) for device in _of_process(found, process, n // processes)]
     return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
 
 
-def _of_process(devices: list[Any], process: int, n: int) -> list[Any]:
-    """A process's share of n devices."""
-    own, share = [device for device in devices if device.process_index == process], n // jax.process_count()
+def _of_process(devices: list[Any], process: int, share: int) -> list[Any]:
+    """The first devices of a process."""
+    own = [device for device in devices if device.process_index == process]
     if len(own) < share:
         raise UserError(
             f"process {process} has {len(own)} devices and was to give {share}; let all processes have equally many."
@@ -83,7 +82,7 @@ def parse_devices(text: str) -> int | Literal["all"]:
 
 
 def mesh_in_force() -> Any:
-    """The mesh over whose devices a program is traced, as JAX knows it abstractly; None where one device does it all."""
+    """The mesh over whose devices a program is traced, as JAX knows it abstractly; None on one device."""
     found = jax.sharding.get_abstract_mesh()
     is_ours = AXIS in found.axis_names and found.shape[AXIS] > 1
     return found if is_ours and found.axis_types[found.axis_names.index(AXIS)] == AxisType.Auto else None
@@ -91,7 +90,7 @@ def mesh_in_force() -> Any:
 
 def over_devices(mesh: Any, function: Callable[..., Any], in_specs: Any, out_specs: Any, *operands: Any) -> Any:
     """Each device's own part of a computation, by `jax.shard_map`."""
-    # Without the check of which results vary: it refuses kernels chosen by platform, of which some vary and some do not.
+    # Without the check of which results vary: it refuses kernels chosen by platform, some of which vary.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
@@ -162,8 +161,8 @@ class Layout:
         if widths and not split:
             most = math.gcd(*widths)
             raise UserError(
-                f"{mesh.size} devices cannot share tables of width {', '.join(map(str, sorted(widths)))}; choose a number "
-                f"of devices that divides one of them, such as {most}, or other widths."
+                f"{mesh.size} devices cannot share tables of width {', '.join(map(str, sorted(widths)))}; choose a "
+                f"number of devices that divides one of them, such as {most}, or other widths."
             )
         return cls(mesh, layout.rows, split, layout.by_rows)
 

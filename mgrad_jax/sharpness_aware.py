@@ -198,7 +198,7 @@ def ssam_f(
 
     def empty_mask(key: jax.Array, params: Any) -> Any:
         del key
-        return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.bool_), params)
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.bool_), params)
 
     def renew(state: SSAMState, epoch: jax.Array, grads: Any, moved: Any, extra_args: dict[str, Any]) -> Any:
         del grads
@@ -395,7 +395,7 @@ def _fisher(sample_grad_fn: Callable[[Any, jax.Array], Any], params: Any, sample
         grads = sample_grad_fn(params, sample)
         return jax.tree.map(lambda t, g: t + jnp.square(g.astype(t.dtype)), total, grads), None
 
-    start = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), _wide(leaf)), params)
+    start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf)), params)
     return jax.lax.scan(add, start, samples)[0]
 
 
@@ -413,13 +413,24 @@ def _exchange(size: int, sparsity: float, drop_rate: float, refresh_epochs: int,
 
 def _flat(tree: Any) -> jax.Array:
     """All values in one row, real numbers in at least float32."""
-    return ravel_pytree(jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(_wide(leaf)), tree))[0]
+    wide = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(_wide(leaf)), tree)
+    if _is_sharding_explicit():  # a row of all values is split in no way that its parts have
+        wide = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, jax.sharding.PartitionSpec()), wide)
+    return ravel_pytree(wide)[0]
 
 
 def _unflatten(flat: jax.Array, like: Any) -> Any:
-    """The inverse of `_flat` for a mask, shaped like the parameters."""
+    """The inverse of `_flat` for a mask, shaped and split like the parameters."""
     unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.bool_), like))[1]
-    return unravel(flat)
+    mask = unravel(flat)
+    if _is_sharding_explicit():
+        mask = jax.tree.map(lambda leaf, other: jax.sharding.reshard(leaf, jax.typeof(other).sharding), mask, like)
+    return mask
+
+
+def _is_sharding_explicit() -> bool:
+    """Whether arrays carry their sharding in their types (JAX's explicit mode), so that operands must agree in it."""
+    return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
 def _wide(leaf: Any) -> Any:

@@ -15,28 +15,20 @@ from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import DevicesOption
 from mgrad_jax.cli.console import print_metrics, progress
 from mgrad_jax.cli.distributed import Coordinator, Crew, Distributed, Process, Processes, joined
-from mgrad_jax.cli.options import TrainingOptions, takes_training_options
+from mgrad_jax.cli.options import takes_settings
+from mgrad_jax.training.settings import RunSettings
 
 if TYPE_CHECKING:
     from mgrad_jax.training.config import RunConfig
     from mgrad_jax.training.fit import EpochReport
 
 
-@takes_training_options
+@takes_settings(run=RunSettings)
 def train(
-    options: TrainingOptions,
-    out: Annotated[
-        str | None, typer.Option(help="The run's directory; runs/<model>-<data>-<training>-s<seed> by default.")
-    ] = None,
+    run: RunConfig,
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Take the settings of a run's config.yaml; options override them."),
-    ] = None,
-    start_from: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Begin with the best parameters of this run of the same model.")
-    ] = None,
-    keep_every: Annotated[
-        int | None, typer.Option(help="Keep the parameters of every N-th epoch, for `landscape`; none by default.")
     ] = None,
     devices: DevicesOption = "1",
     distributed: Distributed = False,
@@ -50,19 +42,16 @@ def train(
 ) -> None:
     """Train a model to its best validation epoch."""
     from mgrad_jax.devices import parse_devices
-    from mgrad_jax.processes import together
 
     del config  # its settings have become options (`mgrad_jax.cli.arguments`)
-    of_run = {"start_from": start_from, "keep_every": keep_every}
     if dry_run:
         from mgrad_jax.cli.dry_run import show_run
 
-        show_run(options.config(out, **of_run), resume)
+        show_run(run, resume)
         return
     crew, number = Crew(distributed, coordinator, processes, process), parse_devices(devices)
     use_compilation_cache()
     with joined(crew) as is_first:
-        run = together(lambda: options.config(out, **of_run))
         everywhere = "all" if crew.is_asked_for() and number == 1 else number
         result = train_and_tell(run, resume=resume, devices=everywhere)
         if is_first:

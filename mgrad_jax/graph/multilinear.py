@@ -20,13 +20,13 @@ Arguments = Sequence[tuple[Array, ...]]
 
 
 class Multilinear:
-    """`f(arguments, structure, **static)`, linear in each of its arguments; an argument and the result are tuples of arrays.
+    """`f(arguments, structure, **static)`, linear in each of its arguments; arguments and result are tuples of arrays.
 
     Args:
         name: shown in equations.
         compute: the function. `structure` is a pytree of whole numbers, the static values are hashable.
-        transposes: by the number of an argument, `transpose(results, arguments, structure, **static)`, which gives the tuple of
-            that argument's cotangents; where it stands in `arguments` there is None.
+        transposes: by the number of an argument, `transpose(results, arguments, structure, **static)`, which gives the
+            tuple of that argument's cotangents; where it stands in `arguments` there is None.
         batch: the batching rule, by the signature of JAX; the default computes all members side by side, which leaves
             the gradient of a `vmap` (not the `vmap` of a gradient) to JAX's own derivatives.
         tangents: by the number of an argument, `tangent(moved, arguments, structure, **static)`, where the derivative

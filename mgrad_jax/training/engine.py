@@ -24,6 +24,7 @@ from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split, spl
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainState, run_epoch, training_data
+from mgrad_jax.training.settings import FitSettings
 
 _Tree = TypeVar("_Tree")
 
@@ -92,7 +93,7 @@ class Engine:
         state: its state before the first epoch.
         data: the interactions.
         make_tx: a lane's transformation, of its traced numbers.
-        batch_size, ks, evaluate: see `mgrad_jax.training.fit`.
+        settings: what the lanes have in common.
         is_own: which of the model's constants differ between lanes; by default none.
         select_by: the metric by whose improvement on validation test is evaluated; None: it always is.
         layout: how the arrays of its one lane are split over several devices; None on one.
@@ -107,24 +108,24 @@ class Engine:
         state: TrainState,
         data: Interactions,
         make_tx: Callable[[Mapping[str, jax.Array]], optax.GradientTransformation],
+        settings: FitSettings,
         *,
-        batch_size: int,
-        ks: Sequence[int],
-        evaluate: str,
         is_own: Sequence[bool] | None = None,
         select_by: str | None = None,
         layout: Layout | None = None,
     ) -> None:
         _check_optimizer(state.opt_state)
-        schedule = pass_schedule(state.opt_state, -(-len(data.train) // batch_size))
-        self.plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale", layout)
+        schedule = pass_schedule(state.opt_state, -(-len(data.train) // settings.batch_size))
+        self.plan = EpochPlan(
+            settings.batch_size, tuple(int(i) for i in schedule), settings.evaluate == "stale", layout
+        )
         self._make_tx, self._select_by = make_tx, select_by
         self._graphdef = parts.graphdef
         constants, self._structure = jax.tree.flatten(parts.constants)
         self._is_own = [False] * len(constants) if is_own is None else is_own
         self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
         self._train_data = training_data(data)
-        self._eval_splits = [make_eval_split(data, split, ks) for split in ("valid", "test")]
+        self._eval_splits = [make_eval_split(data, split, settings.ks) for split in ("valid", "test")]
         if layout is not None:
             self._shared, self._train_data = layout.place((self._shared, self._train_data))
             self._eval_splits = [split_over_devices(split, layout.mesh) for split in self._eval_splits]

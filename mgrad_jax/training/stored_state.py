@@ -132,7 +132,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _open_storage(path: Path) -> None:
-    """Raise where the storage's own index is damaged: orbax asks it for all leaves at once, and each complains aloud."""
+    """Raise where the storage's own index is damaged: orbax asks it for all leaves at once, and each complains."""
     import tensorstore
 
     storage = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/"}}
