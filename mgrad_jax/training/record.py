@@ -28,12 +28,13 @@ def result_record(
     settings: Mapping[str, Any],
     outcome: FitResult | MemberResult,
     seconds: Mapping[str, float],
+    devices: int = 1,
 ) -> dict[str, Any]:
     """The content of `result.json`: settings, data, metrics of the best epoch, times, machine, versions.
 
     `run` is the digest of `settings` (`mgrad_jax.training.identity.run_settings`).
     """
-    here, method = machine(), config.method
+    here, method = machine(devices), config.method
     numbers = method.numbers(config.values)
     return {
         "run": identity(settings),
@@ -71,10 +72,18 @@ def result_record(
         "test": {name: outcome.test[name] for name in config.metric_names if name in outcome.test},
         "seconds": dict(seconds),
         "device": here["device"],
+        "platform": here["device"].partition(" ")[0],
+        "devices": devices,
+        "processes": here.get("processes", 1),
         "threads": here["threads"],
         "xla_flags": here["xla_flags"],
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a run's numbers come from."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
 def _version(package: str) -> str:
