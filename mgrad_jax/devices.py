@@ -146,8 +146,12 @@ class Layout:
         return sorted(width for width in found if width > self.mesh.size)
 
     def place(self, tree: _Tree) -> _Tree:
-        """Put arrays where they belong."""
-        return jax.device_put(tree, self.shardings(tree))
+        """Put arrays where they belong; shapes are told where that is."""
+
+        def placed(x: Any, where: NamedSharding) -> Any:
+            return x.update(sharding=where) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, where)
+
+        return jax.tree.map(placed, tree, self.shardings(tree))
 
     def shardings(self, tree: Any) -> Any:
         """Where every array belongs between epochs."""

@@ -20,7 +20,7 @@ import optax
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import BLOCK
+from mgrad_jax.evaluation.ranking import users_at_a_time
 
 # What one unrolled layer adds to the compiled program and to the compiler's own memory, in bytes; at the least.
 _PROGRAM_OF_A_LAYER = 2**18
@@ -75,7 +75,7 @@ def estimate(
     # A gathered row for each of a batch's users, positives and negatives, and for each of a user's neighbours.
     rows = batch * dim * max(len(widths), 1) * (3 + neighbours)
     squares = batch * batch if model == "slmrec" else 0
-    block = min(BLOCK, data.n_users)
+    block = min(users_at_a_time(data.n_items), data.n_users)
     return {
         "parameters": Part(4 * parameters, _WIDTHS),
         "optimizer state": Part(int(_state_ratio(tx) * parameters), _WIDTHS),
