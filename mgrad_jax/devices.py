@@ -87,14 +87,47 @@ def padded_columns(x: Float[Array, "rows dim"], n: int) -> Float[Array, "rows wi
 
 def held_by_rows(x: _Tree) -> _Tree:
     """Tables of a model that keeps them by rows within a pass, kept so; other models' as they are."""
-    if mesh_in_force() is None or not tables_by_rows.value:
-        return x
-    return jax.lax.with_sharding_constraint(x, ROWS)
+    return _held(x, ROWS) if tables_by_rows.value else x
+
+
+def turned_to_columns(x: _Tree) -> _Tree:
+    """The same tables by columns, where what comes next needs no exchange then: propagation, rows of a batch."""
+    return _held(x, COLUMNS) if tables_by_rows.value else x
+
+
+def by_rows(function: Callable[[Array], Array], table: Float[Array, "rows dim"]) -> Float[Array, "rows mapped"]:
+    """`function(table)`, which maps every row of a whole table by itself: of each of several devices, some rows.
+
+    By columns each device would make a part of every sum, an array as large as the whole result.
+    """
+    return _held(function(_held(table, ROWS)), ROWS)
+
+
+def side_by_side(*tables: Float[Array, "rows _"]) -> Float[Array, "rows all"]:
+    """Tables as one, for products with rows of others that are put side by side alike.
+
+    Each of several devices puts its own columns side by side and sends nothing. The columns stand in another order
+    then, with some of zeros where their number does not divide a width, and products are sums in another order.
+    """
+    mesh = mesh_in_force()
+    if mesh is None:
+        return jnp.concatenate(tables, axis=1)
+    wide = [padded_columns(table, mesh.size) for table in tables]
+
+    def own(*tables: Array) -> Array:
+        return jnp.concatenate(tables, axis=1)
+
+    return over_devices(mesh, own, tuple(COLUMNS for _ in wide), COLUMNS, *wide)
+
+
+def _held(tree: _Tree, spec: P) -> _Tree:
+    """Arrays split so over the mesh in force, if there is one."""
+    return tree if mesh_in_force() is None else jax.lax.with_sharding_constraint(tree, spec)
 
 
 def everywhere(tree: _Tree) -> _Tree:
     """Arrays computed alike on every device, where there are several."""
-    return tree if mesh_in_force() is None else jax.lax.with_sharding_constraint(tree, WHOLE)
+    return _held(tree, WHOLE)
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ ALLOWED = {
     "graph": ("deprecation", "devices", "dropout", "errors", "selection"),
     "data": ("deprecation", "errors", "files", "graph"),
     "losses": ("deprecation",),
-    "models": ("data", "deprecation", "dropout", "errors", "graph"),
+    "models": ("data", "deprecation", "devices", "dropout", "errors", "graph"),
     "evaluation": ("data", "deprecation", "devices", "errors"),
     "interop": ("errors", "models"),
     "training": (
-        *("ascent", "data", "deprecation", "devices", "errors", "evaluation", "files", "iterates"),
+        *("ascent", "data", "deprecation", "devices", "errors", "evaluation", "files", "graph", "iterates"),
         *("mirror", "models", "optimizers", "selection", "sharpness_aware", "signals"),
     ),
     "analysis": (

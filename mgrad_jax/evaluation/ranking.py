@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.deprecation import renamed
-from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, mesh_in_force, over_devices
+from mgrad_jax.devices import BLOCKS, COLUMNS, WHOLE, everywhere, mesh_in_force, over_devices
 from mgrad_jax.evaluation.metrics import ranking_metrics
 
 renamed(
@@ -178,7 +178,9 @@ def _by_block(
     def own(blocks: _Block, vectors: Array, item_vectors: Array) -> _Result:
         return jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
 
-    operands = (blocks, user_vectors[blocks.users], item_vectors)
+    # By columns, of which rows are taken without any exchange; then these rows go where their blocks are.
+    vectors = jax.lax.with_sharding_constraint(user_vectors, COLUMNS)[blocks.users]
+    operands = (blocks, vectors, item_vectors)
     return everywhere(over_devices(mesh, own, (BLOCKS, BLOCKS, WHOLE), BLOCKS, *operands))
 
 
