@@ -23,6 +23,8 @@ from mgrad_jax.training.epoch import SplitModel, TrainingData, TrainState, split
 from mgrad_jax.training.fit import layout_of
 from mgrad_jax.training.traffic import ProgramText, Traffic
 
+# Of the machine code, which is never run; what is sent and held is decided before. A third of the time.
+_UNOPTIMISED = {"xla_backend_optimization_level": 0}
 _MAX_DEGREE = 1 << 12  # of a user's history: how often a search is halved, and no array's size
 
 
@@ -114,7 +116,7 @@ def make_plan(
         UserError: the model cannot be made, or not split over so many devices.
     """
     programs = lower(create, data, tx, batch_size=batch_size, ks=ks, evaluate=evaluate, mesh=mesh)
-    train, evaluation = programs.train.compile(), programs.evaluate.compile()
+    train, evaluation = (p.compile(_UNOPTIMISED) for p in (programs.train, programs.evaluate))
     text = ProgramText(train.as_text(), mesh.size)
     total = text.traffic()
     per_pass = text.of_loop(programs.passes) if programs.passes > 1 else total
