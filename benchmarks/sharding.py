@@ -33,6 +33,7 @@ from mgrad_jax.devices import mesh
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import fit
 from mgrad_jax.training.plan import Sizes, make_plan
+from mgrad_jax.training.settings import FitSettings
 
 LARGE = synthetic.Size(1_924_030, 630_010, 16_891_880)
 SIZES = {**USUAL_SIZES, "electronics x 10": LARGE}
@@ -76,8 +77,8 @@ def _planned(model: str, size: str, devices: int, batch_size: int) -> Row:
         lambda: models.create(model, data, **setting),
         data,
         _transformation(),
-        batch_size=batch_size,
-        mesh=mesh(devices),
+        FitSettings(batch_size=batch_size),
+        mesh(devices),
     )
     return {
         "model": model,

@@ -41,7 +41,7 @@ class SparseGraph:
         indptr: (n_rows + 1,) int32; row r owns the entries indptr[r] to indptr[r + 1].
         shape: (n_rows, n_cols), static.
         transpose: structure of the transposed matrix; None where the matrix is symmetric.
-        n_users: of a user-item graph that stores every edge in both directions, nodes being users, then items; else None.
+        n_users: of a user-item graph that stores every edge in both directions, users, then items; else None.
     """
 
     data: Float[Array, " nnz"]
@@ -67,8 +67,8 @@ class SparseGraph:
         return jnp.zeros(self.shape, self.data.dtype).at[self.rows(), self.indices].add(self.data)
 
 
-# Within `with shapes_only(True):` graphs, and what else is built on the host, have their shapes but no numbers, as far as
-# these are known beforehand, and at most: for programs that are compiled and never run.
+# Within `with shapes_only(True):` graphs and what else is built on the host have shapes and no numbers, for programs that
+# are compiled and never run: as many entries as there are at most.
 shapes_only = jax.make_user_context(False)
 
 

@@ -24,6 +24,7 @@ from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics, make_eval
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainingData, TrainState, run_epoch, training_data
+from mgrad_jax.training.settings import FitSettings
 
 _Tree = TypeVar("_Tree")
 
@@ -107,7 +108,7 @@ class Engine:
         state: its state before the first epoch.
         data: the interactions, or what `inputs_of` makes of them.
         make_tx: a lane's transformation, of its traced numbers.
-        batch_size, ks, evaluate: see `mgrad_jax.training.fit`.
+        settings: what the lanes have in common.
         is_own: which of the model's constants differ between lanes; by default none.
         select_by: the metric by whose improvement on validation test is evaluated; None: it always is.
         layout: how the arrays of its one lane are split over several devices; None on one.
@@ -122,19 +123,19 @@ class Engine:
         state: TrainState,
         data: Interactions | Inputs,
         make_tx: Callable[[Mapping[str, jax.Array]], optax.GradientTransformation],
+        settings: FitSettings,
         *,
-        batch_size: int,
-        ks: Sequence[int],
-        evaluate: str,
         is_own: Sequence[bool] | None = None,
         select_by: str | None = None,
         layout: Layout | None = None,
     ) -> None:
         _check_optimizer(state.opt_state)
-        inputs = inputs_of(data, ks, layout) if isinstance(data, Interactions) else data
+        inputs = inputs_of(data, settings.ks, layout) if isinstance(data, Interactions) else data
         self._train_data, self._eval_splits = inputs
-        schedule = pass_schedule(state.opt_state, -(-inputs.train.users.shape[0] // batch_size))
-        self.plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale", layout)
+        schedule = pass_schedule(state.opt_state, -(-inputs.train.users.shape[0] // settings.batch_size))
+        self.plan = EpochPlan(
+            settings.batch_size, tuple(int(i) for i in schedule), settings.evaluate == "stale", layout
+        )
         self._make_tx, self._select_by = make_tx, select_by
         self._graphdef = parts.graphdef
         constants, self._structure = jax.tree.flatten(parts.constants)

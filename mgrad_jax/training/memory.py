@@ -21,6 +21,7 @@ from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import users_at_a_time
+from mgrad_jax.graph.sparse import shapes_only
 
 # What one unrolled layer adds to the compiled program and to the compiler's own memory, in bytes; at the least.
 _PROGRAM_OF_A_LAYER = 2**18
@@ -90,7 +91,7 @@ def estimate(
 def check_memory(
     parts: Mapping[str, Part], model: str, settings: Mapping[str, Any], available: float | None = None
 ) -> None:
-    """Refuse what cannot fit, before it is allocated.
+    """Refuse what cannot fit, before it is allocated; shapes alone (`shapes_only`) always do.
 
     Args:
         parts: from `estimate`.
@@ -102,7 +103,7 @@ def check_memory(
         UserError: more is needed than is available; names both sizes and the setting to lower.
     """
     needed, available = sum(part.size for part in parts.values()), available_bytes() if available is None else available
-    if needed <= available:
+    if needed <= available or shapes_only.value:
         return
     name, largest = max(parts.items(), key=lambda item: item[1].size)
     defaults: dict[str, Any] = {

@@ -21,6 +21,7 @@ from mgrad_jax.models import Recommender
 from mgrad_jax.training.engine import Engine, Inputs
 from mgrad_jax.training.epoch import SplitModel, TrainingData, TrainState, split_model
 from mgrad_jax.training.fit import layout_of
+from mgrad_jax.training.settings import FitSettings
 from mgrad_jax.training.traffic import ProgramText, Traffic
 
 # Of the machine code, which is never run; what is sent and held is decided before. A third of the time.
@@ -96,26 +97,23 @@ def make_plan(
     create: Callable[[], Recommender],
     data: Interactions,
     tx: optax.GradientTransformation,
-    *,
-    batch_size: int = 2048,
-    ks: Sequence[int] = (5, 10, 20, 50),
-    evaluate: str = "fresh",
+    settings: FitSettings,
     mesh: Mesh,
 ) -> Plan:
     """What `fit` with the same arguments takes.
 
-    Sizes that only the data tell are taken at most: pairs that are repeated count each time, and no two neighbours of an
-    item are the same by image and by text. The last, partial batch is left out.
+    Sizes that only the data tell are taken at most: repeated pairs count each time, and an item's neighbours by image are
+    others than those by text. The last, partial batch is left out.
 
     Args:
         create: makes the model; called with shapes only.
         data: for its sizes; `Sizes` will do.
-        tx, batch_size, ks, evaluate, mesh: as for `mgrad_jax.training.fit`.
+        tx, settings, mesh: as for `mgrad_jax.training.fit`.
 
     Raises:
         UserError: the model cannot be made, or not split over so many devices.
     """
-    programs = lower(create, data, tx, batch_size=batch_size, ks=ks, evaluate=evaluate, mesh=mesh)
+    programs = lower(create, data, tx, settings, mesh)
     train, evaluation = (p.compile(_UNOPTIMISED) for p in (programs.train, programs.evaluate))
     text = ProgramText(train.as_text(), mesh.size)
     total = text.traffic()
@@ -134,10 +132,7 @@ def lower(
     create: Callable[[], Recommender],
     data: Interactions,
     tx: optax.GradientTransformation,
-    *,
-    batch_size: int,
-    ks: Sequence[int],
-    evaluate: str,
+    settings: FitSettings,
     mesh: Mesh,
 ) -> Programs:
     """The programs of `fit` with these arguments, for shapes; see `make_plan`."""
@@ -145,8 +140,7 @@ def lower(
         model = nnx.eval_shape(create)
     parts, layout = split_model(model), layout_of(model, mesh)
     state = _first_state(parts, tx)
-    inputs = _inputs(data, batch_size, ks, layout)
-    engine = Engine(parts, state, inputs, lambda _: tx, batch_size=batch_size, ks=ks, evaluate=evaluate, layout=layout)
+    engine = Engine(parts, state, _inputs(data, settings, layout), lambda _: tx, settings, layout=layout)
     state = engine.placed(jax.eval_shape(lambda: state))
     train, evaluation = engine.lower((state, engine.own(parts, 0, {})), 1)
     best_bytes = sum(_bytes_of(x) for x in jax.tree.leaves(state.params))
@@ -161,13 +155,13 @@ def _first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainSt
     return TrainState(parts.params, opt_state, parts.epoch_state)
 
 
-def _inputs(data: Interactions, batch_size: int, ks: Sequence[int], layout: Layout | None) -> Inputs:
+def _inputs(data: Interactions, settings: FitSettings, layout: Layout | None) -> Inputs:
     """Shapes of what `inputs_of` would make of the data, without the last, partial batch."""
     n_train = len(data.train)
-    n_train -= n_train % batch_size if n_train > batch_size else 0
+    n_train -= n_train % settings.batch_size if n_train > settings.batch_size else 0
     history = UserHistory(_ids(data.n_users + 1), _ids(n_train), _ids(data.n_items), _MAX_DEGREE)
     train = TrainingData(_ids(n_train), _ids(n_train), history)
-    eval_splits = [_eval_split(data, len(pairs), ks, layout) for pairs in (data.valid, data.test)]
+    eval_splits = [_eval_split(data, len(pairs), settings.ks, layout) for pairs in (data.valid, data.test)]
     return Inputs(train if layout is None else layout.place(train), eval_splits)
 
 

@@ -71,9 +71,7 @@ class _Group:
             state,
             data,
             lambda numbers: self._transformation(first, numbers),
-            batch_size=first.batch_size,
-            ks=first.ks,
-            evaluate=first.evaluate,
+            first,
             is_own=self._find_own(parts),
             select_by=first.metric,
         )
@@ -106,7 +104,7 @@ class _Group:
         return split_model(member.create_model(self.data))
 
     def _find_own(self, first: SplitModel) -> list[bool]:
-        """Which constants differ between members: loss weights, and what is drawn at random. The others are kept once."""
+        """Which constants differ between members: loss weights, and what is drawn at random. Others are kept once."""
         variables = jax.tree.leaves(first.constants, is_leaf=lambda x: isinstance(x, nnx.Variable))
         own = [isinstance(v, models.TracedHyperParameter) for v in variables for _ in jax.tree.leaves(v)]
         other = next((m for m in self.members if m.seed != self.members[0].seed), None)
