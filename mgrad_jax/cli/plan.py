@@ -58,6 +58,5 @@ def _mesh(devices: int | Literal["all"]) -> Mesh:
     if devices == "all":
         return mesh()
     with contextlib.suppress(RuntimeError):  # JAX has begun to compute, and has the devices that it has
-        if jax.config.jax_num_cpu_devices < devices:
-            jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_num_cpu_devices", devices)
     return mesh(devices, None if len(jax.devices()) >= devices else "cpu")

@@ -67,8 +67,8 @@ class SparseGraph:
         return jnp.zeros(self.shape, self.data.dtype).at[self.rows(), self.indices].add(self.data)
 
 
-# Within `with shapes_only(True):` graphs and what else is built on the host have shapes and no numbers, for programs that
-# are compiled and never run: as many entries as there are at most.
+# Within `with shapes_only(True):` graphs, and what else is built on the host, have shapes and no numbers, for programs
+# that are compiled and never run: as many entries as there are at most.
 shapes_only = jax.make_user_context(False)
 
 

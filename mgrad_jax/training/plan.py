@@ -25,7 +25,7 @@ from mgrad_jax.training.settings import FitSettings
 from mgrad_jax.training.traffic import ProgramText, Traffic
 
 # Of the machine code, which is never run; what is sent and held is decided before. A third of the time.
-_UNOPTIMISED = {"xla_backend_optimization_level": 0}
+_UNOPTIMISED: Any = {"xla_backend_optimization_level": 0}
 _MAX_DEGREE = 1 << 12  # of a user's history: how often a search is halved, and no array's size
 
 
@@ -102,8 +102,8 @@ def make_plan(
 ) -> Plan:
     """What `fit` with the same arguments takes.
 
-    Sizes that only the data tell are taken at most: repeated pairs count each time, and an item's neighbours by image are
-    others than those by text. The last, partial batch is left out.
+    Sizes that only the data tell are taken at most: repeated pairs count each time, and an item's neighbours by image
+    are others than those by text. The last, partial batch is left out.
 
     Args:
         create: makes the model; called with shapes only.
@@ -115,7 +115,7 @@ def make_plan(
     """
     programs = lower(create, data, tx, settings, mesh)
     train, evaluation = (p.compile(_UNOPTIMISED) for p in (programs.train, programs.evaluate))
-    text = ProgramText(train.as_text(), mesh.size)
+    text = _text(train, mesh.size)
     total = text.traffic()
     per_pass = text.of_loop(programs.passes) if programs.passes > 1 else total
     return Plan(
@@ -124,7 +124,7 @@ def make_plan(
         programs.best_bytes,
         per_pass,
         total.without(per_pass.times(programs.passes)),
-        ProgramText(evaluation.as_text(), mesh.size).traffic(),
+        _text(evaluation, mesh.size).traffic(),
     )
 
 
@@ -181,8 +181,12 @@ def _eval_split(data: Interactions, n_pairs: int, ks: Sequence[int], layout: Lay
     return EvalSplit(blocks(size), blocks(size), pairs(n_pairs), pairs(len(data.train)), tuple(ks), n_blocks)
 
 
-def _ids(*shape: int, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+def _ids(*shape: int, sharding: NamedSharding | None = None) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+
+def _text(program: jax.stages.Compiled, n_devices: int) -> ProgramText:
+    return ProgramText(program.as_text() or "", n_devices)
 
 
 def _memory(program: jax.stages.Compiled) -> Memory:

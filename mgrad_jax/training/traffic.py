@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-_NUMBER_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
-# Sent by each of n devices in a ring, of the bytes of a result: https://docs.nvidia.com and XLA take the same.
-_SHARES = {
+# How much of a result's bytes each of n devices sends, in a ring.
+_SHARES: dict[str, Callable[[int], float]] = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: n - 1.0,  # its result is one n-th of what it adds up
     "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1.0,
+    "collective-permute": lambda _: 1.0,
 }
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
@@ -134,8 +133,9 @@ def _arrays(text: str) -> Iterator[tuple[str, list[int]]]:
 
 
 def _number_bytes(kind: str) -> int:
+    """Of one number of a type such as f32, bf16, c64 or pred."""
     bits = re.search(r"\d+", kind)
-    return _NUMBER_BYTES.get(kind) or max(1, int(bits[0]) // 8 if bits else 1)
+    return max(1, int(bits[0]) // 8) if bits else 1
 
 
 def _group_size(line: str) -> int | None:
