@@ -36,11 +36,19 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what --devices would hold and send, by compiling only.")
+    ] = False,
 ) -> None:
     """Train a model to its best validation epoch."""
     from mgrad_jax.devices import parse_devices
 
     del config  # its settings have become options (`mgrad_jax.cli.arguments`)
+    if plan:
+        from mgrad_jax.cli.plan import show_plan
+
+        show_plan(run, parse_devices(devices))
+        return
     if dry_run:
         from mgrad_jax.cli.dry_run import show_run
 

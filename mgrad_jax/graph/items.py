@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph.sparse import SparseGraph, sparse_graph
+from mgrad_jax.graph.sparse import SparseGraph, blank_graph, shapes_only, sparse_graph
 
 
 def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[Array, "n k"]:
@@ -57,6 +57,9 @@ def _knn(table: Array, k: int, block: int) -> Array:
 
 def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) -> SparseGraph:
     """The directed graph of `knn_indices`, both ends normalised by the row degree k: every entry is 1 / (k + 1e-7)."""
+    if shapes_only.value:
+        n_items = features.shape[0]
+        return blank_graph(n_items * k, (n_items, n_items), dtype=dtype)
     neighbours = np.asarray(knn_indices(features, k))
     n = len(neighbours)
     values = np.full(n * k, 1.0 / (k + 1e-7))
@@ -66,6 +69,8 @@ def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) ->
 def blend_graphs(weighted: Sequence[tuple[float, SparseGraph]]) -> SparseGraph:
     """The weighted sum of graphs of one shape, as one graph. Host side."""
     shape, dtype = weighted[0][1].shape, weighted[0][1].data.dtype
+    if shapes_only.value:
+        return blank_graph(sum(graph.nnz for _, graph in weighted), shape, dtype=dtype)
     rows = np.concatenate([np.asarray(graph.rows()) for _, graph in weighted])
     columns = np.concatenate([np.asarray(graph.indices) for _, graph in weighted])
     values = np.concatenate([weight * np.asarray(graph.data, np.float64) for weight, graph in weighted])

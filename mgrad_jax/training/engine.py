@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding
 from mgrad_jax.data import Interactions
 from mgrad_jax.devices import WHOLE, Layout, hold_of, in_force
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split, split_over_devices
+from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics, make_eval_split, split_over_devices
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
-from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainState, run_epoch, training_data
+from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainingData, TrainState, run_epoch, training_data
 from mgrad_jax.training.settings import FitSettings
 
 _Tree = TypeVar("_Tree")
@@ -35,6 +35,13 @@ class Own(NamedTuple):
     constants: list[jax.Array]
     numbers: Mapping[str, jax.Array]
     key: jax.Array
+
+
+class Inputs(NamedTuple):
+    """What an epoch and its two evaluations read of a dataset, where they read it; or its shapes."""
+
+    train: TrainingData
+    eval_splits: list[EvalSplit]
 
 
 class Scoring(NamedTuple):
@@ -71,6 +78,14 @@ def check_splits(data: Interactions) -> None:
             raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")
 
 
+def inputs_of(data: Interactions, ks: Sequence[int], layout: Layout | None) -> Inputs:
+    """A dataset put on the device, or split over several."""
+    train, eval_splits = training_data(data), [make_eval_split(data, split, ks) for split in ("valid", "test")]
+    if layout is None:
+        return Inputs(train, eval_splits)
+    return Inputs(layout.place(train), [split_over_devices(split, layout.mesh) for split in eval_splits])
+
+
 def first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first epoch.
 
@@ -91,7 +106,7 @@ class Engine:
     Args:
         parts: the model of any lane.
         state: its state before the first epoch.
-        data: the interactions.
+        data: the interactions, or what `inputs_of` makes of them.
         make_tx: a lane's transformation, of its traced numbers.
         settings: what the lanes have in common.
         is_own: which of the model's constants differ between lanes; by default none.
@@ -106,7 +121,7 @@ class Engine:
         self,
         parts: SplitModel,
         state: TrainState,
-        data: Interactions,
+        data: Interactions | Inputs,
         make_tx: Callable[[Mapping[str, jax.Array]], optax.GradientTransformation],
         settings: FitSettings,
         *,
@@ -115,7 +130,9 @@ class Engine:
         layout: Layout | None = None,
     ) -> None:
         _check_optimizer(state.opt_state)
-        schedule = pass_schedule(state.opt_state, -(-len(data.train) // settings.batch_size))
+        inputs = inputs_of(data, settings.ks, layout) if isinstance(data, Interactions) else data
+        self._train_data, self._eval_splits = inputs
+        schedule = pass_schedule(state.opt_state, -(-inputs.train.users.shape[0] // settings.batch_size))
         self.plan = EpochPlan(
             settings.batch_size, tuple(int(i) for i in schedule), settings.evaluate == "stale", layout
         )
@@ -124,11 +141,8 @@ class Engine:
         constants, self._structure = jax.tree.flatten(parts.constants)
         self._is_own = [False] * len(constants) if is_own is None else is_own
         self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
-        self._train_data = training_data(data)
-        self._eval_splits = [make_eval_split(data, split, settings.ks) for split in ("valid", "test")]
         if layout is not None:
-            self._shared, self._train_data = layout.place((self._shared, self._train_data))
-            self._eval_splits = [split_over_devices(split, layout.mesh) for split in self._eval_splits]
+            self._shared = layout.place(self._shared)
 
     def placed(self, tree: _Tree) -> _Tree:
         """A lane's arrays, where they belong."""
@@ -143,10 +157,25 @@ class Engine:
         """Compile both programs ahead of time, so that compilation is timed apart.
 
         Args:
+            lane, width: as for `lower`.
+        """
+        started = time.perf_counter()
+        shared, data, eval_splits = self._shared, self._train_data, self._eval_splits
+        trainer, evaluator = (lowered.compile() for lowered in self.lower(lane, width))
+        return Programs(
+            lambda state, own, key: trainer(state, own, key, shared, data),
+            lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
+            time.perf_counter() - started,
+            max(_bytes(trainer), _bytes(evaluator)),
+        )
+
+    def lower(self, lane: tuple[TrainState, Own], width: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Both programs, not compiled yet: of an epoch, and of its evaluation.
+
+        Args:
             lane: state and own of any, or their shapes.
             width: how many lanes there are.
         """
-        started = time.perf_counter()
         goal = None if self._select_by is None else jax.ShapeDtypeStruct((), jnp.zeros((), float).dtype)
         arguments = (*lane, lane[1].key, goal)
         if width > 1:
@@ -168,14 +197,11 @@ class Engine:
         scored = Scoring(state.params, state.epoch_state)
         with in_force(self.plan.layout):
             training = jax.jit(train, donate_argnums=0, **self._results(state))
-            trainer = training.lower(state, own, key, shared, data).compile()
-            evaluator = jax.jit(evaluate, **self._everywhere()).lower(scored, own, best, shared, eval_splits).compile()
-        return Programs(
-            lambda state, own, key: trainer(state, own, key, shared, data),
-            lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
-            time.perf_counter() - started,
-            max(_bytes(trainer), _bytes(evaluator)),
-        )
+            evaluation = jax.jit(evaluate, **self._everywhere())
+            return (
+                training.lower(state, own, key, shared, data),
+                evaluation.lower(scored, own, best, shared, eval_splits),
+            )
 
     def _results(self, state: TrainState) -> dict[str, Any]:
         """Where an epoch's results belong, for `jax.jit`: the state where it came from, the log on every device."""
