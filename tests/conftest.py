@@ -36,8 +36,6 @@ CHECKED = [
     "evaluation.metrics",
     "evaluation.candidates",
     "graph.items",
-    "graph.gather",
-    "graph.user_item",
     "graph.users",
     "analysis.perturb",
     "analysis.flatness",
