@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import UserError, shown
 
 AXIS = "shards"
 COLUMNS, ROWS, BLOCKS, WHOLE = P(None, AXIS), P(AXIS, None), P(AXIS), P()
@@ -43,9 +43,27 @@ def mesh(devices: int | Literal["all"] = "all") -> Mesh:
     found = jax.devices()
     n = len(found) if devices == "all" else devices
     if not 1 <= n <= len(found):
-        are = f"is 1 {found[0].platform} device" if len(found) == 1 else f"are {len(found)} {found[0].platform} devices"
-        raise UserError(f"--devices is {n}, and there {are}; give a number from 1 to {len(found)}, or all.")
+        platform = found[0].platform
+        there = f"is one {platform} device" if len(found) == 1 else f"are {len(found)} {platform} devices"
+        virtual = f", or set JAX_NUM_CPU_DEVICES={n} to try it on a processor" if platform == "cpu" else ""
+        raise UserError(f"{n} devices were asked for, and there {there}; ask for at most as many{virtual}.")
     return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=found[:n])
+
+
+def parse_devices(text: str) -> int | Literal["all"]:
+    """How many devices an option asks for, at least 1, or "all".
+
+    Raises:
+        UserError: it is neither.
+
+    >>> parse_devices("8")
+    8
+    """
+    if text == "all":
+        return "all"
+    if text.isascii() and text.isdigit() and int(text) >= 1:
+        return int(text)
+    raise UserError(f"--devices is {shown(text)}; give how many to train on, a number from 1, or all.")
 
 
 def mesh_in_force() -> Any:

@@ -20,3 +20,4 @@ HyperParameters = Annotated[
         help="A hyper-parameter of every model that has it, or of one: freedom.dropout=0.9.",
     ),
 ]
+DevicesOption = Annotated[str, typer.Option("--devices", metavar="N", help="Devices to train on: a number, or all.")]

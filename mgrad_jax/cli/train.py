@@ -6,12 +6,13 @@ import contextlib
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import DevicesOption
 from mgrad_jax.cli.console import print_metrics, progress
 from mgrad_jax.cli.options import TrainingOptions, takes_training_options
 
@@ -36,12 +37,15 @@ def train(
     keep_every: Annotated[
         int | None, typer.Option(help="Keep the parameters of every N-th epoch, for `landscape`; none by default.")
     ] = None,
+    devices: DevicesOption = "1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
     ] = False,
 ) -> None:
     """Train a model to its best validation epoch."""
+    from mgrad_jax.devices import parse_devices
+
     del config  # its settings have become options (`mgrad_jax.cli.arguments`)
     of_run = {"start_from": start_from, "keep_every": keep_every}
     if dry_run:
@@ -49,16 +53,23 @@ def train(
 
         show_run(options.config(out, **of_run), resume)
         return
+    number = parse_devices(devices)
     use_compilation_cache()
     run = options.config(out, **of_run)
-    _print_result(train_and_tell(run, resume=resume), run.directory)
+    _print_result(train_and_tell(run, resume=resume, devices=number), run.directory)
 
 
-def train_and_tell(config: RunConfig, *, resume: bool, go_on: Callable[[], str] | None = None) -> dict[str, Any]:
+def train_and_tell(
+    config: RunConfig,
+    *,
+    resume: bool,
+    devices: int | Literal["all"] = 1,
+    go_on: Callable[[], str] | None = None,
+) -> dict[str, Any]:
     """Train and tell how far it is; a signal to stop leaves every finished epoch on disk.
 
     Args:
-        config, resume: see `mgrad_jax.training.run.train_run`.
+        config, resume, devices: see `mgrad_jax.training.run.train_run`.
         go_on: the sentence to show when it is stopped; by default how to resume with the same command.
     """
     from mgrad_jax.training.run import RunInterrupted, train_run
@@ -67,7 +78,7 @@ def train_and_tell(config: RunConfig, *, resume: bool, go_on: Callable[[], str] 
     stopping.say(go_on or (lambda: how_to_go_on(early, config.directory)))
     try:
         with _progress(config) as report:
-            return train_run(config, resume=resume, progress=report)
+            return train_run(config, resume=resume, progress=report, devices=devices)
     except RunInterrupted as stop:
         done = f"stopped after epoch {stop.epoch}" if stop.epoch else early
         raise stopping.Stopped(go_on() if go_on else how_to_go_on(done, stop.directory)) from None

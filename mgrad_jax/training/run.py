@@ -21,12 +21,14 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import yaml
+from jax.sharding import Mesh
 
 from mgrad_jax.data import Interactions, load_interactions
+from mgrad_jax.devices import mesh
 from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, Lock, locked, read_mapping, write_whole
 from mgrad_jax.models import Recommender
@@ -84,7 +86,11 @@ def kept_params(config: RunConfig, settings: Mapping[str, Any]) -> KeptParams:
 
 
 def train_run(
-    config: RunConfig, *, resume: bool = False, progress: Callable[[EpochReport], None] | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    progress: Callable[[EpochReport], None] | None = None,
+    devices: int | Literal["all"] = 1,
 ) -> dict[str, Any]:
     """Train as configured and keep the run's directory, which no other process may write to meanwhile.
 
@@ -93,6 +99,8 @@ def train_run(
         resume: go on with the run that is there, to more epochs or with more patience if asked for; the numbers equal
             those of an unbroken run. Files that are missing or damaged are made again from the checkpoints.
         progress: called after every epoch.
+        devices: how many the run is split over (`mgrad_jax.devices`); no setting of the run, which may be resumed on
+            another number.
 
     Returns:
         What `result.json` holds.
@@ -105,8 +113,9 @@ def train_run(
     """
     if resume and not config.directory.is_dir():
         raise _no_run(config.directory)
+    over = None if devices == 1 else mesh(devices)
     with locked(config.directory) as lock:
-        run = _Run(config, lock)
+        run = _Run(config, lock, over)
         if not resume and run.is_begun():
             raise UserError(
                 f"{config.directory} already holds a run; add --resume to go on with it, or choose another --out."
@@ -122,8 +131,8 @@ def train_run(
 class _Run:
     """A run in a directory that this process holds."""
 
-    def __init__(self, config: RunConfig, lock: Lock) -> None:
-        self.config, self.lock, self.path = config, lock, config.directory
+    def __init__(self, config: RunConfig, lock: Lock, mesh: Mesh | None) -> None:
+        self.config, self.lock, self.path, self.mesh = config, lock, config.directory, mesh
         self.history = History(config.metric_names)
         self.checkpoints = Checkpoints(self.path / "checkpoint", self._write_history)
 
@@ -242,6 +251,7 @@ class _Run:
                 kept=kept_params(config, settings),
                 resume=True,
                 on_epoch=on_epoch,
+                mesh=self.mesh,
             )
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{config.summary}: {error}{config.suspicion}") from None
