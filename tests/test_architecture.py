@@ -54,7 +54,7 @@ ALLOWED = {
         *("sharpness_aware", "signals", "training"),
     ),
     "cli": (
-        *("analysis", "data", "errors", "evaluation", "files", "interop", "mirror", "models", "optimizers"),
+        *("analysis", "data", "devices", "errors", "evaluation", "files", "interop", "mirror", "models", "optimizers"),
         *("sharpness_aware", "signals", "training"),
     ),
     "__main__": ("cli",),
