@@ -103,14 +103,11 @@ def test_a_model_of_graphs_over_devices(float64: None, programs: list[Any]) -> N
 def test_lanes_left_over_are_shared_out_anew(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[list[int]] = []
     keep = sweeping.Lanes.keep
-    monkeypatch.setattr(
-        sweeping.Lanes, "keep", lambda self, lanes, *rest: (kept.append(lanes), keep(self, lanes, *rest))
-    )
+    monkeypatch.setattr(sweeping.Lanes, "keep", lambda self, *of: (kept.append(of[0]), keep(self, *of)))
     reports: list[SweepReport] = []
-    asked = members(dataclasses.replace(VBPR, patience=9), 1, 1, 1, 1, 3, 3, 2)  # the last of eight lanes idles
-    results = sweep(DATA, asked, slots=4, mesh=mesh(2), on_epoch=reports.append)
-    # Three of the second device's lanes, with an idle one; then one for each device.
-    assert kept == [[4, 5, 6, 0], [0, 1]]
+    asked = members(dataclasses.replace(VBPR, patience=9), 1, 1, 1, 1, 2, 3, 3)  # the last of eight lanes idles
+    results = sweep(DATA, asked, slots=2, mesh=mesh(4), on_epoch=reports.append)
+    assert kept == [[4, 5, 6, 0]]  # those of two devices, and an idle one, come to lie on four
     assert [report.running for report in reports] == [[1, 1, 1], [2, 2], []]
     assert_equal(results, sweep(DATA, asked, slots=1))
 
@@ -118,7 +115,7 @@ def test_lanes_left_over_are_shared_out_anew(float64: None, monkeypatch: pytest.
 # --- what a device holds ----------------------------------------------------------------------------------------------
 
 
-def test_each_of_four_devices_holds_a_quarter(programs: list[Any]) -> None:
+def test_each_of_four_devices_holds_a_quarter(float64: None, programs: list[Any]) -> None:
     asked = members(VBPR, *[4] * 8)
     alone, spread = (sweeping._Group(asked, DATA, over) for over in (None, mesh(4)))
     alone.compile(8)
@@ -132,7 +129,7 @@ def test_each_of_four_devices_holds_a_quarter(programs: list[Any]) -> None:
         assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [2] * 4
 
 
-def test_one_device_is_no_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_device_is_no_mesh(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "over_devices", lambda *_: pytest.fail("it is spread over devices"))
     for asked, over in ((members(VBPR, 1, 1), mesh(1)), (members(VBPR, 1), mesh(4))):
         for result in sweep(DATA, asked, slots=1, mesh=over):
