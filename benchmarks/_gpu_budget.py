@@ -1,4 +1,4 @@
-"""Parts of a measurement in order, within a budget of time, each written at once; the clock and what runs them are given."""
+"""Parts of a measurement in order, within a budget of time, each written at once; clock and runner are given."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a part: "done", "failed", "too long" or "skipped", its rows so far, and the reason where not done."""
+    """What came of a part: "done", "failed", "too long" or "skipped", its rows so far, and why it is not done."""
 
     status: str
     rows: Any = None

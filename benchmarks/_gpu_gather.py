@@ -2,9 +2,9 @@
 
     python benchmarks/_gpu_gather.py --output FILE
 
-Rows of a table for a batch of 2,048 ids drawn with a power law, and the gradient of a sum of their squares: at the width
-of the embeddings and at that of Amazon's image features. The cases take turns in every round; `distinct` counts the
-different gradients, to the last bit, of ten runs.
+Rows of a table for a batch of 2,048 ids drawn with a power law, and the gradient of a sum of their squares: at the
+width of the embeddings and at that of Amazon's image features. The cases take turns in every round; `distinct` counts
+the different gradients, to the last bit, of ten runs.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python benchmarks/_gpu_graph.py --output FILE
 
 A user-item graph with a power law is propagated in value, in both first derivatives and in a second derivative, by each
-product of `mgrad_jax.graph.kernels`; the reference is a dense product in float64 on the host. `deviation` is the largest
-difference over the largest number; `distinct` counts the different results, to the last bit, of ten runs of the gradient.
+product of `mgrad_jax.graph.kernels`; the reference is a dense product in float64 on the host. `deviation` is the
+largest difference over the largest number; `distinct` counts the different results, to the last bit, in ten
+gradients.
 """
 
 from __future__ import annotations

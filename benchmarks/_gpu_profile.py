@@ -2,8 +2,8 @@
 
     python benchmarks/_gpu_profile.py --output FILE
 
-Twelve steps at the size of Amazon Baby, plain and with Mirror Gradient, after a run for warmth. Where the profiler shows no
-events of the device, the row has the wall time and says so.
+Twelve steps at the size of Amazon Baby, plain and with Mirror Gradient, after a run for warmth. Where the profiler
+shows no events of the device, the row has the wall time and says so.
 """
 
 from __future__ import annotations

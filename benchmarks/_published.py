@@ -2,9 +2,9 @@
 
     PYTHON benchmarks/_published.py JOB.json        (started by benchmarks/vs_pytorch.py with the reference interpreter)
 
-Everything the trainer needs to run on current NumPy, SciPy and PyTorch is patched here, from outside, before its modules
-are imported. The job is a JSON object: `source` (its `src` folder), `model`, `dataset`, `mirror`, `config` (overrides of
-its configuration), `device`, `threads` and `output` (where the timings go). This file needs nothing of `mgrad_jax`.
+Everything the trainer needs to run on current NumPy, SciPy and PyTorch is patched here, from outside, before its
+modules are imported. The job is a JSON object: `source` (its `src` folder), `model`, `dataset`, `mirror`, `config`
+(overrides of its configuration), `device`, `threads` and `output` (where the timings go). It needs no `mgrad_jax`.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def run(job: dict[str, Any], torch: Any) -> dict[str, Any]:
 
 
 def paths_without_rivals(paths: list[str]) -> list[str]:
-    """The trainer's `models`, `common` and `utils` have no `__init__.py`: a package of that name elsewhere would win."""
+    """The trainer's `models`, `common`, `utils` have no `__init__.py`: a package of that name elsewhere would win."""
     names = ("models", "common", "utils")
     return [path for path in paths if not any(os.path.isfile(os.path.join(path, n, "__init__.py")) for n in names)]
 

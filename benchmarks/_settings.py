@@ -36,7 +36,7 @@ class Setting:
     """One model's setting.
 
     Attributes:
-        published: the model's class in the published trainer, and its configuration file's name; None where it has none.
+        published: the model's class in the published trainer, and its configuration file's name; None: it has none.
         hyper_parameters: by published name, the same on both sides.
         weight_decay: of the optimizer.
         published_only: options of the published configuration that our model knows as fixed.

@@ -1,4 +1,4 @@
-"""Training steps as programs of their own: some batches with the trainer's own passes, and nothing done once an epoch."""
+"""Training steps as programs of their own: some batches with the trainer's passes, and nothing done once an epoch."""
 
 from __future__ import annotations
 

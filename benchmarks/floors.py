@@ -10,8 +10,8 @@ with this optimizer:
     arithmetic  the operations of the step's dense products, at the rate of a product of two 2,048 x 2,048 matrices in
                 float32
 
-`distance` is the step's time over the larger of the two. Neither knows of gathers, of gradients that are written and read
-again, or of the sparse products, so a distance of 1 is out of reach.
+`distance` is the step's time over the larger of the two. Neither knows of gathers, of gradients that are written and
+read again, or of the sparse products, so a distance of 1 is out of reach.
 """
 
 from __future__ import annotations

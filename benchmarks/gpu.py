@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --minutes 12 --reference PATH --data data/tiktok --output benchmarks/results/gpu
     python benchmarks/gpu.py --minutes 1 --device cpu --quick --output /tmp/gpu
 
-    (a) parity    recorded numbers, trajectories and graph operations; resuming, with deterministic operations and without
+    (a) parity    recorded numbers, trajectories and graph operations; resuming, deterministic and not
     (b) price     Mirror Gradient over plain per step: chain, opaque and idle form, intervals 3 and 1
     (c) trainer   epoch and evaluation beside the published PyTorch trainer on the same device (needs --reference)
     (d) products  sparse products, and gradients of gathered rows
@@ -11,9 +11,9 @@
     (f) sweep     twelve members as one program and one by one
     (g) profile   one step of FREEDOM by kernels; its floors
 
-Every part is a process of its own with a limit of time and is written as soon as it ends, so nothing can end or hang the
-others. What no longer fits into the minutes is skipped and said; the same command again goes on with what is not done.
-Data are made up at the sizes of TikTok, Baby and Electronics where `--data` gives none of that name. See docs/gpu.md.
+Every part is a process of its own with a limit of time and is written as soon as it ends, so nothing can end or hang
+the others. What no longer fits into the minutes is skipped and said; the same command again goes on with what is not
+done. Data are made up at the sizes of TikTok, Baby and Electronics unless `--data` gives them. See docs/gpu.md.
 """
 
 from __future__ import annotations

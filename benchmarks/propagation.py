@@ -3,8 +3,9 @@
     python benchmarks/propagation.py
 
 Two graphs on made-up data of that size, or another with `--size`: `user-item` (26,495 nodes, 237,102 entries,
-symmetrically normalised) and `item` (7,050 nodes, the blend of two kNN graphs with k = 10). Each case is two steps of propagation of 64 columns,
-y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), the graph an argument of the program:
+symmetrically normalised) and `item` (7,050 nodes, the blend of two kNN graphs with k = 10). Each case is two steps of
+propagation of 64 columns, y = A (A x), in value (`value`) or in value and gradient by x (`gradient`), the graph an
+argument of the program:
 
     propagate   mgrad_jax.graph.propagate
     bipartite   mgrad_jax.graph.propagate_bipartite, what the models call (user-item only)

@@ -1,7 +1,7 @@
 """Time the published PyTorch trainer and this library on the same data, and put the metrics beside the times.
 
     python benchmarks/vs_pytorch.py --reference PATH --data data/tiktok --models freedom bm3 vbpr --epochs 6
-    python benchmarks/vs_pytorch.py --reference PATH --data data/tiktok --models vbpr --epochs 1000 --patience 20 --seed 1
+    python benchmarks/vs_pytorch.py --reference PATH --data data/tiktok --models vbpr --epochs 1000 --seed 1
 
 PATH is a checkout of https://github.com/Qrange-group/Mirror-Gradient; `--reference-python` an interpreter that has
 torch, numpy, scipy, pandas and pyyaml, and torch_geometric for MMGCN, GRCN, DualGNN and DRAGON. The checkout is run

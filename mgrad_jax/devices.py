@@ -67,7 +67,7 @@ def parse_devices(text: str) -> int | Literal["all"]:
 
 
 def mesh_in_force() -> Any:
-    """The mesh over whose devices a program is traced, as JAX knows it abstractly; None where one device does it all."""
+    """The mesh over whose devices a program is traced, as JAX knows it abstractly; None on one device."""
     found = jax.sharding.get_abstract_mesh()
     is_ours = AXIS in found.axis_names and found.shape[AXIS] > 1
     return found if is_ours and found.axis_types[found.axis_names.index(AXIS)] == AxisType.Auto else None
@@ -75,7 +75,7 @@ def mesh_in_force() -> Any:
 
 def over_devices(mesh: Any, function: Callable[..., Any], in_specs: Any, out_specs: Any, *operands: Any) -> Any:
     """Each device's own part of a computation, by `jax.shard_map`."""
-    # Without the check of which results vary: it refuses kernels chosen by platform, of which some vary and some do not.
+    # Without the check of which results vary: it refuses kernels chosen by platform, some of which vary.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
@@ -132,8 +132,8 @@ class Layout:
         if widths and not split:
             most = math.gcd(*widths)
             raise UserError(
-                f"{mesh.size} devices cannot share tables of width {', '.join(map(str, sorted(widths)))}; choose a number "
-                f"of devices that divides one of them, such as {most}, or other widths."
+                f"{mesh.size} devices cannot share tables of width {', '.join(map(str, sorted(widths)))}; choose a "
+                f"number of devices that divides one of them, such as {most}, or other widths."
             )
         return cls(mesh, layout.rows, split, layout.by_rows)
 

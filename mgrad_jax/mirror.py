@@ -57,13 +57,14 @@ _ACCUMULATING = {
 _OWN_GRADIENT = ("MirroredState", "SAMState", "SSAMState")
 
 _MIRROR_OUTSIDE = (
-    "The mirror stands before an optimizer that takes its gradient from `grad_fn`, where the factors alpha1 and -alpha2 do "
-    "not reach it: put the mirror inside, for example sam(optax.chain(mirror_gradient(), optimizer)) with mirror_step."
+    "The mirror stands before an optimizer that takes its gradient from `grad_fn`, where the factors alpha1 and "
+    "-alpha2 do not reach it: put the mirror inside, for example sam(optax.chain(mirror_gradient(), optimizer)) with "
+    "mirror_step."
 )
 _FORM_OUTSIDE = (
-    "An optimizer that evaluates the gradient again (mirrored, sam) stands inside optax.masked or optax.partition, where it "
-    "sees one group of the parameters, but `grad_fn` needs all of them: put it outside, mirrored(optax.partition(...)), "
-    "or use mirror_gradient in the group's chain, with mirror_step."
+    "An optimizer that evaluates the gradient again (mirrored, sam) stands inside optax.masked or optax.partition, "
+    "where it sees one group of the parameters, but `grad_fn` needs all of them: put it outside, "
+    "mirrored(optax.partition(...)), or use mirror_gradient in the group's chain, with mirror_step."
 )
 PASS_GRAD_FN = (
     "pass `grad_fn=`, a function of (params, index). What hands no such argument on, as optax.lookahead does not, goes "
@@ -108,7 +109,7 @@ class MirroredState(NamedTuple):
     inner_state: Any
 
 
-class Wrapping(optax.GradientTransformationExtraArgs):
+class Wrapping(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # which has no types for the checker
     """What an opaque form returns: an optimizer around another, which can be had around a changed one as well.
 
     For who adds to an optimizer what has to act before the form does, such as a decay of its learning rate.
@@ -158,8 +159,8 @@ def mirror_gradient(
         \theta'' = \theta - \eta \nabla \left[ (\alpha_1 - \alpha_2) L(\theta)
         + \tfrac{1}{2} \eta \alpha_1 \alpha_2 \lVert \nabla L(\theta) \rVert^2 \right] + O(\eta^3).
 
-    The training loop makes the second pass whenever `second_pass_pending` says so: train with `mirror_step`, which does.
-    A loop that calls ``update`` once a batch ascends instead: it takes the next batch for the second pass.
+    The training loop makes the second pass whenever `second_pass_pending` says so: train with `mirror_step`. A loop
+    that calls ``update`` once a batch ascends instead: it takes the next batch for the second pass.
 
     Args:
         alpha1: factor of the first pass over a mirror batch; a number, a scalar array (also traced: one program can
@@ -494,9 +495,9 @@ def schedule_over_passes(
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     r"""Turn a schedule over batches into one over passes, for what stands behind a mirror.
 
-    A mirror batch makes two updates, so a counter behind `mirror_gradient` or inside `mirrored` is ahead of the batches:
-    a learning rate that is to decay over N batches would have done so after N passes, at interval 1 half-way through.
-    With P passes an epoch of J batches (:math:`P = J + \lceil J / \beta \rceil`), pass t belongs to batch
+    A mirror batch makes two updates, so a counter behind `mirror_gradient` or inside `mirrored` is ahead of the
+    batches: a learning rate that is to decay over N batches would have done so after N passes, at interval 1 half-way
+    through. With P passes an epoch of J batches (:math:`P = J + \lceil J / \beta \rceil`), pass t belongs to batch
 
     .. math::
         \lfloor t / P \rfloor J + \lfloor u / (\beta + 1) \rfloor \beta + \max(u \bmod (\beta + 1) - 1, 0),
@@ -719,8 +720,8 @@ def mirror_step(
         if states := _mirror_states(opt_state):
             if any(_array(state.second).dtype != jnp.bool_ for state in states):
                 raise ValueError(
-                    "A wrapper around the mirror rewrites its state, as optax.lookahead does with reset_state=True: put "
-                    "the mirror outside, optax.chain(mirror_gradient(), wrapper(optimizer))."
+                    "A wrapper around the mirror rewrites its state, as optax.lookahead does with reset_state=True: "
+                    "put the mirror outside, optax.chain(mirror_gradient(), wrapper(optimizer))."
                 )
             params, opt_state = _when(second_pass_pending(opt_state), second_pass, params, opt_state)
         return params, opt_state, out
@@ -736,9 +737,9 @@ def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = 
     - updates are held back: by `optax.MultiSteps`, `optax.apply_every`, `optax.conditionally_mask` and their like. The
       first pass then moves nothing, or two passes over one batch count as two batches;
     - a form behind the mirror takes its gradient from ``grad_fn`` (`mirrored`, sharpness-aware minimization): the
-      factors do not reach the gradient that it steps along. ``sam(optax.chain(mirror_gradient(), optimizer))`` is right;
+      factors do not reach the gradient that it steps along. write ``sam(optax.chain(mirror_gradient(), optimizer))``;
     - ``optax.contrib.sam`` without ``opaque_mode`` takes the two passes for its own two steps;
-    - there are several mirrors that do not ask for the second pass of the same batches, or that scale the same gradient.
+    - there are several mirrors that do not ask for the second pass of the same batches, or scale the same gradient.
 
     Without a mirror nothing is refused, but for `optax.lookahead` over parameters that are not its pair.
 
@@ -780,8 +781,8 @@ def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = 
         if isinstance(node, optax.ConditionallyMaskState | optax.ConditionallyTransformState):
             name = "mask" if isinstance(node, optax.ConditionallyMaskState) else "transform"
             raise ValueError(
-                f"optax.conditionally_{name} counts passes, so that it may drop one pass of a mirror batch and keep the "
-                "other: train in two stages, the first without it or without the mirror."
+                f"optax.conditionally_{name} counts passes, so that it may drop one pass of a mirror batch and keep "
+                "the other: train in two stages, the first without it or without the mirror."
             )
         if isinstance(node, optax.contrib.SAMState) and node.cache is not None:
             raise ValueError(
@@ -800,10 +801,10 @@ def check_loop(opt_state: Any, optimizer: optax.GradientTransformation | None = 
 def update_with(update: Callable[..., Any], *args: Any, **extra_args: Any) -> Any:
     """Call an optimizer's ``update`` with those of these extra arguments that it accepts.
 
-    Not every one in Optax ignores the others: ``optax.contrib.sam`` takes ``grad_fn`` alone, a line search hands what it
-    does not know to ``value_fn``, and `optax.chain` hands everything to every link. Which of them refuses what is not
-    written anywhere, so an argument that is refused by name is left out and the call made again; nothing has happened
-    until then, since updates are pure.
+    Not every one in Optax ignores the others: ``optax.contrib.sam`` takes ``grad_fn`` alone, a line search hands what
+    it does not know to ``value_fn``, and `optax.chain` hands everything to every link. Which of them refuses what is
+    not written anywhere, so an argument that is refused by name is left out and the call made again; nothing has
+    happened until then, since updates are pure.
 
     Args:
         update: ``optimizer.update``, or another function that ends up there, such as that of ``nnx.Optimizer``.

@@ -25,8 +25,8 @@ def nnx_step(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[...
     Returns:
         ``step(model, optimizer, *args, **kwargs) -> loss``, to be wrapped in ``nnx.jit``; it changes model and
         optimizer in place. ``loss`` (``(loss, aux)`` with ``has_aux``) is that of the first pass. The gradient is taken
-        for ``optimizer.wrt``; opaque forms and line searches get what they need, as from `mirror_step`. ``optimizer.step``
-        counts updates.
+        for ``optimizer.wrt``; opaque forms and line searches get what they need, as from `mirror_step`.
+        ``optimizer.step`` counts updates.
 
     Raises:
         ValueError: by the step, as `mirror_step`.

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.declaration import check_choice, check_names
+from mgrad_jax.errors import UserError, shown
 
 
 class AccumulatorState(NamedTuple):
@@ -161,14 +162,10 @@ def make_optimizer(
     True
     """
     known = {**_OPTAX, **_COUPLED}
-    if name not in known:
-        near = did_you_mean(name, optimizer_names())
-        raise UserError(f"unknown optimizer {shown(name)}; choose one of {', '.join(optimizer_names())}{near}.")
+    check_choice("unknown optimizer", name, optimizer_names())
     accepted = [p for p in inspect.signature(known[name]).parameters if p != "learning_rate"]
+    check_names(f"{name} has no argument", arguments, accepted)
     for argument in arguments:
-        if argument not in accepted:
-            near = did_you_mean(argument, accepted)
-            raise UserError(f"{name} has no argument {shown(argument)}; choose among {', '.join(accepted)}{near}.")
         _check_value(name, argument, arguments[argument], inspect.signature(known[name]).parameters[argument].default)
     decays = isinstance(weight_decay, jax.Array) or weight_decay > 0
     if name in _COUPLED:

@@ -98,7 +98,7 @@ def _nan_where(bad: jax.Array, leaf: Any) -> Any:
 
 
 def _fingerprint(batch: Any) -> jax.Array:
-    """32 bits that depend on every value in the batch and on its place; what is neither array nor number is left out."""
+    """32 bits that depend on every value in the batch and on its place; only arrays and numbers count."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(batch):
         if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
@@ -110,7 +110,7 @@ def _fingerprint(batch: Any) -> jax.Array:
 
 def _bits(leaf: jax.Array) -> jax.Array:
     """The bits of an array, as uint32."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if jnp.iscomplexobj(leaf):
         leaf = jnp.stack([leaf.real, leaf.imag])

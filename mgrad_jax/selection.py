@@ -14,8 +14,8 @@ renamed(__name__, {"largest": "top_k_mask"})
 def top_k_mask(values: Float[Array, " n"], count: jax.typing.ArrayLike) -> Bool[Array, " n"]:
     """Mask of the `count` largest values, of equal ones the first; `count` may be traced, as `jax.lax.top_k`'s may not.
 
-    Sorts the bit patterns as unsigned integers: on a CPU, XLA's sort of floating-point numbers takes five times as long,
-    because it checks for NaN at every comparison.
+    Sorts the bit patterns as unsigned integers: on a CPU, XLA's sort of floating-point numbers takes five times as
+    long, because it checks for NaN at every comparison.
 
     Args:
         values: float32 or float64, no NaN.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mgrad_jax.data import Interactions
+from mgrad_jax.declaration import check_choice, check_names
 from mgrad_jax.deprecation import renamed
-from mgrad_jax.errors import UserError, did_you_mean, shown
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, TracedHyperParameter, cast_features
 
 renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
@@ -42,10 +42,7 @@ def names() -> list[str]:
 
 def model_class(name: str) -> type[Recommender]:
     """The class of a model; an unknown name is a `UserError` that lists the known ones."""
-    if name not in _CLASSES:
-        raise UserError(
-            f"unknown model {shown(name)}; choose one of {', '.join(names())}{did_you_mean(name, names())}."
-        )
+    check_choice("unknown model", name, names())
     module = importlib.import_module(f"mgrad_jax.models.{name}")
     return getattr(module, _CLASSES[name])
 
@@ -54,11 +51,7 @@ def make_config(name: str, hyper_parameters: dict[str, Any]) -> ModelConfig:
     """A model's configuration; an unknown hyper-parameter is a `UserError` that lists the known ones."""
     config_class = model_class(name).config_class
     known = [field.name for field in dataclasses.fields(config_class)]
-    for key in hyper_parameters:
-        if key not in known:
-            raise UserError(
-                f"{name} has no hyper-parameter {shown(key)}; choose among {', '.join(known)}{did_you_mean(key, known)}."
-            )
+    check_names(f"{name} has no hyper-parameter", hyper_parameters, known)
     return config_class(**hyper_parameters)
 
 
@@ -78,8 +71,8 @@ def create(
         data: the interactions and features it is built on.
         seed: seed of the initial parameters.
         dtype: floating-point type of parameters, features and graphs.
-        feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory; `dtype`
-            unless given. Everything else, item graphs included, is made of the features as they are.
+        feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory;
+            `dtype` unless given. Everything else, item graphs included, is made of the features as they are.
         **hyper_parameters: names of the reference code, e.g. `reg_weight=1e-3`; the rest keep their defaults there.
 
     Raises:

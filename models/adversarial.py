@@ -32,17 +32,17 @@ class AdversarialRecommender(Recommender):
     Gradient meets the perturbation of the parameters it moved to. Both L share the pass's key, thus its dropout masks.
     An item the batch does not reach has no gradient and stays as it is.
 
-    X is what the loss reads, in its units: VBPR's rows [text; image] are perturbed as one vector each; other models have
-    a table a modality, and each of its rows gets a delta of norm epsilon. SLMRec's rows have unit length. FREEDOM and BM3
-    train their tables: delta is added to the current values. Item graphs made of the features stay as they are.
+    X is what the loss reads, in its units: VBPR's rows [text; image] are perturbed as one vector each; other models
+    have a table a modality, and each of its rows gets a delta of norm epsilon. SLMRec's rows have unit length. FREEDOM
+    and BM3 train their tables: delta is added to the current values. Item graphs made of the features stay as they are.
 
     Parameters, their names and the vectors for evaluation are those of the model, so that training can start at the
     parameters of a plain run, as in the reference code: VBPR to its best epoch, then adversarially from there.
 
     Other than in the reference code of AMR, the model and its penalties are this package's (users of twice the width in
-    VBPR, losses as means), the features are not divided by their largest absolute value (epsilon is in their units), and the
-    guard against division by zero is smaller: the reference one shortens delta where |Gamma_i| < 1e-6, which FREEDOM
-    falls below by its `reg_weight`.
+    VBPR, losses as means), the features are not divided by their largest absolute value (epsilon is in their units),
+    and the guard against division by zero is smaller: the reference one shortens delta where |Gamma_i| < 1e-6, which
+    FREEDOM falls below by its `reg_weight`.
 
     Attributes:
         epsilon: norm of a perturbed row's change.
@@ -76,7 +76,7 @@ class AdversarialRecommender(Recommender):
             key: drives dropout, as in `loss`.
         """
         graphdef, *states = self._split()
-        # Stopped here and not at the result: nothing of the inner gradient is differentiated again, not even to be lost.
+        # Stopped here and not at the result: nothing of the inner gradient is differentiated again.
         tables, rest = jax.lax.stop_gradient(states)
         gradient = jax.grad(lambda tables: nnx.merge(graphdef, tables, rest)._unpenalised(batch, key))(tables)
         # In the model's type, also where the tables are held in a narrower one, which would round a small delta away.
@@ -98,7 +98,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
 
     Args:
         model: from `mgrad_jax.models.create`; it stays as it is.
-        epsilon: norm of a perturbed row's change, in units of the features; the authors' 0.1, for features of at most 1.
+        epsilon: norm of a perturbed row's change, in units of the features; the authors' 0.1, for features up to 1.
         weight: of the loss on perturbed features; the authors' is 1.
 
     Returns:
@@ -106,7 +106,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
         hyper-parameters are.
 
     Raises:
-        UserError: a model whose loss reads no features or that is adversarial already, or a number that is not positive.
+        UserError: a model whose loss reads no features or that is adversarial already, or a number below or at 0.
 
     >>> from mgrad_jax.data import demo_interactions
     >>> data = demo_interactions(n_users=60, n_items=40, n_groups=4)
@@ -124,8 +124,8 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
     if not tables:
         able = ", ".join(name for name in models.names() if models.model_class(name).needs)
         raise UserError(
-            f"{model.name} reads no features in training, so there is nothing to perturb; choose one of {able}, or leave "
-            "adversarial training out."
+            f"{model.name} reads no features in training, so there is nothing to perturb; choose one of {able}, or "
+            "leave adversarial training out."
         )
     object.__setattr__(copy, "__class__", _adversarial_class(type(model)))
     copy.tables = tables

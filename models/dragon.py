@@ -31,9 +31,10 @@ class DRAGON(UserGraphRecommender):
     With z_m, S and h_u as in `UserGraphRecommender`, w the users' modality weights and M the kNN item graph (share
     mm_image_weight of images, the rest text),
 
-        h0_u = [w_u,image z_image,u; w_u,text z_text,u],   h0_i = [z_image,i; z_text,i],   h_i = h0_i + M^n_mm_layers h0_i
+        h0_u = [w_u,image z_image,u; w_u,text z_text,u],  h0_i = [z_image,i; z_text,i],  h_i = h0_i + M^n_mm_layers h0_i
         score(u, i) = <h_u, h_i>
-        loss = mean -log2 sigmoid(score(u, i) - score(u, j)) + reg_weight (mean P_image,u^2 + mean P_text,u^2 + mean w^2),
+        loss = mean -log2 sigmoid(score(u, i) - score(u, j))
+             + reg_weight (mean P_image,u^2 + mean P_text,u^2 + mean w^2),
 
     the means of P over the batch's users, that of w over all.
 

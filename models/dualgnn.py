@@ -181,7 +181,7 @@ class DualGNN(UserGraphRecommender):
 
     With z_m, S and h_u as in `UserGraphRecommender` and w the users' modality weights,
 
-        h0_u = w_u,image (z_image + z_text)_u + w_u,text z_text,u,   h_i = (z_image + z_text)_i,   score(u, i) = <h_u, h_i>
+        h0_u = w_u,image (z_image + z_text)_u + w_u,text z_text,u, h_i = (z_image + z_text)_i, score(u, i) = <h_u, h_i>
         loss = mean -log2 sigmoid(score(u, i) - score(u, j))
              + reg_weight (mean P_image,u^2 + mean P_text,u^2 + mean w^2 + mean v^2),
 

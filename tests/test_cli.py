@@ -292,7 +292,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown model": (["--model", "freedum"], "unknown model 'freedum'; choose one of bm3, dragon,"),
     "unknown --set key": (["--set", "droput=0.1"], "has no hyper-parameter 'droput'; choose among"),
     "--set without value": (["--set", "dropout"], "is not of the form key=value"),
-    "badly typed --set value": (["--set", "embedding_dim=wide"], "embedding_dim='wide' does not fit"),
+    "badly typed --set value": (["--set", "embedding_dim=wide"], "embedding_dim is 'wide'; it must be a whole number"),
     "badly typed option": (["--alpha1", "big"], "--alpha1"),
     "option without value": (["--alpha1"], "--alpha1"),
     "unknown optimizer": (["--optimizer", "adamm"], "unknown optimizer 'adamm'; choose one of"),

@@ -211,7 +211,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "twice": (["--grid", "alpha1=0.1", "--grid", "alpha1=0.2"], "--grid alpha1 is given twice"),
     "repeated value": (["--grid", "alpha1=0.1,0.10"], "axis 'alpha1' names 0.1 twice"),
     "unknown axis": (["--grid", "alpha=0.1"], "has no axis 'alpha'; choose among alpha1, alpha2,"),
-    "no number": (["--grid", "alpha1=big"], "axis 'alpha1' has the value 'big'; it must be of type float"),
+    "no number": (["--grid", "alpha1=big"], "alpha1 is 'big'; it must be a positive number"),
     "out of range": (["--grid", "alpha1=0.5,-1"], "alpha1 is -1; it must be a positive number"),
     "NaN": (["--grid", "learning_rate=nan"], "learning_rate is nan; it must be a positive number"),
     "hyper-parameter": (["--grid", "embedding_dim=8,0"], "embedding_dim is 0; it must be at least 1"),
@@ -263,7 +263,7 @@ def test_sweep_takes_the_options_of_train(capfd: pytest.CaptureFixture[str]) -> 
         assert main([command, "--no-such-option"]) == 2
         listed = capfd.readouterr().err.split("choose among ")[1].split(", ")
         options.append({option for option in listed if option.startswith("--")})
-    assert options[0] - options[1] == {"--config", "--keep-every", "--start-from"}
+    assert options[0] - options[1] == {"--config", "--devices", "--keep-every", "--start-from"}
     assert options[1] - options[0] == {"--grid", "--seeds", "--slots"}
 
 

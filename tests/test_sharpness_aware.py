@@ -12,8 +12,7 @@ import optax
 import pytest
 
 import mgrad_jax
-import mgrad_jax.sharpness_aware as sharpness_aware
-from mgrad_jax import SSAMState, models, sam, ssam_d, ssam_f
+from mgrad_jax import SSAMState, models, sam, sparse_masks, ssam_d, ssam_f
 from mgrad_jax.data import load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import fit
@@ -214,7 +213,7 @@ def test_ssam_d_gets_sparser_than_asked_for_where_little_is_left_to_grow():
 
 def test_counts_are_exact_for_large_models():
     """Products of odd counts that float32 would round."""
-    stay, grow = sharpness_aware._exchange(50_000_019, 0.5, 0.5, 5, 10)
+    stay, grow = sparse_masks.exchange_counts(50_000_019, 0.5, 0.5, 5, 10)
     assert stay.tolist() == [12_500_004, 18_750_007, 25_000_009]
     assert grow.tolist() == [12_500_004, 6_250_002, 0]
 

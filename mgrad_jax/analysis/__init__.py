@@ -1,1 +1,1 @@
-"""The paper's analyses as functions: comparisons of trainings, robustness, their statistics and tables (docs/experiments.md)."""
+"""The paper's analyses: comparisons of trainings, robustness, their statistics and tables (docs/experiments.md)."""

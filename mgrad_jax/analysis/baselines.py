@@ -13,7 +13,8 @@ import numpy as np
 from scipy import sparse
 
 from mgrad_jax.data import Interactions
-from mgrad_jax.errors import UserError, shown
+from mgrad_jax.declaration import check_choice
+from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 
 Scores = Callable[[np.ndarray], np.ndarray]
@@ -42,8 +43,7 @@ class Baseline(NamedTuple):
 
 def check_baseline(name: str, data: Interactions) -> None:
     """Refuse a name that does not exist, and neighbours by features where the data have none."""
-    if name not in BASELINES:
-        raise UserError(f"unknown recommender {shown(name)}; choose one of {', '.join(BASELINES)}.")
+    check_choice("unknown recommender", name, BASELINES)
     if name == "itemknn-features" and not data.features:
         raise UserError(f"itemknn-features compares features, and {data.source} has none; choose itemknn.")
 

@@ -1,8 +1,8 @@
 """Trainings at equal numbers of updates: what early stopping, which goes by a noisy metric, does not decide.
 
-Every epoch of `history.csv` holds the metrics of both splits. The budget of a model and optimizer is the number of gradient
-evaluations that all of its runs get to; a run counts up to its last whole epoch within it. In plain training, mirror and
-replay a gradient evaluation is an update; the SAM family takes two for one.
+Every epoch of `history.csv` holds the metrics of both splits. The budget of a model and optimizer is the number of
+gradient evaluations that all of its runs get to; a run counts up to its last whole epoch within it. In plain training,
+mirror and replay a gradient evaluation is an update; the SAM family takes two for one.
 
 | rule | test metric of a run |
 |---|---|
@@ -109,10 +109,10 @@ def equal_table(found: Mapping[Cell, AtBudget], metrics: Sequence[str]) -> Table
         values = [spread(list(at.values[rule][metric].values())) for metric in metrics for rule in RULES]
         rows.append((*cell, len(at.epochs), at.evaluations, spread(list(at.epochs.values())), *values))
     caption = (
-        "Test metrics at equal numbers of updates, mean ± standard deviation over seeds: every run counts up to the number "
-        "of gradient evaluations that all runs of its model and optimizer get to (in the SAM family two make an update). "
-        f"best: at the best epoch by validation until there; last: mean of the {LAST} last epochs until there, without any "
-        "selection."
+        "Test metrics at equal numbers of updates, mean ± standard deviation over seeds: every run counts up to the "
+        "number of gradient evaluations that all runs of its model and optimizer get to (in the SAM family two make an "
+        f"update). best: at the best epoch by validation until there; last: mean of the {LAST} last epochs until "
+        "there, without any selection."
     )
     return Table(caption, tuple(columns), tuple(rows))
 

@@ -1,4 +1,4 @@
-"""What a study leaves behind: its tables as Markdown, CSV and LaTeX, its pictures, and every number in `result.json`."""
+"""What a study leaves behind: tables as Markdown, CSV and LaTeX, pictures, and every number in `result.json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mgrad_jax.analysis.report import Column, Table, csv_records, provenance, to
 from mgrad_jax.analysis.statistics import Spread, spread
 from mgrad_jax.analysis.study import Cell, Outcome, Run, Study, Tried
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.errors import UserError
+from mgrad_jax.declaration import check_choice
 from mgrad_jax.evaluation.candidates import CANDIDATE_METRICS, CAPTION, candidate_metrics, read_candidates
 from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores
 from mgrad_jax.files import write_whole
@@ -59,8 +59,7 @@ class Report:
 def check_metrics(metrics: Sequence[str], config: RunConfig) -> None:
     """Refuse a metric that the runs do not measure."""
     for metric in metrics:
-        if metric not in config.metric_names:
-            raise UserError(f"unknown metric '{metric}'; choose among {', '.join(config.metric_names)}.")
+        check_choice("unknown metric", metric, config.metric_names)
 
 
 def write_report(study: Study, outcome: Outcome, metrics: Sequence[str]) -> Report:
@@ -184,8 +183,8 @@ def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str
         rows.append((*_names(cell), len(finished), *spreads, epochs, lost, "; ".join(notes)))
     caption = (
         f"Test metrics on {data} at the best epoch by validation, mean ± standard deviation over seeds. "
-        "Popularity and item neighbours are not trained; what a model adds is what it has above them. The note names those "
-        f"that are above it by {metrics[0]}, and in how many tries a training was tuned."
+        "Popularity and item neighbours are not trained; what a model adds is what it has above them. The note names "
+        f"those that are above it by {metrics[0]}, and in how many tries a training was tuned."
     )
     caption += f" {CAPTION}" if any(metric in CANDIDATE_METRICS for metric in metrics) else ""
     return Table(caption, tuple(columns), tuple(rows))
@@ -200,8 +199,9 @@ def tried_table(tried: Sequence[Tried], metric: str) -> Table:
         for t in tried
     ]
     caption = (
-        f"Tries of the trainings that were tuned, by mean validation {metric} over seeds; the best one stands in the other "
-        "tables. replay is tried as often with other seeds, so that it has as many chances; plain training has one."
+        f"Tries of the trainings that were tuned, by mean validation {metric} over seeds; the best one stands in the "
+        "other tables. replay is tried as often with other seeds, so that it has as many chances; plain training has "
+        "one."
     )
     return Table(caption, tuple(columns), tuple(rows))
 
@@ -232,9 +232,9 @@ def comparison_table(made: Sequence[Comparison]) -> Table:
     n_seeds = sum(c.adjusted_seeds is not None for c in made)
     n_users = sum(c.adjusted_users is not None for c in made)
     caption = (
-        "Differences on test, with the relative one's 95% band from resampling users and seeds at once. Over seeds: the "
-        "paired t-test to go by. Over users: paired t-test of the users' metrics averaged over seeds, given these runs; "
-        "with thousands of users nearly everything becomes significant, so read the size. Holm: adjusted for the "
+        "Differences on test, with the relative one's 95% band from resampling users and seeds at once. Over seeds: "
+        "the paired t-test to go by. Over users: paired t-test of the users' metrics averaged over seeds, given these "
+        "runs; with thousands of users nearly everything becomes significant, so read the size. Holm: adjusted for the "
         f"{n_seeds} tests over seeds and the {n_users} over users in this table."
     )
     return Table(caption, tuple(columns), tuple(rows))
@@ -274,8 +274,8 @@ def convergence_table(curves: Mapping[Cell, Sequence[Curve]], metric: str) -> Ta
         rows.append((*_names(cell), needed.runs, f"{needed.reached} of {needed.runs}", *goal, *loss))
     caption = (
         f"Convergence. The goal is {SHARE:.0%} of plain training's best validation {metric}, averaged over its seeds; "
-        "the common loss is the largest training loss (a batch) that every run of the model and optimizer gets down to. "
-        "Where training stops is chosen by a noisy metric, so that fewer epochs say little without their spread."
+        "the common loss is the largest training loss (a batch) that every run of the model and optimizer gets down "
+        "to. Where training stops is chosen by a noisy metric, so that fewer epochs say little without their spread."
     )
     return Table(caption, tuple(columns), tuple(rows))
 

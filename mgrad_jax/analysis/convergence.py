@@ -31,7 +31,7 @@ def gradient_evaluations(config: RunConfig, n_train: int, epochs: int) -> np.nda
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's course, (epochs,) each: loss a batch, selection metric on validation, evaluations and seconds so far."""
+    """One run's course, (epochs,) each: loss per batch, selection metric on validation, evaluations, seconds."""
 
     loss: np.ndarray
     valid: np.ndarray

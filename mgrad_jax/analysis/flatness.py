@@ -23,7 +23,7 @@ Params: TypeAlias = Any
 Loss: TypeAlias = Callable[[Params, Any], Float[Array, ""]]
 
 RAW, CORRECTED = "raw", "scale-corrected"
-# Of the smoothed rise; of the trace, raw and scale-corrected; of the worst rise: absolute, and as a share of |theta / D|.
+# Of the smoothed rise; of the trace, raw and scale-corrected; of the worst rise, absolute and in shares of |theta / D|.
 _SMOOTHING = (0.1, 0.25, 0.5)
 _STEPS = {RAW: 0.01, CORRECTED: 0.03}
 _RADII = {RAW: 0.05, CORRECTED: 0.01}

@@ -5,8 +5,8 @@ For one example whose first layer is :math:`h = W x + b`,
 .. math::
     \lVert \nabla_x L \rVert^2\, (1 + \lVert x \rVert^2) / \lVert W \rVert^2 \le \lVert \nabla_\theta L \rVert^2
 
-with the spectral norm of W. It says nothing of the mean of a batch, in which the parameters' gradients may cancel and the
-inputs' do not.
+with the spectral norm of W. It says nothing of the mean of a batch, in which the parameters' gradients may cancel and
+the inputs' do not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.analysis.perturb import variable_at
 from mgrad_jax.analysis.theory import norm
 from mgrad_jax.data import Batch
-from mgrad_jax.data.interactions import MODALITIES
+from mgrad_jax.data.features import MODALITIES
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics
 from mgrad_jax.models import Recommender
@@ -82,8 +82,8 @@ def open_inputs(model: Recommender) -> tuple[Recommender, tuple[str, ...]]:
 def first_layer(model: Recommender, table: str) -> str | None:
     """Path of the matrix that multiplies the rows of a table; None where there is none, or several.
 
-    That is a kernel as high as the rows are wide, of the table's own modality where there are several. What propagates a
-    row before its first layer, as the texts of MMGCN, has none.
+    That is a kernel as high as the rows are wide, of the table's own modality where there are several. What propagates
+    a row before its first layer, as the texts of MMGCN, has none.
     """
     width = jnp.shape(variable_at(model, table).get_value())[1]
     kernels = {

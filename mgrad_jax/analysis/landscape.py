@@ -93,7 +93,7 @@ def objective(model: Recommender, data: Interactions, n: int, key: Array) -> tup
 
 
 def parameters(model: Recommender) -> nnx.State:
-    """The model's parameters in its own type, also where it holds tables in a narrower one, in which small steps vanish."""
+    """The model's parameters in its own type: a narrower one, in which it may hold tables, loses small steps."""
     return jax.tree.map(lambda x: jnp.asarray(x, model.dtype), nnx.state(model, nnx.Param))
 
 

@@ -172,8 +172,8 @@ def _trust(landscapes: Landscapes) -> str:
             size = max(*(abs(end.value) for end in ends), 1e-300)
             residuals += [(end.check or 0.0) / size for end in ends]
     return (
-        f"Half the step changes a trace by at most {max(steps):.1%} of the largest; the largest residual of an eigenvalue "
-        f"is {max(residuals):.1%} of the larger one."
+        f"Half the step changes a trace by at most {max(steps):.1%} of the largest; the largest residual of an "
+        f"eigenvalue is {max(residuals):.1%} of the larger one."
     )
 
 
@@ -207,9 +207,9 @@ def differences_table(landscapes: Landscapes, readings: Readings) -> Table:
     adjusted = holm([test.p for test in tests])
     full = [(*row, t.d_z, t.p, p, t.note) for row, t, p in zip(rows, tests, adjusted, strict=True)]
     caption = (
-        "Differences of flatness, with the 95% band from resampling seeds and random directions at once (with one seed: "
-        "given these runs; a number without directions then has none), and the paired t-test over seeds; Holm: adjusted "
-        f"for the {sum(t.p is not None for t in tests)} tests of this table."
+        "Differences of flatness, with the 95% band from resampling seeds and random directions at once (with one "
+        "seed: given these runs; a number without directions then has none), and the paired t-test over seeds; Holm: "
+        f"adjusted for the {sum(t.p is not None for t in tests)} tests of this table."
     )
     return Table(caption, tuple(columns), tuple(full))
 

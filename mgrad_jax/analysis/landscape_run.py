@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from mgrad_jax.analysis.flatness import Flatness, flatness
 from mgrad_jax.analysis.landscape import Surface, norm, objective, parameters, surface
 from mgrad_jax.analysis.runs import each_run
+from mgrad_jax.analysis.settings import LandscapeSettings
+from mgrad_jax.deprecation import renamed
 from mgrad_jax.training.numerics import as_configured
 from mgrad_jax.training.run import LoadedRun
 
@@ -20,26 +22,7 @@ from mgrad_jax.training.run import LoadedRun
 _SIDE_BY_SIDE = 16
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is measured of every run.
-
-    Attributes:
-        directions, points, reach: of the surface, see `mgrad_jax.analysis.landscape.surface`.
-        sample: training pairs that the loss is taken over.
-        scale_per, probes: of the flatness numbers, see `mgrad_jax.analysis.flatness.flatness`.
-        kept_epochs: of how many kept epochs at most, evenly spread over those that a run kept.
-        seed: of all that is drawn, which is the same in every run.
-    """
-
-    directions: Literal["filter", "table", "raw"] = "filter"
-    points: int = 21
-    reach: float = 1.0
-    sample: int = 8192
-    scale_per: Literal["table", "row"] = "table"
-    probes: int = 16
-    kept_epochs: int = 12
-    seed: int = 0
+renamed(__name__, {"Asked": "LandscapeSettings"})
 
 
 class Place(NamedTuple):
@@ -78,7 +61,7 @@ Landscapes = Mapping[str, Mapping[str, Mapping[int, Landscape]]]
 
 def measure_landscapes(
     groups: Mapping[str, Mapping[str, Mapping[int, Path]]],
-    asked: Asked,
+    asked: LandscapeSettings,
     *,
     data: str | None = None,
     progress: Callable[[Path], None] | None = None,
@@ -104,7 +87,7 @@ def measure_landscapes(
     return found, name
 
 
-def measure(run: LoadedRun, asked: Asked) -> Landscape:
+def measure(run: LoadedRun, asked: LandscapeSettings) -> Landscape:
     """The surface around a run's best parameters, and the flatness there and at its kept epochs.
 
     The run's model is left with the parameters of the last of these.

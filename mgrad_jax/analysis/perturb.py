@@ -1,7 +1,7 @@
 """Changes of a trained model at inference: noise in its learned item tables, other features of some items.
 
-A change makes the scored vectors of one case of it, inside a compiled program; how much is changed, and by which draw, is
-an argument of that program, so that a whole curve takes one compilation.
+A change makes the scored vectors of one case of it, inside a compiled program; how much is changed, and by which draw,
+is an argument of that program, so that a whole curve takes one compilation.
 """
 
 from __future__ import annotations

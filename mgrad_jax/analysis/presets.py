@@ -1,7 +1,7 @@
 """The paper's tables and figures as presets: which runs each needs, and which analyses of them.
 
-A preset gives steps, one after the other: studies that are trained (`mgrad_jax.analysis.study`), and calls of other commands.
-Some steps follow from what earlier ones found on disk, so they come from a generator.
+A preset gives steps, one after the other: studies that are trained (`mgrad_jax.analysis.study`), and calls of other
+commands. Some steps follow from what earlier ones found on disk, so they come from a generator.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import Any
 
 import pandas as pd
 
-from mgrad_jax.analysis.study import Study, hyper_parameter_names
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.analysis.settings import NOISE_DRAWS, RobustnessSettings
+from mgrad_jax.analysis.study_plan import Study, hyper_parameter_names
+from mgrad_jax.declaration import check_choice
+from mgrad_jax.errors import UserError
 
 METRICS = ("recall@5", "precision@5", "map@5", "ndcg@5")
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 OPTIMIZERS = ("adam", "sgd", "rmsprop", "adagrad")
-NOISE_SCALES, NOISE_DRAWS = (0, 0.25, 0.5, 1, 2, 3, 5, 10), 20
+NOISE_SCALES = RobustnessSettings.scales
 SHARES, SHARE_DRAWS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1), 10
 _FIVE = tuple(range(999, 1004))
 _TEN = tuple(range(999, 1009))
@@ -252,24 +254,24 @@ PRESETS: Mapping[str, Preset] = {
         ("baby",),
         ("bm3", "freedom"),
         _noise,
-        note="The paper does not tell the size of its noise. Ours: the smallest scale measured at which plain training has "
-        "lost 5%, and 20%.",
+        note="The paper does not tell the size of its noise. Ours: the smallest scale measured at which plain training "
+        "has lost 5%, and 20%.",
     ),
     "table5": Preset(
         "Is a model more robust to adjusted features?",
         ("baby",),
         ("mmgcn", "grcn", "vbpr"),
         _adjustment,
-        note="The paper put captions into the text with a chance of one percent; the captions were not published. Ours: "
-        "features swapped between one percent, and ten percent, of the items.",
+        note="The paper put captions into the text with a chance of one percent; the captions were not published. "
+        "Ours: features swapped between one percent, and ten percent, of the items.",
     ),
     "table6": Preset(
         "Does MG help under other optimizers?",
         ("baby",),
         ("grcn", "dragon"),
         _optimizers,
-        note="The published rate is 1e-3 for all optimizers; chosen rate: the best of 1e-4, 1e-3, 1e-2 and 0.1 on validation "
-        "for plain training, used for all methods.",
+        note="The published rate is 1e-3 for all optimizers; chosen rate: the best of 1e-4, 1e-3, 1e-2 and 0.1 on "
+        "validation for plain training, used for all methods.",
     ),
     "table7": Preset(
         "Is MG better than methods for flat minima?",
@@ -283,8 +285,8 @@ PRESETS: Mapping[str, Preset] = {
         ("pinterest",),
         ("vbpr",),
         _adversarial,
-        note="The paper tells no cut-off; 5 is assumed. AMR starts from the plain run of the same seed. Metrics on sampled "
-        "candidates are no full-ranking metrics.",
+        note="The paper tells no cut-off; 5 is assumed. AMR starts from the plain run of the same seed. Metrics on "
+        "sampled candidates are no full-ranking metrics.",
     ),
     "table9": Preset(
         "Does MG help models without features?", ("baby", "clothing"), ("layergcn", "selfcf"), _plain_study
@@ -301,7 +303,8 @@ PRESETS: Mapping[str, Preset] = {
         ("baby",),
         ("bm3", "freedom"),
         _landscape,
-        note="The paper shows a picture and prints no numbers; differences with bands and tests stand in landscape/table.md.",
+        note="The paper shows a picture and prints no numbers; differences with bands and tests stand in "
+        "landscape/table.md.",
         form=".4g",
     ),
     "fig4": Preset(
@@ -339,8 +342,5 @@ PRESETS: Mapping[str, Preset] = {
 
 def find_preset(name: str) -> Preset:
     """A preset by name; an unknown one is a `UserError` that lists the known."""
-    if name not in PRESETS:
-        raise UserError(
-            f"there is no preset {shown(name)}; choose one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}."
-        )
+    check_choice("there is no preset", name, PRESETS)
     return PRESETS[name]

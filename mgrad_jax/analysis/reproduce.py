@@ -111,9 +111,9 @@ def beside(name: str, preset: Preset, found: Mapping[str, list[Ours]]) -> Table:
             rows.append((*place, paper, change, value, mine, ours.replay, seeds))
     others = sorted(data for data in found if data.lower() not in preset.data)
     caption = (
-        f"{name}: {preset.question} The paper's values beside ours. Change: relative to plain training, or to the unchanged "
-        "model where something is changed at inference. Ours: mean ± standard deviation over seeds; tests stand in the "
-        "directories of the studies. A dash: the paper's text has no such number."
+        f"{name}: {preset.question} The paper's values beside ours. Change: relative to plain training, or to the "
+        "unchanged model where something is changed at inference. Ours: mean ± standard deviation over seeds; tests "
+        "stand in the directories of the studies. A dash: the paper's text has no such number."
     )
     if others:
         caption += f" The paper's are of other data than {', '.join(others)}: compare the changes, not the levels."

@@ -1,4 +1,4 @@
-"""What `robustness` leaves behind: how much every training loses under every change, with bands, as tables and pictures."""
+"""What `robustness` leaves behind: what each training loses under each change, with bands, as tables and pictures."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def summary_table(
     draws = ", ".join(f"{experiment.draws} of {experiment.name}" for experiment in experiments)
     caption = (
         f"Changes at inference on {data}, {what.split}; draws: {draws}. Without change: mean ± standard deviation over "
-        "seeds. Area: under the share of the metric that is kept, over log(1 + scale) of noise or over the share of items "
-        "changed, divided by its width, with its 95% band from resampling users, draws and seeds at once (with one seed: "
-        "given this run). Lost at: the smallest scale or share measured at which so much is lost. Zero table, noise only: "
-        "the metric without the learned table, or with noise of its size in its place. Overlap: share of the clean list "
-        "that stays."
+        "seeds. Area: under the share of the metric that is kept, over log(1 + scale) of noise or over the share of "
+        "items changed, divided by its width, with its 95% band from resampling users, draws and seeds at once (with "
+        "one seed: given this run). Lost at: the smallest scale or share measured at which so much is lost. Zero "
+        "table, noise only: the metric without the learned table, or with noise of its size in its place. Overlap: "
+        "share of the clean list that stays."
     )
     return Table(caption, tuple(columns), tuple(rows))
 
@@ -199,8 +199,8 @@ def differences_table(made: Sequence[Difference]) -> Table:
         names = " - ".join(d.names)
         rows.append((d.experiment.name, d.model, names, d.metric, d.seeds, area, test.d_z, test.p, adjusted, test.note))
     caption = (
-        "Differences of the kept area, with the 95% band from resampling users, draws and seeds at once, and the paired "
-        f"t-test over seeds; Holm: adjusted for the {sum(t.p is not None for t in tests)} tests of this table."
+        "Differences of the kept area, with the 95% band from resampling users, draws and seeds at once, and the "
+        f"paired t-test over seeds; Holm: adjusted for the {sum(t.p is not None for t in tests)} tests of this table."
     )
     return Table(caption, tuple(columns), tuple(rows))
 
@@ -239,7 +239,10 @@ def parts_table(experiments: Sequence[Experiment]) -> Table | None:
     if not names:
         return None
     heads = [Column("change"), Column("model"), Column("method"), Column("share", "g"), *map(Column, names)]
-    caption = "Users one of whose positives was changed, and the others; share of the places in all lists that changed items take."
+    caption = (
+        "Users one of whose positives was changed, and the others; share of the places in all lists that changed items "
+        "take."
+    )
     return Table(caption, tuple(heads), tuple(rows))
 
 

@@ -12,6 +12,7 @@ from mgrad_jax.analysis.baselines import popularity
 from mgrad_jax.analysis.perturb import FeatureChange, item_tables
 from mgrad_jax.analysis.robustness import Measured, Response, changed_features, check_features, table_noise
 from mgrad_jax.analysis.runs import each_run
+from mgrad_jax.analysis.settings import ADJUSTMENT_DRAWS, NOISE_DRAWS, RobustnessSettings
 from mgrad_jax.data import Interactions
 from mgrad_jax.data.features import MODALITIES, read_features
 from mgrad_jax.errors import UserError
@@ -90,6 +91,23 @@ def feature_change(
 
     places = _with_zero(shares)
     return Change(change.kind, places, draws, check, measure)
+
+
+def changes_of(settings: RobustnessSettings, data: Interactions) -> list[Change]:
+    """The changes asked for; a user's own features are read here, to take the place of the data's."""
+    found = []
+    if settings.adds_noise:
+        draws = settings.draws or NOISE_DRAWS
+        found.append(noise_change(settings.scales, draws, per=settings.per, at=settings.at, tables=settings.tables))
+    modalities, draws = modalities_of(settings.modality), settings.draws or ADJUSTMENT_DRAWS
+    for kind in settings.kinds:
+        change = FeatureChange(kind, modalities, settings.mix, settings.feature_noise)
+        found.append(feature_change(change, settings.shares, draws, rebuild=settings.rebuild))
+    if settings.directory is not None:
+        other = other_features(settings.directory, data, modalities)
+        change = FeatureChange("given", tuple(other))
+        found.append(feature_change(change, settings.shares, draws, other=other, rebuild=settings.rebuild))
+    return found
 
 
 def _with_zero(places: Sequence[float]) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ import yaml
 
 from mgrad_jax.analysis.study import STUDY_FILE, study_runs
 from mgrad_jax.errors import UserError, shown
+from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.checkpoint import Checkpoints
 from mgrad_jax.training.methods import unused
 from mgrad_jax.training.run import LoadedRun, load_run
@@ -121,10 +122,10 @@ def _expanded(path: Path) -> list[Path]:
 def _described(directory: Path) -> _Described:
     """A run and what its `config.yaml` says; only what has finished counts."""
     try:
-        settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        settings = None
-    if not isinstance(settings, dict) or not settings.keys() >= set(_SAID):
+        settings = read_mapping(directory / "config.yaml", yaml.safe_load)
+    except (FileNotFoundError, Damaged):
+        settings = {}
+    if not settings.keys() >= set(_SAID):
         load_run(directory)  # says what is wrong with it
         raise UserError(f"{directory / 'config.yaml'} is not a run's configuration; train the run anew.")
     if not (directory / "result.json").exists():
@@ -149,8 +150,8 @@ def _by_training(model: str, runs: Sequence[_Described]) -> dict[str, dict[int, 
     methods = {run.settings["training"] for run in runs}
     if methods & {"mirror", "mirror-ascent"} and len(methods) > 1 and "replay" not in methods:
         raise UserError(
-            f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many updates; "
-            "add runs made with train --replay."
+            f"{model} has runs of {' and '.join(sorted(methods))} and none of replay, the control with as many "
+            "updates; add runs made with train --replay."
         )
     return {name: _by_seed(alike) for name, alike in named.items()}
 

@@ -3,20 +3,20 @@
 | file | holds |
 |---|---|
 | `study.yaml` | what was asked for last |
-| `runs/<model>-<method>-<optimizer>[-i<interval>][-<setting>]-s<seed>/` | a run (`mgrad_jax.training.run`), and `users.npz`: each user's test metrics; `candidates.npz`: the same on sampled candidates |
+| `runs/<model>-<method>-<optimizer>[-i<interval>][-<setting>]-s<seed>/` | see below |
 
-Some trainings are tried several times (`Study.tune`): with every setting, and `replay` with as many sets of other seeds. The
-try with the best mean on validation stands for the training; nothing else enters the tables.
+A run's directory (`mgrad_jax.training.run`) also holds `users.npz`, each user's test metrics, and `candidates.npz`, the
+same on sampled candidates.
+
+Some trainings are tried several times (`Study.tune`): with every setting, and `replay` with as many sets of other
+seeds. The try with the best mean on validation stands for the training; nothing else enters the tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +25,32 @@ import yaml
 
 from mgrad_jax import models
 from mgrad_jax.analysis.convergence import gradient_evaluations
+from mgrad_jax.analysis.study_plan import STRIDE, Cell, Key, Study
 from mgrad_jax.analysis.study_users import sampled_metrics, user_metrics
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.errors import UserError, shown
+from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.candidates import Candidates, read_candidates
 from mgrad_jax.files import Damaged, locked, read_mapping, write_whole
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import EpochReport, TrainingDiverged
 from mgrad_jax.training.history import History, read_rows
-from mgrad_jax.training.methods import METHODS, SETTINGS, unused
 from mgrad_jax.training.run import train_run
 
+__all__ = [
+    "Cell",
+    "Key",
+    "Outcome",
+    "Run",
+    "Study",
+    "StudyInterrupted",
+    "Tried",
+    "check_models",
+    "is_finished",
+    "study_runs",
+    "train_study",
+]
 STUDY_FILE = "study.yaml"
 _DIVERGED_FILE = "diverged.txt"
-_STRIDE = 100_000  # between the seeds of one try of `replay` and the next
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -47,23 +59,6 @@ class StudyInterrupted(KeyboardInterrupt):
     def __init__(self, out: Path, finished: int, runs: int) -> None:
         super().__init__(f"{out}: stopped with {finished} of {runs} runs finished")
         self.out, self.finished, self.runs = out, finished, runs
-
-
-class Cell(NamedTuple):
-    """One training of one model, whatever the seed; `interval` is None where the method has none."""
-
-    model: str
-    method: str
-    optimizer: str
-    interval: int | None
-
-
-class Key(NamedTuple):
-    """One run of a study: a training, a seed, and which of the tries it belongs to."""
-
-    cell: Cell
-    seed: int
-    attempt: int = 0
 
 
 class Run(NamedTuple):
@@ -75,8 +70,8 @@ class Run(NamedTuple):
         history: rows of `history.csv`.
         evaluations: gradient evaluations until the end of every epoch of the history.
         users: (n,) the evaluated test users, ascending.
-        metrics: each user's test metrics at the best epoch, `{"recall@5": (n,), ...}`; those on sampled candidates are of
-            the users who have some.
+        metrics: each user's test metrics at the best epoch, `{"recall@5": (n,), ...}`; those on sampled candidates are
+            of the users who have some.
         note: how the training was tuned; "" where it was not.
     """
 
@@ -113,179 +108,6 @@ class Outcome(NamedTuple):
 
     runs: list[Run]
     tried: list[Tried]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is compared.
-
-    Attributes:
-        data: a directory in MMRec format, or "demo".
-        models, methods, optimizers, intervals, seeds: every combination is a run. `replay` is among the methods whether
-            named or not; methods without an interval are run once for all of them.
-        out: the study's directory.
-        hyper_parameters: of the models. A name is for every model that has it, `model.name` for one.
-        settings: further arguments of `RunConfig`, the same in every run.
-        tune: values by name of a setting that some of the methods have, such as alpha2. Those methods are trained with
-            every combination, and `replay` with as many sets of seeds, `_STRIDE` apart.
-        candidates: an .npy file of sampled candidates (`mgrad_jax.evaluation.candidates`), on which runs are ranked, too.
-        start_from: a run whose parameters every run begins with, or a study, whose plain run of the same model and seed
-            it is.
-
-    Raises:
-        UserError: a name that does not exist, a value out of range, or a list that is empty or repeats itself.
-    """
-
-    data: str
-    models: tuple[str, ...]
-    out: str
-    methods: tuple[str, ...] = ("plain", "replay", "mirror")
-    optimizers: tuple[str, ...] = ("adam",)
-    intervals: tuple[int, ...] = (3,)
-    seeds: tuple[int, ...] = (999, 1000, 1001, 1002, 1003)
-    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    candidates: str | None = None
-    start_from: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("models", "methods", "optimizers", "intervals", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise UserError(f"--{name} names nothing; name at least one.")
-            if len(set(values)) < len(values):
-                repeated = next(value for value in values if values.count(value) > 1)
-                raise UserError(f"--{name} names {repeated} twice; name each once.")
-        for method in self.methods:
-            if method not in METHODS:
-                raise UserError(f"unknown method '{method}'; choose among {', '.join(METHODS)}.")
-        if "replay" not in self.methods:
-            place = self.methods.index("plain") + 1 if "plain" in self.methods else 0
-            methods = (*self.methods[:place], "replay", *self.methods[place:])
-            object.__setattr__(self, "methods", methods)
-        self._check_tune()
-        known = {name: hyper_parameter_names(name) for name in self.models}
-        for key in self.hyper_parameters:
-            model, separator, name = key.rpartition(".")
-            if separator and model not in known:
-                raise UserError(f"--set {key} is for {model}, which is not compared; name one of {', '.join(known)}.")
-            if not any(name in known[m] for m in ([model] if separator else self.models)):
-                names = sorted(set().union(*(known[m] for m in ([model] if separator else self.models))))
-                raise UserError(f"no compared model has the hyper-parameter '{name}'; choose among {', '.join(names)}.")
-        self.configs()
-
-    @property
-    def directory(self) -> Path:
-        """The study's directory."""
-        return Path(self.out)
-
-    def cells(self) -> list[Cell]:
-        """Every training of every model, in the order of the tables."""
-        cells = [
-            Cell(model, method, optimizer, None if "interval" in unused(method) else interval)
-            for model, optimizer, method, interval in itertools.product(
-                self.models, self.optimizers, self.methods, self.intervals
-            )
-        ]
-        return list(dict.fromkeys(cells))
-
-    def tries(self, cell: Cell) -> list[dict[str, float]]:
-        """The settings that a training is tried with; those of `replay`, which has none of them, differ by their seeds."""
-        if cell.method == "replay":
-            return [{}] * max(len(_combinations(_tuned(self.tune, method))) for method in self.methods)
-        return _combinations(_tuned(self.tune, cell.method))
-
-    def configs(self) -> dict[Key, RunConfig]:
-        """The configuration of every run."""
-        return self._configs
-
-    @functools.cached_property
-    def _configs(self) -> dict[Key, RunConfig]:
-        return {
-            Key(cell, seed, attempt): self.config(cell, seed, attempt, setting)
-            for cell in self.cells()
-            for attempt, setting in enumerate(self.tries(cell))
-            for seed in self.seeds
-        }
-
-    def config(self, cell: Cell, seed: int, attempt: int = 0, setting: Mapping[str, float] | None = None) -> RunConfig:
-        """The configuration of one run; `attempt` counts the tries of a tuned training, with these settings."""
-        interval = "" if cell.interval is None else f"-i{cell.interval}"
-        setting = setting or {}
-        # A try at what is set anyway is the run of a study that is not tuned.
-        own = {name: value for name, value in setting.items() if value != self._base(name)}
-        tried = "".join(f"-{name}-{value:g}" for name, value in own.items())
-        if cell.method == "replay":
-            seed += attempt * _STRIDE
-        name = f"{cell.model}-{cell.method}-{cell.optimizer}{interval}{tried}-s{seed}"
-        given = {} if cell.interval is None else {"interval": cell.interval}
-        start = {} if self.start_from is None else {"start_from": self._start(cell, seed)}
-        return RunConfig(
-            model=cell.model,
-            data=self.data,
-            training=cell.method,
-            optimizer=cell.optimizer,
-            seed=seed,
-            hyper_parameters=self._hyper_parameters(cell.model),
-            out=str(self.directory / "runs" / name),
-            **{**self.settings, **given, **setting, **start},
-        )
-
-    def _base(self, name: str) -> Any:
-        defaults = {f.name: f.default for f in dataclasses.fields(RunConfig)}
-        return self.settings.get(name, defaults[name])
-
-    def _start(self, cell: Cell, seed: int) -> str:
-        """The run that one begins with."""
-        place = Path(str(self.start_from))
-        if (place / "config.yaml").exists():
-            return str(place)
-        return str(place / "runs" / f"{cell.model}-plain-{cell.optimizer}-s{seed}")
-
-    def _check_tune(self) -> None:
-        tunable = sorted(set(SETTINGS) - {"interval"})
-        for name, values in self.tune.items():
-            if name not in tunable:
-                raise UserError(
-                    f"--tune has no setting {shown(name)}; choose among {', '.join(tunable)}, which some methods have and "
-                    "others do not."
-                )
-            if all(name in unused(method) for method in self.methods):
-                raise UserError(f"--tune {name} has no effect in {' or '.join(self.methods)}; leave it out.")
-            if len(set(values)) < len(values):
-                raise UserError(f"--tune {name} names a value twice; name each once.")
-
-    def _hyper_parameters(self, model: str) -> dict[str, Any]:
-        known = hyper_parameter_names(model)
-        shared = {name: value for name, value in self.hyper_parameters.items() if name in known}
-        own = {key.partition(".")[2]: v for key, v in self.hyper_parameters.items() if key.startswith(f"{model}.")}
-        return {**shared, **own}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML and JSON."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "out"}
-        return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _tuned(tune: Mapping[str, Sequence[float]], method: str) -> dict[str, Sequence[float]]:
-    """What is tuned of a method."""
-    return {name: values for name, values in tune.items() if name not in unused(method)}
-
-
-def _combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-
-
-def hyper_parameter_names(model: str) -> list[str]:
-    """The names of a model's hyper-parameters."""
-    return [f.name for f in dataclasses.fields(models.model_class(model).config_class)]
 
 
 def train_study(
@@ -346,8 +168,7 @@ def train_study(
 def check_models(configs: Iterable[RunConfig], data: Interactions) -> None:
     """A model that the data cannot train is found before hours are spent on the others."""
     for config in {config.model: config for config in configs}.values():
-        settings = models.make_config(config.model, dict(config.hyper_parameters))
-        if (sentence := models.model_class(config.model).obstacle(data, settings)) is not None:
+        if (sentence := models.model_class(config.model).obstacle(data, config.model_config)) is not None:
             raise UserError(sentence)
 
 
@@ -389,7 +210,7 @@ def _choose(study: Study, results: Mapping[Key, dict[str, Any] | None]) -> tuple
 
 def _in_words(cell: Cell, setting: Mapping[str, float], attempt: int) -> str:
     if cell.method == "replay":
-        return f"seeds + {attempt * _STRIDE}" if attempt else "seeds as given"
+        return f"seeds + {attempt * STRIDE}" if attempt else "seeds as given"
     return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
@@ -422,13 +243,13 @@ def study_runs(directory: Path) -> list[Path]:
         UserError: no study there, or one whose runs are not all finished.
     """
     try:
-        settings = yaml.safe_load((directory / STUDY_FILE).read_text(encoding="utf-8"))
+        settings = read_mapping(directory / STUDY_FILE, yaml.safe_load)
         named = {f.name for f in dataclasses.fields(Study)} - {"out"}
         values: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in named
         }
         study = Study(out=str(directory), **values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+    except (Damaged, FileNotFoundError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{directory / STUDY_FILE} cannot be read ({reason}); repeat the study with --resume."

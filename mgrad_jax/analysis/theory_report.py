@@ -13,7 +13,8 @@ from mgrad_jax.analysis import figures_theory
 from mgrad_jax.analysis.figures import png
 from mgrad_jax.analysis.inputs import InputNumbers, at_loss, common_loss
 from mgrad_jax.analysis.report import Column, Table, csv_records, provenance, to_csv, to_latex, to_markdown
-from mgrad_jax.analysis.theory_run import WORST_CASE, Findings, InputFindings, Subject, TheorySettings
+from mgrad_jax.analysis.settings import TheorySettings
+from mgrad_jax.analysis.theory_run import WORST_CASE, Findings, InputFindings, Subject
 from mgrad_jax.files import write_whole
 
 # Where the slope of the residual has to lie for the theorem to be said to hold.
@@ -30,10 +31,10 @@ def residual_table(found: Sequence[Findings]) -> Table:
         slope, steps = f.residual.slope, f.residual.steps
         rows.append((*_who(f.subject), slope, float(steps[0]), float(steps[-1]), f.residual.coefficient, _verdict(f)))
     caption = (
-        "Theorem 3.2 in float64 with gradient descent, one batch, fixed key: slope of log residual over log learning rate "
-        f"at five doubling steps; by the theorem 3, and it holds here from {SLOPES[0]} to {SLOPES[1]}. A model that stops "
-        "gradients steps along a g that is not the gradient of its loss's values, so that |g|^2 is not what it is "
-        "led down."
+        "Theorem 3.2 in float64 with gradient descent, one batch, fixed key: slope of log residual over log learning "
+        f"rate at five doubling steps; by the theorem 3, and it holds here from {SLOPES[0]} to {SLOPES[1]}. A model "
+        "that stops gradients steps along a g that is not the gradient of its loss's values, so that |g|^2 is not what "
+        "it is led down."
     )
     return Table(caption, columns, tuple(rows))
 
@@ -71,8 +72,8 @@ def penalty_table(found: Sequence[Findings], settings: TheorySettings) -> Table:
     caption = (
         "Weight of the penalty beside the loss, eta alpha1 alpha2 g'Pg / (2 (alpha1 - alpha2) L), of one batch with "
         f"alpha1 {settings.alpha1:g} and alpha2 {settings.alpha2:g}: P = 1 for gradient descent; for Adam "
-        f"P = 1 / (sqrt(v) + eps) with v its second moment over {settings.warm_up} batches, which holds for ascent steps only: Adam's own "
-        "second half-step does not go back."
+        f"P = 1 / (sqrt(v) + eps) with v its second moment over {settings.warm_up} batches, which holds for ascent "
+        "steps only: Adam's own second half-step does not go back."
     )
     return Table(caption, heads, tuple(rows))
 
@@ -83,11 +84,11 @@ def steps_table(found: Sequence[Findings], settings: TheorySettings) -> Table:
     heads += (Column("cosine with the first", "+.3f"), Column("cosine with -g", "+.3f"), Column("length", ".3f"))
     rows = [(*_who(f.subject), s.optimizer, s.second, s.state, *s.steps) for f in found for s in f.steps]
     caption = (
-        f"The two half-steps of a mirror batch, alpha1 {settings.alpha1:g}, alpha2 {settings.alpha2:g}, from zero state and "
-        f"after {settings.warm_up} batches: projection <d2, d1> / <d1, d1>, for gradient descent -alpha2 / alpha1 and "
-        "above 0 where the second goes along the first; cosine of d2 with d1, and with -g where it starts, above 0 where "
-        "it still goes downhill; length |d1 + d2| beside the optimizer's plain step. Second half-step: the optimizer's "
-        "own, or gradient ascent with its step sizes."
+        f"The two half-steps of a mirror batch, alpha1 {settings.alpha1:g}, alpha2 {settings.alpha2:g}, from zero "
+        f"state and after {settings.warm_up} batches: projection <d2, d1> / <d1, d1>, for gradient descent -alpha2 / "
+        "alpha1 and above 0 where the second goes along the first; cosine of d2 with d1, and with -g where it starts, "
+        "above 0 where it still goes downhill; length |d1 + d2| beside the optimizer's plain step. Second half-step: "
+        "the optimizer's own, or gradient ascent with its step sizes."
     )
     return Table(caption, heads, tuple(rows))
 
@@ -174,11 +175,12 @@ def inputs_table(found: Sequence[InputFindings], *, everything: bool) -> Table:
                 row = (*_who(f.subject), epoch, numbers.loss, path, kind)
                 rows.append((*row, *_numbers(numbers, path), table.constant, said))
     caption = (
-        "Inputs at the best epoch. Input gradient: |dL/dX|, Frobenius; parameter gradient: |dL/dtheta|; ratio: of the two; "
-        "sensitivity: mean over items of |x| |d(B L)/dx|, which does not move where X is multiplied and W divided by a "
-        "number; constant: mean over items of (1 + |x|^2) / |W|^2 with the spectral norm of the first layer; lemma holds: "
-        "for how many single examples |dL/dx|^2 (1 + |x|^2) / |W|^2 <= |dL/dtheta|^2. A trained table belongs to theta: "
-        "nobody else can change it. Runs that stop at different losses differ in all of this for that alone."
+        "Inputs at the best epoch. Input gradient: |dL/dX|, Frobenius; parameter gradient: |dL/dtheta|; ratio: of the "
+        "two; sensitivity: mean over items of |x| |d(B L)/dx|, which does not move where X is multiplied and W divided "
+        "by a number; constant: mean over items of (1 + |x|^2) / |W|^2 with the spectral norm of the first layer; "
+        "lemma holds: for how many single examples |dL/dx|^2 (1 + |x|^2) / |W|^2 <= |dL/dtheta|^2. A trained table "
+        "belongs to theta: nobody else can change it. Runs that stop at different losses differ in all of this for "
+        "that alone."
     )
     return Table(caption, heads, tuple(rows))
 
@@ -211,8 +213,8 @@ def equal_loss_table(found: Sequence[InputFindings]) -> Table | None:
     if not rows:
         return None
     caption = (
-        "The same at equal loss of the measured batch: the smallest that every run of the model comes down to, interpolated "
-        "between kept epochs. Nothing stands where a run was below it at its first kept epoch already."
+        "The same at equal loss of the measured batch: the smallest that every run of the model comes down to, "
+        "interpolated between kept epochs. Nothing stands where a run was below it at its first kept epoch already."
     )
     return Table(caption, heads, tuple(rows))
 

@@ -17,6 +17,7 @@ from mgrad_jax import models
 from mgrad_jax.analysis import theory
 from mgrad_jax.analysis.inputs import InputNumbers, measure_inputs, open_inputs, worst_case_metrics
 from mgrad_jax.analysis.landscape import Fixed, ModelLoss, objective, parameters, sample_batch
+from mgrad_jax.analysis.settings import TheorySettings
 from mgrad_jax.ascent import check_own_ascent
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.evaluation.ranking import make_eval_split
@@ -33,33 +34,6 @@ from mgrad_jax.training.run import load_run
 MOST_PLACES = 12
 _Evaluate: TypeAlias = Callable[[nnx.State, Fixed], tuple[jax.Array, nnx.State]]
 WORST_CASE = (0.0, 0.01, 0.05, 0.1)
-
-
-@dataclass(frozen=True)
-class TheorySettings:
-    """What is measured.
-
-    Attributes:
-        alpha1, alpha2: of the mirror batch.
-        learning_rate: eta; None: the run's own.
-        optimizers: whose half-steps.
-        batch_size: of the measured batch; None: the run's own.
-        warm_up: batches of Mirror Gradient before an optimizer's state counts as running, and of gradients that Adam's
-            second moment is made of.
-        pairs: training pairs of which inputs are measured.
-        examples: on how many single ones the lemma is tested.
-        seed: of all that is drawn.
-    """
-
-    alpha1: float = 1.0
-    alpha2: float = 0.2
-    learning_rate: float | None = None
-    optimizers: tuple[str, ...] = ("sgd", "adam", "rmsprop", "adagrad")
-    batch_size: int | None = None
-    warm_up: int = 30
-    pairs: int = 8192
-    examples: int = 64
-    seed: int = 0
 
 
 class Place(NamedTuple):
@@ -120,7 +94,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class InputFindings:
-    """A subject's inputs along its training, and the metrics under worst-case changes of them (none where they are not scored).
+    """A subject's inputs along its training, and the metrics under worst-case changes of them (none if not scored).
 
     Attributes:
         trained: whether the inputs are tables that were trained themselves.

@@ -46,7 +46,7 @@ def _with_config(parameters: Sequence[Any], words: list[str]) -> list[str]:
         return words
     keys = [f"{p.name} {value.partition('=')[0].strip()}" for p, values in options if p.multiple for value in values]
     given = {*(p.name for p, _ in options), *keys}
-    return [*words_of(files[0], {p.name: p.opts[0] for p in parameters}, given), *words]
+    return [*words_of(files[0], given), *words]
 
 
 def check_plain(what: str, text: str) -> None:

@@ -39,8 +39,8 @@ def use_compilation_cache() -> None:
 def mended(warning: str) -> bool:
     """Whether a warning was one of JAX's about its cache, and is dealt with.
 
-    JAX names the program, not the file: all entries of that name are removed, before JAX compiles and writes it anew. An
-    entry that cannot be written costs the next run its compilation, nothing else.
+    JAX names the program, not the file: all entries of that name are removed, before JAX compiles and writes it anew.
+    An entry that cannot be written costs the next run its compilation, nothing else.
     """
     found = re.match(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'", warning)
     if found is None:

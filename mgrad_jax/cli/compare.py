@@ -12,10 +12,11 @@ from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import HyperParameters
 from mgrad_jax.cli.console import print_table, progress
-from mgrad_jax.cli.options import pairs, scalar
+from mgrad_jax.cli.options import Part, names, pairs, scalar, takes_settings
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.methods import METHODS
+from mgrad_jax.training.settings import RunSettings
 
 if TYPE_CHECKING:
     from mgrad_jax.analysis.report import Table
@@ -24,7 +25,19 @@ if TYPE_CHECKING:
     from mgrad_jax.training.fit import EpochReport
 
 
+# What all runs of a study have in common.
+_SHARED = Part(
+    RunSettings,
+    (
+        *("alpha1", "alpha2", "adversarial", "learning_rate", "weight_decay", "max_norm"),
+        *("epochs", "patience", "batch_size", "metric", "keep_every"),
+    ),
+)
+
+
+@takes_settings(settings=_SHARED)
 def compare(
+    *,
     data: Annotated[str, typer.Option(help="Directory in MMRec format, or 'demo'.")],
     models: Annotated[str, typer.Option(metavar="NAME,...", help="Models; `mgrad-jax models` lists them.")],
     out: Annotated[str, typer.Option(help="The study's directory.")],
@@ -45,21 +58,13 @@ def compare(
     metrics: Annotated[
         str, typer.Option(metavar="NAME,...", help="Test metrics in the tables, besides --metric.")
     ] = "recall@5,recall@20,ndcg@20",
-    alpha1: Annotated[float, typer.Option(help="Factor of mirror's first pass.")] = 1.0,
-    alpha2: Annotated[float, typer.Option(help="Factor of mirror's second pass.")] = 0.2,
-    learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="As in `train`.")] = 0.0,
-    max_norm: Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")] = None,
     tune: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUES",
-            help="Try a setting that only some methods have, alpha2=0.1,0.2,0.3, and keep the best on validation; replay "
-            "is tried as often with other seeds.",
+            help="Try a setting that only some methods have, alpha2=0.1,0.2,0.3, and keep the best on validation; "
+            "replay is tried as often with other seeds.",
         ),
-    ] = None,
-    adversarial: Annotated[
-        str | None, typer.Option(metavar="KEY=VALUE,...", help="As in `train`, in every run: epsilon=0.1,weight=1.")
     ] = None,
     start_from: Annotated[
         str | None,
@@ -68,15 +73,7 @@ def compare(
     candidates: Annotated[
         str | None, typer.Option(metavar="NPY", help="Also rank held-out items among sampled candidates, as AMR does.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="The most epochs a run trains.")] = 1000,
-    patience: Annotated[int, typer.Option(help="Epochs without improvement that are tolerated.")] = 20,
-    batch_size: Annotated[int, typer.Option(help="Interactions a batch.")] = 2048,
-    metric: Annotated[
-        str, typer.Option(help="What selects the best epoch, on validation; tests go by it.")
-    ] = "recall@5",
-    keep_every: Annotated[
-        int | None, typer.Option(help="Keep the parameters of every N-th epoch of every run, for `landscape`.")
-    ] = None,
+    settings: dict[str, Any],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with an estimate of the time.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, or extend it.")] = False,
 ) -> None:
@@ -95,19 +92,7 @@ def compare(
         intervals=whole_numbers("--intervals", intervals),
         seeds=seeds_of(seeds, seed),
         hyper_parameters=pairs("--set", hyper or ()),
-        settings={
-            "alpha1": alpha1,
-            "alpha2": alpha2,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "max_norm": max_norm,
-            "epochs": epochs,
-            "patience": patience,
-            "batch_size": batch_size,
-            "metric": metric,
-            **({} if adversarial is None else {"adversarial": pairs("--adversarial", adversarial.split(","))}),
-            **({} if keep_every is None else {"keep_every": keep_every}),
-        },
+        settings=settings,
         tune=values_by_name("--tune", tune or ()),
         candidates=candidates,
         start_from=start_from,
@@ -122,14 +107,6 @@ def compare(
     for sentence in report.verdicts:
         print(sentence)
     print(f"Tables, tests and pictures: {study.directory}")
-
-
-def names(option: str, text: str) -> tuple[str, ...]:
-    """The names in a list with commas."""
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
-        raise UserError(f"{option} {text} has an empty place; write names with commas between them.")
-    return found
 
 
 def values_by_name(option: str, arguments: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -3,63 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from mgrad_jax.cli.options import METHOD_ALIASES
+from mgrad_jax.declaration import plain, spelling
 from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.training.settings import RunSettings
 
-# Settings whose option has another name, and tables of settings, each with the option for one of its entries.
-_OPTIONS = {"training": "method"}
-_TABLES = {"hyper_parameters": "hyper", "optimizer_args": "optimizer_arg", "flat_minima_args": "method_arg"}
 # What tells where a run lies and what its data were.
 _NOT_TAKEN = ("out", "data_digest")
-_METHOD = ("method", "mirror", "replay", "flat_minima")
 
 
-def words_of(file: str, spellings: Mapping[str, str], given: Collection[str]) -> list[str]:
+def words_of(file: str, given: Collection[str]) -> list[str]:
     """The settings in a file as options, those left out that the command line gives itself.
 
     Args:
         file: what a run's `config.yaml` writes, also a part of it.
-        spellings: of the command's options, by the names of their parameters.
-        given: the parameters that the command line gives, and of tables "parameter key". Who names a method there takes
+        given: the settings that the command line gives, and of tables "setting key". Who names a method there takes
             neither the file's nor its arguments.
 
     Raises:
         UserError: a file that cannot be read, or a setting in it that there is no option for.
     """
-    settings = _read(file)
+    declared = {field.name: field for field in fields(RunSettings)}
+    has_method = not {"training", *METHOD_ALIASES}.isdisjoint(given)
     words: list[str] = []
-    for name, value in settings.items():
-        option = _TABLES.get(name, _OPTIONS.get(name, name))
-        if name in _NOT_TAKEN or value is None or (option in given and name not in _TABLES):
+    for name, value in _read(file).items():
+        if name in _NOT_TAKEN or value is None or (has_method and name in ("training", "flat_minima_args")):
             continue
-        if name in ("training", "flat_minima_args") and set(_METHOD) & set(given):
-            continue
-        if name == "ks" and value == [5, 10, 20, 50]:  # of which there is no option
-            continue
-        if option not in spellings:
-            known = sorted({*spellings, *_OPTIONS, *_TABLES} - {"config", "hyper", *_METHOD, *_TABLES.values()})
+        field = declared.get(name)
+        if field is not None and (option := spelling(field)):
+            if field.metadata["kind"] is dict:
+                words += _table(file, name, value, option, given, repeated=field.default is MISSING)
+            elif name not in given:
+                words += _words(value, option)
+        elif field is None or value != plain(field.default):
+            known = sorted(name for name, field in declared.items() if spelling(field))
             raise UserError(
                 f"{file} has the setting {shown(name)}, of which there is no option{did_you_mean(name, known)}."
             )
-        words += _words(file, name, value, spellings[option], option, given)
     return words
 
 
-def _words(file: str, name: str, value: Any, spelling: str, option: str, given: Collection[str]) -> list[str]:
-    if name in _TABLES or name == "adversarial":
-        if not isinstance(value, Mapping):
-            raise UserError(f"{file} has {name} {shown(value)}; it must be a table of names and values.")
-        if name == "adversarial":
-            return [f"{spelling}={','.join(f'{key}={_text(item)}' for key, item in value.items())}"]
-        own = {key: item for key, item in value.items() if f"{option} {key}" not in given and item is not None}
-        return [f"{spelling}={key}={_text(item)}" for key, item in own.items()]
+def _words(value: Any, option: str) -> list[str]:
     if isinstance(value, bool):
-        return [spelling] if value else []
-    if isinstance(value, list):
-        return [spelling, *map(str, value)]
-    return [f"{spelling}={value}"]
+        return [option] if value else []
+    return [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+
+
+def _table(file: str, name: str, table: Any, option: str, given: Collection[str], *, repeated: bool) -> list[str]:
+    """A table of arguments: one option for each entry, or one for all."""
+    if not isinstance(table, Mapping):
+        raise UserError(f"{file} has {name} {shown(table)}; it must be a table of names and values.")
+    if not repeated:
+        entries = ",".join(f"{key}={_text(item)}" for key, item in table.items())
+        return [] if name in given else [f"{option}={entries}"]
+    own = {key: item for key, item in table.items() if f"{name} {key}" not in given and item is not None}
+    return [f"{option}={key}={_text(item)}" for key, item in own.items()]
 
 
 def _text(value: Any) -> str:

@@ -31,8 +31,8 @@ def prepare(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Raw ratings: CSV, TSV or JSON lines, plain or .gz; or a dataset, whose split is kept, and which alone "
-            "is enough without DESTINATION."
+            help="Raw ratings: CSV, TSV or JSON lines, plain or .gz; or a dataset, whose split is kept, and which "
+            "alone is enough without DESTINATION."
         ),
     ],
     destination: Annotated[

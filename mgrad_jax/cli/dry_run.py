@@ -83,16 +83,14 @@ def _of_model(config: RunConfig, data: Interactions, heading: str = "") -> dict[
     import jax
     from flax import nnx
 
-    from mgrad_jax import models
-    from mgrad_jax.training.memory import available_bytes, estimate, in_words
+    from mgrad_jax.training.memory import available_bytes, in_words
 
     try:
         model = nnx.eval_shape(lambda: config.create_model(data))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         model = config.create_model(data)  # a graph of this model is made of numbers, not of shapes
     n_params = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    hyper = models.make_config(config.model, dict(config.hyper_parameters))
-    parts = estimate(config.model, hyper, data, config.transformation(data), batch_size=config.batch_size, ks=config.ks)
+    parts = config.memory(data)
     needed = in_words(sum(part.size for part in parts.values()))
     return {
         f"parameters{heading}": f"{n_params:,}",

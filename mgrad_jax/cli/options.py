@@ -1,158 +1,179 @@
-"""The options of training, defined once for the commands that train; `key=value` arguments."""
+"""The options of commands, made of declared settings; `key=value` arguments."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import typer
 
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.declaration import check_choice, marked, spelling
+from mgrad_jax.errors import UserError
 from mgrad_jax.training.methods import METHODS
+from mgrad_jax.training.settings import RunSettings, Settings
 
 if TYPE_CHECKING:
     from mgrad_jax.training.config import RunConfig
 
 # What `--flat-minima` takes, from before there was `--method`.
 _FLAT_MINIMA = ("mirror", *(name for name, method in METHODS.items() if method.record == "flat_minima"))
+# Other ways to give `--method`.
+METHOD_ALIASES = {
+    "mirror": typer.Option("--mirror/--no-mirror", help="--method mirror, or plain."),
+    "replay": typer.Option("--replay", help="--method replay."),
+    "flat_minima": typer.Option("--flat-minima", hidden=True, help=f"--method, one of {', '.join(_FLAT_MINIMA)}."),
+}
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What `train` takes and `sweep` takes for all its members; a field is an option."""
+class Part(NamedTuple):
+    """Some of the settings that a dataclass declares, by name."""
 
-    model: Annotated[str, typer.Option(help="A model's name; `mgrad-jax models` lists them.")]
-    data: Annotated[str, typer.Option(help="Directory in MMRec format, or 'demo'.")]
-    method: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help=f"How to train: {'; '.join(f'{m.name}, {m.help}' for m in METHODS.values())}."
-        ),
-    ] = None
-    method_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method-arg", "--flat-minima-arg", metavar="KEY=VALUE", help="An argument of the method; repeatable."
-        ),
-    ] = None
-    mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="--method mirror, or plain.")] = None
-    replay: Annotated[bool, typer.Option("--replay", help="--method replay.")] = False
-    flat_minima: Annotated[
-        str | None, typer.Option(hidden=True, help=f"--method with one of {', '.join(_FLAT_MINIMA)}.")
-    ] = None
-    adversarial: Annotated[
-        str | None,
-        typer.Option(metavar="KEY=VALUE,...", help="Train on perturbed features too (AMR): epsilon=0.1,weight=1."),
-    ] = None
-    feature_dtype: Annotated[
-        str,
-        typer.Option(help="Type in which tables of features are held: float32, or bfloat16 for half of the memory."),
-    ] = "float32"
-    matmul_precision: Annotated[
-        str,
-        typer.Option(help="Of dense products on a GPU: highest (float32), high, or default (TF32 on recent cards)."),
-    ] = "highest"
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="On a GPU, the same numbers every time, for some of its speed.")
-    ] = False
-    alpha1: Annotated[float, typer.Option(help="Factor of the first pass over a mirror batch.")] = 1.0
-    alpha2: Annotated[float, typer.Option(help="Factor of the second pass, taken with the minus sign.")] = 0.2
-    interval: Annotated[int, typer.Option(help="One batch in how many is a mirror batch (beta).")] = 3
-    optimizer: Annotated[
-        str,
-        typer.Option(
-            help="adam, sgd, rmsprop or adagrad, with PyTorch's defaults; adamw, lion, muon ..., with Optax's."
-        ),
-    ] = "adam"
-    learning_rate: Annotated[float, typer.Option(help="Step size.")] = 1e-3
-    weight_decay: Annotated[float, typer.Option(help="Coupled for adam, sgd, rmsprop and adagrad.")] = 0.0
-    optimizer_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the optimizer; repeatable.")
-    ] = None
-    learning_rate_decay: Annotated[
-        tuple[float, float], typer.Option(metavar="G S", help="Epoch e trains at learning rate * G ** (e / S).")
-    ] = (1.0, 50.0)
-    max_norm: Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")] = None
-    seed: Annotated[int, typer.Option(help="Of parameters, order, negatives and dropout.")] = 999
-    epochs: Annotated[int, typer.Option(help="The most epochs to train.")] = 1000
-    patience: Annotated[int, typer.Option(help="Epochs without improvement that are tolerated.")] = 20
-    batch_size: Annotated[int, typer.Option(help="Interactions a batch.")] = 2048
-    metric: Annotated[str, typer.Option(help="What selects the best epoch, on validation.")] = "recall@5"
-    evaluate: Annotated[
-        str, typer.Option(help="'fresh' parameters, or 'stale' ones from before an epoch's last update.")
-    ] = "fresh"
-    hyper: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the model; repeatable."),
-    ] = None
-
-    def config(self, out: str | None, **of_run: Any) -> RunConfig:
-        """The configuration of a run with these options, checked; `out` is its directory, the rest what sweeps lack."""
-        from mgrad_jax.training.config import RunConfig
-        from mgrad_jax.training.numerics import make_deterministic
-
-        if self.deterministic:
-            make_deterministic()
-        values = asdict(self)
-        for name in ("method", "mirror", "replay", "flat_minima"):
-            del values[name]
-        perturbed = values.pop("adversarial")
-        return RunConfig(
-            training=self._method(),
-            flat_minima_args=pairs("--method-arg", values.pop("method_arg") or ()),
-            adversarial=None if perturbed is None else pairs("--adversarial", perturbed.split(",")),
-            optimizer_args=pairs("--optimizer-arg", values.pop("optimizer_arg") or ()),
-            hyper_parameters=pairs("--set", values.pop("hyper") or ()),
-            out=out,
-            **values,
-            **of_run,
-        )
-
-    def _method(self) -> str:
-        """The name of the method; what excludes each other is an error."""
-        for what, name, choices in (("", self.method, METHODS), ("flat-minima ", self.flat_minima, _FLAT_MINIMA)):
-            if name not in (None, *choices):
-                raise UserError(
-                    f"unknown {what}method {shown(name)}; choose one of {', '.join(choices)}{did_you_mean(name, choices)}."
-                )
-        said = {
-            f"--method {self.method}": self.method,
-            "--mirror": "mirror" if self.mirror else None,
-            "--no-mirror": "plain" if self.mirror is False else None,
-            "--replay": "replay" if self.replay else None,
-            f"--flat-minima {self.flat_minima}": self.flat_minima,
-        }
-        options = [option for option, method in said.items() if method is not None]
-        methods = {method for method in said.values() if method is not None}
-        if len(methods) > 1:
-            raise UserError(f"{' and '.join(options)} exclude each other; leave one of them out.")
-        return methods.pop() if methods else "mirror"
+    group: Any
+    names: tuple[str, ...]
 
 
-def takes_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command whose first parameter is a `TrainingOptions` take each of its fields as an option of its own."""
-    own = inspect.signature(command, eval_str=True).parameters
-    hints = get_type_hints(TrainingOptions, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    shared = []
-    for field in fields(TrainingOptions):
-        parameter = inspect.Parameter(field.name, keyword, annotation=hints[field.name])
-        required = field.default is MISSING
-        shared.append(parameter if required else parameter.replace(default=field.default))
-    shared += [parameter.replace(kind=keyword) for parameter in list(own.values())[1:]]
+def takes_settings(**groups: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command take settings, each as an option of its own.
 
-    def spread(**values: Any) -> None:
-        options = TrainingOptions(**{f.name: values.pop(f.name) for f in fields(TrainingOptions)})
-        command(options, **values)
+    Args:
+        **groups: the names of those parameters of the command that stand for several options, and the dataclass that
+            declares these (`mgrad_jax.declaration`). The command is given an instance, of settings of a training
+            (`Settings`, `RunSettings`) a `RunConfig`, and of a `Part` their values by name.
+    """
 
-    # Not by `functools.wraps`, which would show the one parameter of the command.
-    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
-    spread.__signature__ = inspect.Signature(shared)  # type: ignore[attr-defined]
-    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in shared}
-    return spread
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        # `RunConfig`, which waits for JAX, is imported for type checkers only.
+        own = inspect.signature(command, eval_str=True, locals={"RunConfig": Any}).parameters
+        shown: list[inspect.Parameter] = []
+        for name, parameter in own.items():
+            shown += _options(groups[name]) if name in groups else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+
+        def spread(**values: Any) -> None:
+            made = {name: _made(values, group) for name, group in groups.items()}
+            command(**made, **{name: values[name] for name in own if name not in groups})
+
+        # Not by `functools.wraps`, which would show the parameters of the command.
+        spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+        spread.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        spread.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+        return spread
+
+    return decorate
+
+
+def config_of(values: Mapping[str, Any], group: Any = RunSettings) -> RunConfig:
+    """The configuration that options ask for; XLA is told of it where it has to be before JAX computes.
+
+    Args:
+        values: of the options by the names of their settings, and of the aliases of `--method`.
+        group: the settings that there are options for.
+    """
+    from mgrad_jax.training.config import RunConfig
+    from mgrad_jax.training.numerics import make_deterministic
+
+    config = RunConfig(**{**_given(values, group), "training": _method(values)})
+    if config.deterministic:
+        make_deterministic()
+    return config
+
+
+def _made(values: Mapping[str, Any], group: Any) -> Any:
+    """What a command is given for a group of settings."""
+    if isinstance(group, Part):
+        given = _given(values, group.group)
+        return {name: given.get(name) for name in group.names}
+    return config_of(values, group) if issubclass(group, Settings) else group(**_given(values, group))
+
+
+def _options(group: Any) -> Iterator[inspect.Parameter]:
+    """The parameters of a command that are the settings of a group."""
+    group, chosen = group if isinstance(group, Part) else (group, marked(group))
+    hints = get_type_hints(group)
+    for field in dataclasses.fields(group):
+        if field.name not in chosen:
+            continue
+        told, hint = field.metadata, hints[field.name]
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        metavar, names = told["metavar"], told["option"] or (spelling(field),)
+        if isinstance(default, tuple) and is_list(field):
+            items = [f"{item:g}" if told["kind"] is float else item for item in default]
+            hint, default = str | None, ",".join(items) or None
+        elif told["kind"] is dict:
+            several = default is inspect.Parameter.empty
+            hint, default = (list[str] | None if several else str | None), None
+            metavar = "KEY=VALUE" if several else "KEY=VALUE,..."
+        elif field.name == "training":  # whose default holds where no alias is given
+            hint, default = str | None, None
+        elif get_origin(hint) is Literal:  # whose choices are checked with all else
+            hint = str
+        if spelling(field):
+            yield _parameter(field.name, hint, default, typer.Option(*names, metavar=metavar, help=told["help"]))
+        if field.name == "training":
+            for name, option in METHOD_ALIASES.items():
+                yield _parameter(name, str | None if name == "flat_minima" else bool | None, None, option)
+
+
+def _parameter(name: str, hint: Any, default: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
+
+
+def _given(values: Mapping[str, Any], group: Any) -> dict[str, Any]:
+    """The settings of a group that the command line gives."""
+    given = {}
+    for field in dataclasses.fields(group):
+        value, kind = values.get(field.name), field.metadata["kind"]
+        if value is None:
+            continue
+        if kind is dict:
+            value = pairs(spelling(field), value.split(",") if isinstance(value, str) else value)
+        elif is_list(field):
+            value = (numbers if kind is float else names)(spelling(field), value)
+        given[field.name] = value
+    return given
+
+
+def is_list(field: dataclasses.Field[Any]) -> bool:
+    """Whether a setting's option is a list with commas."""
+    return isinstance(field.default, tuple) and "," in (field.metadata["metavar"] or "")
+
+
+def _method(given: Mapping[str, Any]) -> str:
+    """The name of the method; what excludes each other is an error."""
+    name, mirror, flat_minima = (given.get(key) for key in ("training", "mirror", "flat_minima"))
+    for what, value, choices in (("", name, METHODS), ("flat-minima ", flat_minima, _FLAT_MINIMA)):
+        if value is not None:
+            check_choice(f"unknown {what}method", value, choices)
+    said = {
+        f"--method {name}": name,
+        "--mirror": "mirror" if mirror else None,
+        "--no-mirror": "plain" if mirror is False else None,
+        "--replay": "replay" if given.get("replay") else None,
+        f"--flat-minima {flat_minima}": flat_minima,
+    }
+    options = [option for option, method in said.items() if method is not None]
+    methods = {method for method in said.values() if method is not None}
+    if len(methods) > 1:
+        raise UserError(f"{' and '.join(options)} exclude each other; leave one of them out.")
+    return methods.pop() if methods else Settings.training
+
+
+def names(option: str, text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise UserError(f"{option} {text} has an empty place; write names with commas between them.")
+    return found
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """The numbers in a list with commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text} is no list of numbers; write for example {option} 0,0.5,1.") from None
 
 
 def pairs(option: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -12,20 +12,22 @@ from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import DevicesOption
 from mgrad_jax.cli.console import plus_minus, print_table, progress
-from mgrad_jax.cli.options import TrainingOptions, scalar, takes_training_options
+from mgrad_jax.cli.options import scalar, takes_settings
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
+from mgrad_jax.training.settings import Settings
 
 if TYPE_CHECKING:
+    from mgrad_jax.training.config import RunConfig
     from mgrad_jax.training.sweep import SweepReport
     from mgrad_jax.training.sweep_run import SweepConfig, SweepOutcome
 
 _SHOWN = 10
 
 
-@takes_training_options
+@takes_settings(base=Settings)
 def sweep(
-    options: TrainingOptions,
+    base: RunConfig,
     grid: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,7 +55,7 @@ def sweep(
         use_compilation_cache()
     from mgrad_jax.training.sweep_run import SweepConfig
 
-    config = SweepConfig(options.config(None), read_grid(options.model, grid or ()), seeds, out)
+    config = SweepConfig(base, read_grid(base.model, grid or ()), seeds, out)
     if dry_run:
         from mgrad_jax.cli.dry_run import show_sweep
 

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgrad_jax.cli import options, stopping
+from mgrad_jax.analysis.settings import TheorySettings
+from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import NewDirectory
-from mgrad_jax.cli.compare import names, print_tables
+from mgrad_jax.cli.compare import print_tables
 from mgrad_jax.cli.console import progress
+from mgrad_jax.cli.options import names, pairs, takes_settings
 from mgrad_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mgrad_jax.analysis.report import Table
-    from mgrad_jax.analysis.theory_run import Subject, TheorySettings
+    from mgrad_jax.analysis.theory_run import Subject
 
 
+@takes_settings(settings=TheorySettings)
 def theory(
     out: NewDirectory,
+    *,
     runs: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[RUN...]", help="Directories of finished runs, or of a study of `compare`."),
@@ -36,26 +40,13 @@ def theory(
     inputs: Annotated[
         bool, typer.Option("--inputs", help="Lemma 3.1 and Eq. 8 instead: how the loss answers to the features.")
     ] = False,
-    epochs: Annotated[int, typer.Option(help="Epochs of Mirror Gradient with --model.")] = 5,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of --model; repeatable.")
     ] = None,
-    alpha1: Annotated[float, typer.Option(help="Factor of the first half-step.")] = 1.0,
-    alpha2: Annotated[float, typer.Option(help="Factor of the second one, smaller than the first.")] = 0.2,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of the half-steps and the penalty; the run's own, or 1e-3.")
-    ] = None,
-    optimizers: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Whose half-steps are measured.")
-    ] = "sgd,adam,rmsprop,adagrad",
-    batch_size: Annotated[int | None, typer.Option(help="Of the measured batch; the run's own, or 2048.")] = None,
-    warm_up: Annotated[int, typer.Option(help="Batches before an optimizer's state counts as running.")] = 30,
-    pairs: Annotated[int, typer.Option(help="Training pairs of which --inputs takes the loss.")] = 8192,
-    examples: Annotated[int, typer.Option(help="On how many single examples --inputs tests the lemma.")] = 64,
     metrics: Annotated[
         str, typer.Option(metavar="NAME,...", help="What --inputs measures under worst-case changes.")
     ] = "recall@20,recall@5",
-    seed: Annotated[int, typer.Option(help="Of batches, dropout and graphs; with --model of the training too.")] = 999,
+    settings: TheorySettings,
 ) -> None:
     """Measure what the theorem and the lemma of Mirror Gradient say about a model."""
     if out.exists():
@@ -66,34 +57,19 @@ def theory(
         raise UserError("--model needs --data, a directory in MMRec format or 'demo'.")
     if set_ and model is None:
         raise UserError("--set is for --model, and runs have hyper-parameters of their own; leave it out.")
-    if not 0 < alpha2 < alpha1:
-        raise UserError(f"--alpha1 is {alpha1:g} and --alpha2 {alpha2:g}; the theorem wants 0 < alpha2 < alpha1.")
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise UserError(f"--learning-rate is {learning_rate}; it must be a positive number.")
-    counts = {"--epochs": (epochs, 0), "--warm-up": (warm_up, 1), "--pairs": (pairs, 1), "--examples": (examples, 0)}
-    counts |= {} if batch_size is None else {"--batch-size": (batch_size, 1)}
-    for option, (value, least) in counts.items():
-        if value < least:
-            raise UserError(f"{option} is {value}; it must be at least {least}.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed is {seed}; it must be at least 0 and below 2**32.")
     use_compilation_cache()
     from mgrad_jax.analysis.robustness_run import check_metric_names
-    from mgrad_jax.analysis.theory_run import TheorySettings
     from mgrad_jax.optimizers import make_optimizer
 
-    asked, chosen = names("--metrics", metrics), names("--optimizers", optimizers)
+    asked = names("--metrics", metrics)
     models = () if model is None else names("--model", model)
-    for option, given in (("--model", models), ("--optimizers", chosen), ("--metrics", asked)):
+    for option, given in (("--model", models), ("--optimizers", settings.optimizers), ("--metrics", asked)):
         if len(set(given)) < len(given):
             raise UserError(f"{option} names one of {', '.join(given)} twice; name each once.")
     check_metric_names(asked)
-    for name in chosen:
+    for name in settings.optimizers:
         make_optimizer(name, 1e-3)
-    settings = TheorySettings(
-        alpha1, alpha2, learning_rate, chosen, batch_size, warm_up, min(pairs, 2**31 - 1), examples, seed
-    )
-    _measure(out, runs or [], models, data, epochs, set_ or [], settings, asked, inputs=inputs)
+    _measure(out, runs or [], models, data, pairs("--set", set_ or ()), settings, asked, inputs=inputs)
 
 
 def _measure(
@@ -101,8 +77,7 @@ def _measure(
     runs: list[Path],
     models: tuple[str, ...],
     data: str | None,
-    epochs: int,
-    hyper: list[str],
+    hyper: dict[str, Any],
     settings: TheorySettings,
     metrics: tuple[str, ...],
     *,
@@ -114,12 +89,9 @@ def _measure(
     from mgrad_jax.training.config import RunConfig
 
     if models:
-        configs = [
-            RunConfig(name, str(data), seed=settings.seed, hyper_parameters=options.pairs("--set", hyper))
-            for name in models
-        ]
+        configs = [RunConfig(name, str(data), seed=settings.seed, hyper_parameters=hyper) for name in models]
         subjects: Iterable[tuple[Any, Subject]] = (
-            (config.model, theory_run.fresh_subject(config, epochs)) for config in configs
+            (config.model, theory_run.fresh_subject(config, settings.epochs)) for config in configs
         )
         n_subjects, groups = len(configs), {}
     else:
@@ -133,7 +105,7 @@ def _measure(
                 tell(str(what), number, n_subjects)
                 yield subject
 
-    own = {"epochs": epochs, "metrics": metrics, "models": models, "data": data}
+    own = {"metrics": metrics, "models": models, "data": data}
     made_with = {"settings": {**asdict(settings), **own}, "runs": groups}
     tables: Sequence[Table]
     if inputs:

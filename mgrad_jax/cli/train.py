@@ -14,28 +14,20 @@ from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import DevicesOption
 from mgrad_jax.cli.console import print_metrics, progress
-from mgrad_jax.cli.options import TrainingOptions, takes_training_options
+from mgrad_jax.cli.options import takes_settings
+from mgrad_jax.training.settings import RunSettings
 
 if TYPE_CHECKING:
     from mgrad_jax.training.config import RunConfig
     from mgrad_jax.training.fit import EpochReport
 
 
-@takes_training_options
+@takes_settings(run=RunSettings)
 def train(
-    options: TrainingOptions,
-    out: Annotated[
-        str | None, typer.Option(help="The run's directory; runs/<model>-<data>-<training>-s<seed> by default.")
-    ] = None,
+    run: RunConfig,
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Take the settings of a run's config.yaml; options override them."),
-    ] = None,
-    start_from: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Begin with the best parameters of this run of the same model.")
-    ] = None,
-    keep_every: Annotated[
-        int | None, typer.Option(help="Keep the parameters of every N-th epoch, for `landscape`; none by default.")
     ] = None,
     devices: DevicesOption = "1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -47,15 +39,13 @@ def train(
     from mgrad_jax.devices import parse_devices
 
     del config  # its settings have become options (`mgrad_jax.cli.arguments`)
-    of_run = {"start_from": start_from, "keep_every": keep_every}
     if dry_run:
         from mgrad_jax.cli.dry_run import show_run
 
-        show_run(options.config(out, **of_run), resume)
+        show_run(run, resume)
         return
     number = parse_devices(devices)
     use_compilation_cache()
-    run = options.config(out, **of_run)
     _print_result(train_and_tell(run, resume=resume, devices=number), run.directory)
 
 

@@ -6,8 +6,8 @@
 | `neg.txt` | line u: the item held out of user u, then the items it is ranked among |
 | `f_resnet.npy` | features, (items, dim), row = item; divided by their largest absolute value, as the authors do |
 
-The layout has no validation. One training item of every user with at least three different ones is held out for it, drawn by
-a seed: the test items choose nothing here.
+The layout has no validation. One training item of every user with at least three different ones is held out for it,
+drawn by a seed: the test items choose nothing here.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def prepare_amr(
 
     Args:
         source: the directory with `pos.txt`, `neg.txt` and `f_resnet.npy`.
-        destination: directory to write `<name>.inter`, `image_feat.npy`, `candidates.npy` and the maps of ids to. Ids stay
-            as they are, unless the largest one of an item has no interaction: then those without stand first.
+        destination: directory to write `<name>.inter`, `image_feat.npy`, `candidates.npy` and the maps of ids to. Ids
+            stay as they are, unless the largest one of an item has no interaction: then those without stand first.
         name: of the dataset; the directory's name by default.
         seed: of the draw of validation items.
         overwrite: replace the dataset that is there.

@@ -127,8 +127,8 @@ class Interactions:
         if len(clash):
             twice = sorted_distinct(pairs[clash])
             raise PairsInTwoSplits(
-                f"{self.source}: user {twice[0] // self.n_items} and item {twice[0] % self.n_items} stand in two splits "
-                f"(such pairs: {len(twice)}); keep each pair in one split.",
+                f"{self.source}: user {twice[0] // self.n_items} and item {twice[0] % self.n_items} stand in two "
+                f"splits (such pairs: {len(twice)}); keep each pair in one split.",
                 np.stack([twice // self.n_items, twice % self.n_items], axis=1),
             )
 

@@ -41,8 +41,8 @@ def load_interactions(path: str | Path, name: str | None = None) -> Interactions
     """Load and validate a dataset directory in MMRec format.
 
     The directory holds `<name>.inter`, tab-separated with a header (user, item and label columns in any order, others
-    ignored; label 0 = train, 1 = validation, 2 = test), and optionally `image_feat.npy` and `text_feat.npy`, one row per
-    item. A pair may be repeated within a split, not across splits. Ids may be unused.
+    ignored; label 0 = train, 1 = validation, 2 = test), and optionally `image_feat.npy` and `text_feat.npy`, one row
+    per item. A pair may be repeated within a split, not across splits. Ids may be unused.
 
     Args:
         path: the directory, its `.inter` file, or "demo" for the embedded dataset.

@@ -74,9 +74,10 @@ def prepare(
 ) -> Prepared:
     """Filter, split and re-index raw ratings, and write them in MMRec format.
 
-    Repeated pairs count once. Users and items with fewer than `k_core` interactions are removed until none is left. Each
-    user's interactions are shuffled and split by the published rule: n < 10 gives n - 2, 1, 1; otherwise t = floor(0.2 n)
-    are held out, floor(t / 2) of them for validation. New ids count from 0 in the order of the raw identifiers.
+    Repeated pairs count once. Users and items with fewer than `k_core` interactions are removed until none is left.
+    Each user's interactions are shuffled and split by the published rule: n < 10 gives n - 2, 1, 1; otherwise
+    t = floor(0.2 n) are held out, floor(t / 2) of them for validation. New ids count from 0 in the order of
+    the raw identifiers.
 
     A source with an x_label column is a dataset already: its split is kept, nothing is filtered unless asked for, ids
     that are whole numbers keep their order, and features and raw names beside it come along.
@@ -97,13 +98,14 @@ def prepare(
         encoding: of the text.
         columns: what a table's columns hold, in order, e.g. ("item", "user", "rating", "timestamp"); "-" for others.
         new_split: draw a split although the source has one.
-        drop_duplicates: of a pair that stands in two splits keep the row in training (or validation) instead of refusing.
+        drop_duplicates: of a pair that stands in two splits keep the row in training (or validation) instead of
+            refusing.
         features: "image" and "text": (array, ids) where `array` is an .npy file of shape (rows, dim) and `ids` a text
             file with the raw item id of each row, one a line. The rows of the items that are left are written, in the
             new order, as `<modality>_feat.npy`.
         fill_features: give items without a feature, no row or a row of zeros, the mean of the others.
-        overwrite: replace the dataset that is there, as a whole; a process killed on the way leaves the old one, the new
-            one, or a directory that is refused until the command is run again.
+        overwrite: replace the dataset that is there, as a whole; a process killed on the way leaves the old one, the
+            new one, or a directory that is refused until the command is run again.
 
     Raises:
         UserError: a missing or malformed file, an unknown column, nothing left, or a destination in use.
@@ -205,7 +207,7 @@ def _check_modalities(features: Mapping[str, object]) -> None:
 
 
 def dataset_files(destination: Path) -> list[Path]:
-    """The files of a dataset in a directory: interactions, maps, features, candidates, and the user graphs made of them."""
+    """The files of a dataset in a directory: interactions, maps, features, candidates, and user graphs made of them."""
     if not destination.is_dir():
         return []
     fixed = [destination / name for name in (*_MAPS, *(f"{modality}_feat.npy" for modality in MODALITIES))]
@@ -215,7 +217,7 @@ def dataset_files(destination: Path) -> list[Path]:
 
 
 def check_destination(file: Path, features: Collection[str], inputs: Sequence[Path], overwrite: bool) -> None:
-    """Nothing that is read is replaced, nothing is replaced unasked, and no feature follows the ids of another dataset."""
+    """Nothing that is read or not asked for is replaced, and no feature follows the ids of another dataset."""
     destination = file.parent
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is no directory; choose another destination.")
@@ -232,7 +234,8 @@ def check_destination(file: Path, features: Collection[str], inputs: Sequence[Pa
         )
     if len(inters) > 1:
         raise UserError(
-            f"{destination} holds several .inter files ({few([path.name for path in inters])}); choose another destination."
+            f"{destination} holds several .inter files ({few([path.name for path in inters])}); choose another "
+            "destination."
         )
     for modality in MODALITIES:
         left_over = destination / f"{modality}_feat.npy"

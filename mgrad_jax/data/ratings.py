@@ -195,8 +195,8 @@ def _has_header(source: Source, form: Form, line: int, first: list[str]) -> bool
         later = (column[1:] for column in _sample(source.file, form, len(first)))
         if any(column and pd.to_numeric(pd.Series(column), errors="coerce").notna().all() for column in later):
             raise UserError(
-                f"{source.file} line {line} ({few(names)}) holds no number and the lines below do; say with --header that "
-                "it names the columns, or with --no-header that it is data."
+                f"{source.file} line {line} ({few(names)}) holds no number and the lines below do; say with --header "
+                "that it names the columns, or with --no-header that it is data."
             )
         return False
     raise UserError(

@@ -150,7 +150,8 @@ def records(file: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
                 start = reader.line_num + 1
         except csv.Error as error:
             raise UserError(
-                f'{file} line {start}: the quotation marks do not match ({error}); write a mark inside of a field as "" '
+                f"{file} line {start}: the quotation marks do not match ({error}); write a mark inside of a field as "
+                '"" '
                 "and none elsewhere."
             ) from None
 
@@ -325,7 +326,8 @@ def _ragged(
     else:
         remedy = "fields are missing: complete or remove the line"
     return UserError(
-        f"{file} line {line} has {len(fields)} fields and the {top} {expected} (such lines: {count} of {n_rows}); {remedy}."
+        f"{file} line {line} has {len(fields)} fields and the {top} {expected} (such lines: {count} of {n_rows}); "
+        f"{remedy}."
     )
 
 

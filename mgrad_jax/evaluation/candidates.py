@@ -1,4 +1,4 @@
-"""Ranking a held-out item among candidates that were sampled for its user, as AMR's authors evaluate (Tang et al. 2019).
+"""Ranking a held-out item among candidates that were sampled for its user, as AMR's authors do (Tang et al. 2019).
 
 A metric on sampled candidates is no estimate of the one over all items, and may order models otherwise (Krichene and
 Rendle, KDD 2020). With r the number of candidates that score at least as high as the held-out item,
@@ -26,8 +26,8 @@ from mgrad_jax.errors import UserError
 KS = (5, 10, 20)
 CANDIDATE_METRICS = tuple(f"candidates_{name}@{k}" for name in ("hr", "ndcg") for k in KS)
 CAPTION = (
-    "candidates_hr@K and candidates_ndcg@K rank the held-out item among the candidates sampled for its user; metrics on "
-    "sampled candidates are no full-ranking metrics and do not compare with recall@K and ndcg@K."
+    "candidates_hr@K and candidates_ndcg@K rank the held-out item among the candidates sampled for its user; metrics "
+    "on sampled candidates are no full-ranking metrics and do not compare with recall@K and ndcg@K."
 )
 _BLOCK = 512
 

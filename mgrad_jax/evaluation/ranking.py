@@ -126,7 +126,7 @@ def make_eval_split(
 
 
 def split_over_devices(eval_split: EvalSplit, mesh: Mesh) -> EvalSplit:
-    """The same evaluation with each of its blocks on one of the mesh's devices, empty blocks filling up the last ones."""
+    """The same evaluation with each of its blocks on one of the mesh's devices; empty blocks fill up the last."""
     missing = -eval_split.n_blocks % mesh.size
     size = eval_split.users.shape[1]
 

@@ -1,9 +1,9 @@
 """Rows of a table, whose gradient is a sparse product instead of a scatter.
 
-The gradient of `table[ids]` adds up the rows of equal ids. XLA does that by a scatter, on a GPU with atomics: the order of
-the additions, and so the last digits, change from run to run. Sorted by id the same sum is a product with a sparse matrix
-of ones, by the kernel that `mgrad_jax.graph.kernels.gpu_product` names. The models index their tables the plain way, which
-a CPU does faster.
+The gradient of `table[ids]` adds up the rows of equal ids. XLA does that by a scatter, on a GPU with atomics: the order
+of the additions, and so the last digits, change from run to run. Sorted by id the same sum is a product with a sparse
+matrix of ones, by the kernel that `mgrad_jax.graph.kernels.gpu_product` names. The models index their tables the plain
+way, which a CPU does faster.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ Arguments = Sequence[tuple[Array, ...]]
 
 
 class Multilinear:
-    """`f(arguments, structure, **static)`, linear in each of its arguments; an argument and the result are tuples of arrays.
+    """`f(arguments, structure, **static)`, linear in each of its arguments; arguments and result are tuples of arrays.
 
     Args:
         name: shown in equations.
         compute: the function. `structure` is a pytree of whole numbers, the static values are hashable.
-        transposes: by the number of an argument, `transpose(results, arguments, structure, **static)`, which gives the tuple of
-            that argument's cotangents; where it stands in `arguments` there is None.
+        transposes: by the number of an argument, `transpose(results, arguments, structure, **static)`, which gives the
+            tuple of that argument's cotangents; where it stands in `arguments` there is None.
         batch: the batching rule, by the signature of JAX; the default computes all members side by side, which leaves
             the gradient of a `vmap` (not the `vmap` of a gradient) to JAX's own derivatives.
         tangents: by the number of an argument, `tangent(moved, arguments, structure, **static)`, where the derivative
@@ -73,7 +73,7 @@ class Multilinear:
         for number, zeros_or_tangents in enumerate(moved):
             if not all(type(t) is ad.Zero for t in zeros_or_tangents):
                 along = tuple(ad.instantiate_zeros(t) for t in zeros_or_tangents)
-                rule = self._tangents.get(number, partial(self._replaced, number))
+                rule: Callable[..., Any] = self._tangents.get(number, partial(self._replaced, number))
                 terms.append(rule(along, arguments, structure, **dict(static)))
         total = terms[0] if len(terms) == 1 else tuple(a + b for a, b in zip(*terms, strict=True))
         return list(self(arguments, structure, **dict(static))), list(total)

@@ -23,8 +23,8 @@ from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "rows dim"]:
     """One step of propagation, y = A x: the product of a sparse and a dense matrix (SpMM).
 
-    Differentiable any number of times, forwards and backwards, in `x` and in `graph.data` (whose derivative the compiler
-    drops where nobody asks for it). In a symmetric graph the stored values count as independent entries.
+    Differentiable any number of times, forwards and backwards, in `x` and in `graph.data` (whose derivative the
+    compiler drops where nobody asks for it). In a symmetric graph the stored values count as independent entries.
 
     Args:
         graph: (n_rows, n_cols).
@@ -41,7 +41,7 @@ def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "
 def product(
     shape: tuple[int, int], values: Array, structure: tuple[Any, ...], x: Array, symmetric: bool | None = None
 ) -> Array:
-    """`propagate` with other values; `symmetric` says whether they equal their mirror images where no transpose is stored."""
+    """`propagate` with other values; `symmetric`: whether they equal their mirror images, if no transpose is stored."""
     static = _static(shape, structure, symmetric=symmetric)
     return _product(((values,), (x,)), structure, **static)[0]
 

@@ -41,7 +41,7 @@ class SparseGraph:
         indptr: (n_rows + 1,) int32; row r owns the entries indptr[r] to indptr[r + 1].
         shape: (n_rows, n_cols), static.
         transpose: structure of the transposed matrix; None where the matrix is symmetric.
-        n_users: of a user-item graph that stores every edge in both directions, nodes being users, then items; else None.
+        n_users: of a user-item graph that stores every edge in both directions, users, then items; else None.
     """
 
     data: Float[Array, " nnz"]

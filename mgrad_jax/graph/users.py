@@ -78,7 +78,7 @@ def nearest_users(pairs: np.ndarray, n_users: int, n_items: int, k: int) -> User
 
 
 def sample_user_graph(key: Array, graph: UserGraph, dtype: Any = jnp.float32) -> UserSample:
-    """Fill every user's list up to k by members of the growing list, drawn uniformly (a Polya urn; as in the reference).
+    """Fill every user's list up to k by members of the growing list, drawn uniformly (a Polya urn, as the reference).
 
     Inside jit. The entry at place p past a user's n neighbours repeats the entry at a place drawn from 0 to p - 1; it
     comes from one of the first n after at most log2(k) steps of following two draws at once.
@@ -140,7 +140,7 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _most_shared(codes: np.ndarray, id_bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, neighbour and number of the distinct codes `row << id_bits | neighbour`, ordered by row and falling number."""
+    """Row, neighbour and count of the distinct codes `row << id_bits | neighbour`, ordered by row and falling count."""
     codes = np.sort(codes)
     starts = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
     counts = np.diff(starts, append=len(codes))

@@ -248,8 +248,8 @@ class Checkpoints:
         self._check_place()  # orbax would make it again
         ocp = orbax()
         unfinished = path.with_name(f"{path.name}.unfinished")
-        # Orbax looks for the parts of its one-file format with a pattern in which a path's own [brackets] match nothing,
-        # and leaves a checkpoint that nobody can read; there it writes one directory per array instead.
+        # Orbax looks for the parts of its one-file format with a pattern in which a path's own [brackets] match
+        # nothing, and leaves a checkpoint that nobody can read; there it writes one directory per array instead.
         one_file = glob.escape(str(unfinished)) == str(unfinished)
         with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=one_file))) as writer:
             writer.save(unfinished, args=ocp.args.PyTreeSave(leaves))

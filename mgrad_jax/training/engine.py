@@ -25,6 +25,7 @@ from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split, spl
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
 from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainState, run_epoch, training_data
+from mgrad_jax.training.settings import FitSettings
 from mgrad_jax.training.side_by_side import by_device, put, spread, stack, take
 
 _Tree = TypeVar("_Tree")
@@ -57,7 +58,7 @@ class Scores(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Both compiled for `width` lanes, the seconds that took, and the bytes that the larger one needs on each device."""
+    """Both compiled for `width` lanes, the seconds that took, and the bytes that the larger one needs on a device."""
 
     train: Callable[[TrainState, Own, jax.Array], tuple[TrainState, EpochLog]]
     evaluate: Callable[[Scoring, Own, Any], Scores]
@@ -95,7 +96,7 @@ class Engine:
         state: its state before the first epoch.
         data: the interactions.
         make_tx: a lane's transformation, of its traced numbers.
-        batch_size, ks, evaluate: see `mgrad_jax.training.fit`.
+        settings: what the lanes have in common.
         is_own: which of the model's constants differ between lanes; by default none.
         select_by: the metric by whose improvement on validation test is evaluated; None: it always is.
         layout: how the arrays of its one lane are split over several devices; None on one.
@@ -111,25 +112,25 @@ class Engine:
         state: TrainState,
         data: Interactions,
         make_tx: Callable[[Mapping[str, jax.Array]], optax.GradientTransformation],
+        settings: FitSettings,
         *,
-        batch_size: int,
-        ks: Sequence[int],
-        evaluate: str,
         is_own: Sequence[bool] | None = None,
         select_by: str | None = None,
         layout: Layout | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         _check_optimizer(state.opt_state)
-        schedule = pass_schedule(state.opt_state, -(-len(data.train) // batch_size))
-        self.plan = EpochPlan(batch_size, tuple(int(i) for i in schedule), evaluate == "stale", layout)
+        schedule = pass_schedule(state.opt_state, -(-len(data.train) // settings.batch_size))
+        self.plan = EpochPlan(
+            settings.batch_size, tuple(int(i) for i in schedule), settings.evaluate == "stale", layout
+        )
         self._make_tx, self._select_by, self.mesh = make_tx, select_by, mesh
         self._graphdef = parts.graphdef
         constants, self._structure = jax.tree.flatten(parts.constants)
         self._is_own = [False] * len(constants) if is_own is None else is_own
         self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
         self._train_data = training_data(data)
-        self._eval_splits = [make_eval_split(data, split, ks) for split in ("valid", "test")]
+        self._eval_splits = [make_eval_split(data, split, settings.ks) for split in ("valid", "test")]
         if layout is not None:
             self._shared, self._train_data = layout.place((self._shared, self._train_data))
             self._eval_splits = [split_over_devices(split, layout.mesh) for split in self._eval_splits]
@@ -193,7 +194,7 @@ class Engine:
         )
 
     def _results(self, state: TrainState) -> dict[str, Any]:
-        """Where an epoch's results belong, for `jax.jit`: the state where it came from, a split lane's log everywhere."""
+        """Where an epoch's results belong, for `jax.jit`: the state where it came from; the log of one lane everywhere."""
         if self.mesh is not None:
             return {"out_shardings": NamedSharding(self.mesh, BLOCKS)}
         if (layout := self.plan.layout) is None:
@@ -289,7 +290,7 @@ _epoch_keys = jax.jit(jax.vmap(jax.random.fold_in))
 
 
 def _bytes(program: Any) -> int:
-    """XLA's own account of a program's memory on a device; the arguments twice, for loading a member copies its lanes."""
+    """XLA's own account of the memory on a device; the arguments twice, for loading a member into its lane copies them."""
     sizes = program.memory_analysis()
     if sizes is None:
         return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from mgrad_jax.data import Interactions
 from mgrad_jax.devices import Layout
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.metrics import METRICS
 from mgrad_jax.models import Recommender
 from mgrad_jax.signals import held_back, let_through
 from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
@@ -29,6 +28,7 @@ from mgrad_jax.training.early_stopping import EarlyStopping
 from mgrad_jax.training.engine import Engine, Lanes, Scoring, check_splits, first_state, scoring
 from mgrad_jax.training.epoch import TrainState, split_model
 from mgrad_jax.training.kept import KeptParams
+from mgrad_jax.training.settings import FitSettings
 
 
 class TrainingDiverged(UserError):
@@ -82,20 +82,14 @@ def fit(
     model: Recommender,
     data: Interactions,
     tx: optax.GradientTransformation,
+    settings: FitSettings | None = None,
     *,
-    epochs: int = 1000,
-    patience: int = 20,
-    seed: int = 999,
-    batch_size: int = 2048,
-    metric: str = "recall@5",
-    ks: Sequence[int] = (5, 10, 20, 50),
-    learning_rate_decay: tuple[float, float] = (1.0, 50.0),
-    evaluate: Literal["fresh", "stale"] = "fresh",
     checkpoints: Checkpoints | None = None,
     kept: KeptParams | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochReport], None] | None = None,
     mesh: Mesh | None = None,
+    **named: Any,
 ) -> FitResult:
     """Train `model` on `data` with the Optax chain `tx` until validation stops improving.
 
@@ -108,16 +102,7 @@ def fit(
         tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms and line searches work too. Where an
             optimizer means other parameters than the trained ones for evaluation (`mgrad_jax.evaluation_params`), those
             are evaluated and kept.
-        epochs: the most epochs to run.
-        patience: stop when more than this many epochs in a row bring no improvement.
-        seed: of shuffling, negatives, dropout and resampling.
-        batch_size: interactions a batch; the last, partial batch is kept.
-        metric: what selects the best epoch, on validation only.
-        ks: cut-offs of the metrics.
-        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), also inside
-            opaque forms. A `tx` that brings the same decay along stays as it is.
-        evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
-            published MMGCN, GRCN, DualGNN and SLMRec do.
+        settings: what else is asked for, such as a `RunConfig`; by default a `FitSettings`, which declares each.
         checkpoints: where the latest and the best state are kept.
         kept: where the parameters of some epochs are kept, those that evaluation reads.
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
@@ -125,6 +110,18 @@ def fit(
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
         mesh: of several devices, from `mgrad_jax.devices.mesh`; the run is the same but for the order of sums, that is
             for last digits. The model then holds arrays that are split over them.
+        **named: settings by name, in place of those in `settings`:
+
+            epochs: the most epochs to run (1000).
+            patience: stop when more than this many epochs in a row bring no improvement (20).
+            seed: of shuffling, negatives, dropout and resampling (999).
+            batch_size: interactions per batch (2048); the last, partial batch is kept.
+            metric: what selects the best epoch, on validation only ("recall@5").
+            ks: cut-offs of the metrics (5, 10, 20, 50).
+            learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), also
+                inside opaque forms. A `tx` that brings the same decay along stays as it is.
+            evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as
+                the reference code of MMGCN, GRCN, DualGNN and SLMRec does.
 
     Raises:
         UserError: an option out of range, data without validation or test interactions, a learning rate that the decay
@@ -132,18 +129,21 @@ def fit(
         ValueError: an optimizer that no loop of two passes can drive (`mgrad_jax.mirror.check_loop`).
         TrainingDiverged: a loss or score became NaN or infinite.
     """
-    _check_options(data, epochs, patience, batch_size, metric, ks)
-    tx = with_decay(tx, learning_rate_decay, nnx.state(model, nnx.Param))
+    settings = settings or FitSettings()
+    settings = dataclasses.replace(settings, **named) if named else settings
+    check_splits(data)
+    base, scale = settings.learning_rate_decay
+    tx = with_decay(tx, (base, scale), nnx.state(model, nnx.Param))
     with let_through():
-        run = _start(model, data, tx, batch_size, seed, ks, evaluate, layout_of(model, mesh))
+        run = _start(model, data, tx, settings, layout_of(model, mesh))
     run.diagnosis.checkpoints = None if checkpoints is None else checkpoints.directory
     best_is_lost = False
     if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
-        best_is_lost = not run.restore(checkpoints, ks)
+        best_is_lost = not run.restore(checkpoints)
     history: list[EpochReport] = []
-    while not run.progress.is_over(epochs, patience):
+    while not run.progress.is_over(settings.epochs, settings.patience):
         with let_through():
-            report = run.epoch(metric)
+            report = run.epoch()
         with held_back():  # an epoch that is finished is written down
             history.append(report)
             if on_epoch is not None:
@@ -155,7 +155,7 @@ def fit(
         best_is_lost &= not report.is_best
     if best_is_lost and checkpoints is not None:
         with let_through():
-            again = run.best_again(model, tx, metric)
+            again = run.best_again(model, tx)
         checkpoints.save(again.progress.epoch, again.checkpoint(), is_best=True)
         run.best = again.best
     nnx.update(model, *run.best)
@@ -170,14 +170,15 @@ def fit(
 
 @dataclass
 class _Run:
-    """A training run under way: its programs, its state and its best epoch so far."""
+    """A training run under way: its settings, its programs, its state and its best epoch so far."""
 
+    settings: FitSettings
     lanes: Lanes
     best: Scoring
     diagnosis: Diagnosis
     progress: EarlyStopping = field(default_factory=EarlyStopping)
 
-    def epoch(self, metric: str) -> EpochReport:
+    def epoch(self) -> EpochReport:
         """Train and evaluate one epoch; a value that is not finite ends the run before anything is overwritten."""
         started = time.perf_counter()
         (log,) = self.lanes.train([self.progress.epoch])
@@ -189,7 +190,7 @@ class _Run:
             raise TrainingDiverged(self._diverged("the scores", -1))
         evaluated = time.perf_counter()
         valid, test = _floats(scores.valid), _floats(scores.test)
-        is_best = self.progress.update(metric, valid, test)
+        is_best = self.progress.update(self.settings.metric, valid, test)
         if is_best:
             self.best = jax.tree.map(jnp.copy, scoring(self.lanes.state))
         loss = self.lanes.engine.plan.epoch_loss
@@ -209,20 +210,20 @@ class _Run:
         """What a later process needs to go on exactly from here."""
         return {"state": self.lanes.state, "progress": self.progress.to_arrays()}
 
-    def restore(self, checkpoints: Checkpoints, ks: Sequence[int]) -> bool:
+    def restore(self, checkpoints: Checkpoints) -> bool:
         """Go on from the latest checkpoint; returns whether the best one is at hand as well."""
         state = self.lanes.state
         stale = state.params if self.lanes.engine.plan.keep_stale else None
-        like = _blank_checkpoint(state._replace(stale_params=stale), ks)
+        like = _blank_checkpoint(state._replace(stale_params=stale), self.settings)
         _, latest = checkpoints.restore(like, "latest")
         self.lanes.state = self.lanes.engine.placed(latest["state"])
-        self.progress = EarlyStopping.from_arrays(latest["progress"], _metric_names(ks))
+        self.progress = EarlyStopping.from_arrays(latest["progress"], self.settings.metric_names)
         try:
             _, best = checkpoints.restore(like, "best")
         except CheckpointLost:
             warnings.warn(
-                f"{checkpoints.directory}: the checkpoint of the best epoch, {self.progress.best_epoch}, is lost; training "
-                "goes on, and unless a later epoch is better, that one is trained again at the end.",
+                f"{checkpoints.directory}: the checkpoint of the best epoch, {self.progress.best_epoch}, is lost; "
+                "training goes on, and unless a later epoch is better, that one is trained again at the end.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -230,22 +231,23 @@ class _Run:
         self.best = self.lanes.engine.placed(scoring(best["state"]))
         return True
 
-    def best_again(self, model: Recommender, tx: optax.GradientTransformation, metric: str) -> _Run:
+    def best_again(self, model: Recommender, tx: optax.GradientTransformation) -> _Run:
         """The run as it was after its best epoch, trained from the beginning once more: its seed gives the same."""
         engine = self.lanes.engine
         lane = (engine.placed(first_state(split_model(model), tx)), self.lanes.own)
         lanes = Lanes(engine, [lane], self.lanes.programs)
         again = dataclasses.replace(self, lanes=lanes, progress=EarlyStopping())
         while again.progress.epoch < self.progress.best_epoch:
-            again.epoch(metric)
+            again.epoch()
         return again
 
     def _diverged(self, what: str, number: int) -> str:
         """What to say where a value is not finite after this pass of the epoch under way."""
         updated = number != 0 or self.progress.epoch > 0
         return (
-            f"epoch {self.progress.epoch + 1}, batch {self.lanes.engine.plan.schedule[number]}: {what} became NaN or infinite; "
-            f"{self.diagnosis.cause(updated)}. {self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
+            f"epoch {self.progress.epoch + 1}, batch {self.lanes.engine.plan.schedule[number]}: {what} became NaN or "
+            f"infinite; {self.diagnosis.cause(updated)}. "
+            f"{self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
         )
 
 
@@ -274,22 +276,19 @@ def restore_best(
     model: Recommender,
     tx: optax.GradientTransformation,
     checkpoints: Checkpoints,
-    *,
-    stale: bool = False,
-    ks: Sequence[int] = (5, 10, 20, 50),
+    settings: FitSettings,
 ) -> int:
     """Give the model the parameters of a run's best epoch, which is returned.
 
     Args:
         model: created as in the run.
         tx: the run's transformation, for the shape of its state.
-        checkpoints: the run's.
-        stale: whether the run evaluated with stale parameters.
-        ks: the run's cut-offs.
+        checkpoints, settings: the run's.
     """
     parts = split_model(model)
-    state = TrainState(parts.params, tx.init(parts.params), parts.epoch_state, parts.params if stale else None)
-    epoch, best = checkpoints.restore(_blank_checkpoint(state, ks), "best")
+    stale = parts.params if settings.evaluate == "stale" else None
+    state = TrainState(parts.params, tx.init(parts.params), parts.epoch_state, stale)
+    epoch, best = checkpoints.restore(_blank_checkpoint(state, settings), "best")
     nnx.update(model, *scoring(best["state"]))
     return epoch
 
@@ -298,43 +297,24 @@ def _start(
     model: Recommender,
     data: Interactions,
     tx: optax.GradientTransformation,
-    batch_size: int,
-    seed: int,
-    ks: Sequence[int],
-    evaluate: str,
+    settings: FitSettings,
     layout: Layout | None,
 ) -> _Run:
     """Put model and data on the devices and compile the two programs."""
     parts = split_model(model)
     state = first_state(parts, tx)
-    engine = Engine(parts, state, data, lambda _: tx, batch_size=batch_size, ks=ks, evaluate=evaluate, layout=layout)
+    engine = Engine(parts, state, data, lambda _: tx, settings, layout=layout)
     state = engine.placed(state)
-    lane = (state, engine.own(parts, seed, {}))
+    lane = (state, engine.own(parts, settings.seed, {}))
     lanes = Lanes(engine, [lane], engine.compile(lane, 1))
-    return _Run(lanes, jax.tree.map(jnp.copy, scoring(state)), Diagnosis.of(model, data))
+    return _Run(settings, lanes, jax.tree.map(jnp.copy, scoring(state)), Diagnosis.of(model, data))
 
 
-def _metric_names(ks: Sequence[int]) -> list[str]:
-    return [f"{name}@{k}" for name in METRICS for k in ks]
-
-
-def _blank_checkpoint(state: TrainState, ks: Sequence[int]) -> dict[str, Any]:
+def _blank_checkpoint(state: TrainState, settings: FitSettings) -> dict[str, Any]:
     """The structure of `_Run.checkpoint`, for reading one."""
-    metrics = dict.fromkeys(_metric_names(ks), 0.0)
+    metrics = dict.fromkeys(settings.metric_names, 0.0)
     return {"state": state, "progress": EarlyStopping(valid=metrics, test=metrics).to_arrays()}
 
 
 def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _check_options(
-    data: Interactions, epochs: int, patience: int, batch_size: int, metric: str, ks: Sequence[int]
-) -> None:
-    for name, value, least in (("epochs", epochs, 1), ("patience", patience, 0), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}.")
-    known = _metric_names(ks)
-    if metric not in known:
-        raise UserError(f"unknown metric '{metric}'; choose one of {', '.join(known)}.")
-    check_splits(data)

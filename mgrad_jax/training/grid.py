@@ -11,17 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mgrad_jax import models
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.declaration import check_names, marked
+from mgrad_jax.errors import UserError, shown
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.methods import follows_epochs, unused
 
 # Numbers of a run that may be traced; the model's traced hyper-parameters and the seed join them.
-TRACED = ("alpha1", "alpha2", "learning_rate", "weight_decay")
+TRACED = marked(RunConfig, "traced")
 # What a member can vary besides the model's hyper-parameters.
-AXES = (*TRACED, "seed", "training", "interval", "optimizer", "batch_size")
+AXES = (*TRACED, *marked(RunConfig, "axis"))
 MOST_MEMBERS = 10_000
 # What no compiled program depends on.
-_NO_STRUCTURE = (*TRACED, "seed", "data", "out", "epochs", "patience", "learning_rate_decay", "keep_every")
+_NO_STRUCTURE = (*TRACED, *marked(RunConfig, "outside"))
 
 
 def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
@@ -72,24 +73,12 @@ def check_size(grid: Mapping[str, Sequence[Any]], n_seeds: int = 1) -> None:
 
 
 def _check_axis(name: str, values: Sequence[Any], hyper: Sequence[str]) -> None:
-    if name not in AXES and name not in hyper:
-        known = sorted({*AXES, *hyper})
-        raise UserError(
-            f"the grid has no axis {shown(name)}; choose among {', '.join(known)}{did_you_mean(name, known)}."
-        )
+    check_names("the grid has no axis", [name], sorted({*AXES, *hyper}))
     if not len(values):
         raise UserError(f"the grid's axis '{name}' has no values; give at least one.")
     repeated = [value for i, value in enumerate(values) if value in values[:i]]
     if repeated:
         raise UserError(f"the grid's axis '{name}' names {shown(repeated[0])} twice; leave one of them out.")
-    if name in AXES:
-        kind = type(next(f.default for f in dataclasses.fields(RunConfig) if f.name == name))
-        accepted = (int, float) if kind is float else kind
-        for value in values:
-            if not isinstance(value, accepted) or isinstance(value, bool):
-                raise UserError(
-                    f"the grid's axis '{name}' has the value {shown(value)}; it must be of type {kind.__name__}."
-                )
 
 
 def _canonical(config: RunConfig) -> RunConfig:
@@ -109,17 +98,13 @@ def group_members(members: Sequence[RunConfig]) -> list[list[int]]:
 def _structure(config: RunConfig) -> str:
     """What must be equal for two members to share a program."""
     values = config.to_dict()
-    static = [f.name for f in dataclasses.fields(_hyper(config)) if not f.metadata.get("traced")]
-    hyper = {name: values["hyper_parameters"][name] for name in static}
+    traced = marked(config.model_config, "traced")
+    hyper = {name: value for name, value in values["hyper_parameters"].items() if name not in traced}
     shared = {name: value for name, value in values.items() if name not in _NO_STRUCTURE}
     planned = config.epochs if follows_epochs(values) else None
     # These decays are transformations of their own, so whether there is one is structure; how much is a traced number.
     links = {"weight decay": config.weight_decay > 0, "rate decay": config.rate_factors is not None}
     return repr({**shared, "hyper_parameters": hyper, "links": links, "planned": planned})
-
-
-def _hyper(config: RunConfig) -> models.ModelConfig:
-    return models.make_config(config.model, dict(config.hyper_parameters))
 
 
 def published_grid(model: str) -> dict[str, tuple[Any, ...]]:

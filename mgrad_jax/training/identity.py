@@ -16,15 +16,14 @@ import numpy as np
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
+from mgrad_jax.declaration import marked, plain
 from mgrad_jax.errors import shown
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.methods import follows_epochs, unused
 
 # Where a run lies, where its data lie (their digest counts), how far it goes, and what it keeps besides.
-_FREE = ("out", "data", "epochs", "patience", "keep_every")
-_DEFAULTS: Mapping[str, Any] = {
-    f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING
-}
+_FREE = marked(RunConfig, "free")
+_DEFAULTS = RunConfig.defaults()
 
 
 def run_settings(config: RunConfig, data: Interactions) -> dict[str, Any]:
@@ -43,18 +42,11 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
         ignored.discard("epochs")
     hyper = settings.get("hyper_parameters")
     values = {**_DEFAULTS, **settings, **(hyper if isinstance(hyper, dict) else {})}
-    values = {name: _plain(value) for name, value in values.items() if name not in ignored}
+    values = {name: plain(value) for name, value in values.items() if name not in ignored}
     decay = values.get("learning_rate_decay")
     if isinstance(decay, list) and decay[:1] == [1.0]:
         values["learning_rate_decay"] = [1.0]  # over how many epochs nothing decays is all the same
     return values
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it, so that those of a file compare with those of a configuration."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -77,7 +69,7 @@ def identity(settings: Mapping[str, Any]) -> str:
     if isinstance(model, str):
         defaults.update(dataclasses.asdict(models.make_config(model, {})))
     values = decisive(settings)
-    own = {name: value for name, value in values.items() if name not in defaults or value != _plain(defaults[name])}
+    own = {name: value for name, value in values.items() if name not in defaults or value != plain(defaults[name])}
     # All numbers as floats: 1 and 1.0 are the same setting.
     text = json.dumps(json.loads(json.dumps(own, default=str), parse_int=float), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

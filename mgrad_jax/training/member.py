@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from mgrad_jax.declaration import marked
 from mgrad_jax.errors import UserError, shown
+from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import AXES, expand_grid
 
@@ -61,10 +63,10 @@ def _read_sweep(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); restore it and start again.") from None
-    if not isinstance(settings, dict) or "grid" not in settings:
+        settings = read_mapping(file, yaml.safe_load)
+    except Damaged as damage:
+        raise UserError(f"{file} cannot be read ({damage}); restore it and start again.") from None
+    if "grid" not in settings:
         return None
     seeds = settings.get("seeds")
     if not isinstance(settings["grid"], dict) or not isinstance(seeds, list) or not seeds:
@@ -91,14 +93,12 @@ def _members(directory: Path, settings: dict[str, Any], data: str | None) -> lis
     """The members of a sweep in their order, made of its configuration."""
     grid, seeds = settings["grid"], settings["seeds"]
     try:
-        fields = {f.name for f in dataclasses.fields(RunConfig)}
-        values = {name: value for name, value in settings.items() if name in fields}
-        values |= {name: tuple(values[name]) for name in ("ks", "learning_rate_decay")}
+        values = {name: value for name, value in settings.items() if name in marked(RunConfig)}
         # The file leaves out what the grid replaces, and the rest may be valid with a value of the grid only.
         values |= {name: given[0] for name, given in grid.items() if name in AXES}
         hyper = {name: given[0] for name, given in grid.items() if name not in AXES}
         values["hyper_parameters"] = {**values["hyper_parameters"], **hyper}
-        base = RunConfig(**{**values, "seed": seeds[0], "data": data or values["data"]})
+        base = RunConfig.of({**values, "seed": seeds[0], "data": data or values["data"]})
         return expand_grid(base, {**grid, "seed": seeds})
     except (LookupError, TypeError) as error:
         file = directory / "config.yaml"

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.declaration import check_names
+from mgrad_jax.errors import UserError, shown
 
 if TYPE_CHECKING:
     import optax
@@ -81,14 +82,10 @@ class Method:
 
     def check_arguments(self, given: Mapping[str, Any]) -> None:
         """Raise a `UserError` for an argument that the method does not have."""
-        for name in given:
-            if not self.arguments:
-                raise UserError(f"{self.name} training takes no flat-minima argument {shown(name)}; leave it out.")
-            if name not in self.arguments:
-                raise UserError(
-                    f"{self.name} has no argument {shown(name)}; choose among {', '.join(self.arguments)}"
-                    f"{did_you_mean(name, self.arguments)}."
-                )
+        if given and not self.arguments:
+            (name, *_) = given
+            raise UserError(f"{self.name} training takes no flat-minima argument {shown(name)}; leave it out.")
+        check_names(f"{self.name} has no argument", given, self.arguments)
 
     def transformation(
         self, optimizer: optax.GradientTransformation, values: Mapping[str, Any]
@@ -152,8 +149,8 @@ def _mirror_ascent(
         check_own_ascent(optimizer, jnp.zeros((2, 2)))
     except ValueError:
         raise UserError(
-            "mirror-ascent takes its step sizes from the optimizer's second moment, and none is known of this optimizer; "
-            "choose one such as adam, adamw, rmsprop or adagrad, or sgd, or train with mirror."
+            "mirror-ascent takes its step sizes from the optimizer's second moment, and none is known of this "
+            "optimizer; choose one such as adam, adamw, rmsprop or adagrad, or sgd, or train with mirror."
         ) from None
     return mirrored(optimizer, alpha1, alpha2, interval, max_norm=max_norm, ascent=True)
 

@@ -1,7 +1,7 @@
 """How exactly a device computes: the precision of dense products, and sums that come out alike every time.
 
-Nothing here changes JAX's own settings: the precision holds inside a `with`, and determinism is a flag of XLA's that has to
-be there before JAX begins to compute, so only a command line can set it.
+Nothing here changes JAX's own settings: the precision holds inside a `with`, and determinism is a flag of XLA's that
+has to be there before JAX begins to compute, so only a command line can set it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import jax
 
 from mgrad_jax.errors import UserError
 
-MATMUL_PRECISIONS = ("default", "high", "highest")
 # What runs count as whose files say nothing of it; on a CPU it makes no difference.
 UNSAID = {"matmul_precision": "highest", "deterministic": False}
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"

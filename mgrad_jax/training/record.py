@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, read_mapping
@@ -66,7 +65,7 @@ def result_record(
             **config.optimizer_args,
         },
         "batch_size": config.batch_size,
-        "hyper_parameters": dataclasses.asdict(models.make_config(config.model, dict(config.hyper_parameters))),
+        "hyper_parameters": dataclasses.asdict(config.model_config),
         "epochs_run": epochs_run,
         "best_epoch": best_epoch,
         "metric": config.metric,

@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | `config.yaml` | the whole configuration, defaults included, and a digest of the data |
-| `checkpoint/` | the latest and the best state; each with the configuration and the rows of the history as of its epoch |
+| `checkpoint/` | the latest and the best state; each with the configuration and the history up to its epoch |
 | `kept/` | the parameters of every N-th epoch, where they are asked for (`mgrad_jax.training.kept`) |
 | `history.csv` | one row an epoch: loss and its parts, validation and test metrics, seconds |
 | `result.json` | the best epoch's metrics and everything needed to compare runs; written when training ends |
@@ -16,6 +16,7 @@ The checkpoints are what is precious. Everything else is made again from them wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import warnings
@@ -72,17 +73,13 @@ class LoadedRun(NamedTuple):
     @property
     def kept(self) -> KeptParams:
         """The parameters that the run kept of some of its epochs."""
-        return kept_params(self.config, run_settings(self.config, self.data))
+        run = identity(run_settings(self.config, self.data))
+        return KeptParams(self.config.directory, self.config.keep_every, run)
 
     def vectors(self) -> tuple[jax.Array, jax.Array]:
         """Users (n_users, dim) and items (n_items, dim), whose products are the scores, at the run's precision."""
         with as_configured(self.config):
             return jax.jit(lambda model: model.embed())(self.model)
-
-
-def kept_params(config: RunConfig, settings: Mapping[str, Any]) -> KeptParams:
-    """What a run with these settings keeps of its epochs."""
-    return KeptParams(config.directory, config.keep_every, identity(settings))
 
 
 def train_run(
@@ -129,12 +126,30 @@ def train_run(
 
 
 class _Run:
-    """A run in a directory that this process holds."""
+    """A run in a directory that this process holds.
+
+    Attributes:
+        config, data: the run, and what it trains on.
+        settings: what its files say of it (`run_settings`).
+        kept: the parameters of some of its epochs.
+    """
 
     def __init__(self, config: RunConfig, lock: Lock, mesh: Mesh | None) -> None:
         self.config, self.lock, self.path, self.mesh = config, lock, config.directory, mesh
         self.history = History(config.metric_names)
         self.checkpoints = Checkpoints(self.path / "checkpoint", self._write_history)
+
+    @functools.cached_property
+    def data(self) -> Interactions:
+        return load_interactions(self.config.data)
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        return run_settings(self.config, self.data)
+
+    @functools.cached_property
+    def kept(self) -> KeptParams:
+        return KeptParams(self.path, self.config.keep_every, identity(self.settings))
 
     def is_begun(self) -> bool:
         """Whether there is anything that took an epoch to compute."""
@@ -144,12 +159,10 @@ class _Run:
 
     def train(self, progress: Callable[[EpochReport], None] | None) -> dict[str, Any]:
         """Bring the run to its end from wherever it stands; returns what `result.json` holds."""
-        data = load_interactions(self.config.data)
-        settings = run_settings(self.config, data)
-        model = self.config.create_model(data)
+        model = self.config.create_model(self.data)
         if self.is_begun():
-            self._take_up(settings, data)
-            finished = self._finished(settings)
+            self._take_up()
+            finished = self._finished()
             if finished is not None:
                 return finished
         start = self.config.start_from
@@ -157,11 +170,10 @@ class _Run:
         if start is not None and (self.checkpoints.latest_epoch() is None or Path(start).exists()):
             start_from(model, load_run(start, self.config.data).model, start)
         with held_back(deliver=False):
-            self._prepare(settings, data, model)
-            outcome = self._fit(settings, data, model, progress)
-            return self._conclude(settings, data, outcome)
+            self._prepare(model)
+            return self._conclude(self._fit(model, progress))
 
-    def _take_up(self, settings: Mapping[str, Any], data: Interactions) -> None:
+    def _take_up(self) -> None:
         """Check that the run that is there is this one, and read its history.
 
         Raises:
@@ -170,19 +182,19 @@ class _Run:
         epoch = self.checkpoints.latest_epoch()
         place, notes = (self.path, {}) if epoch is None else self.checkpoints.read_notes("latest")
         before = notes["run"] if notes else _read_settings(self.path)
-        _check_same(place, before, settings, data)
+        self._check_same(place, before)
         with contextlib.suppress(CheckpointLost):  # the latest is enough to go on
             place, best = self.checkpoints.read_notes("best") if notes else (place, {})
-            _check_same(place, best.get("run", before), settings, data)
+            self._check_same(place, best.get("run", before))
         self.history.text = notes["history"] if notes else read_rows(self.path / "history.csv")
         self.history.rewind(epoch or 0)
         if notes and (changes := differing_machine(notes["machine"])):
             _warn(f"{self.path} was trained elsewhere ({changes}); the last bits of its numbers may differ here.")
 
-    def _finished(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _finished(self) -> dict[str, Any] | None:
         """The result of a run in which nothing is left to do, what else it lacks made again; None otherwise."""
         try:
-            result = read_record(self.path / "result.json", settings)
+            result = read_record(self.path / "result.json", self.settings)
         except (FileNotFoundError, Damaged):
             return None
         epoch = self.checkpoints.latest_epoch()
@@ -193,38 +205,31 @@ class _Run:
                 return None
             with held_back():
                 self.checkpoints.tidy()
-                self._make_whole(settings)
+                self._make_whole()
         if result["epochs_run"] > self.config.epochs:
             _warn(f"{self.path} has {result['epochs_run']} epochs, more than were asked for; it stays as it is.")
         return result
 
-    def _prepare(self, settings: dict[str, Any], data: Interactions, model: Recommender) -> None:
+    def _prepare(self, model: Recommender) -> None:
         """Write down what is going to be trained; from here on the run can be resumed."""
         epoch = self.checkpoints.latest_epoch()
         if epoch is None and self.is_begun():
             _warn(f"{self.path} has no checkpoints any more; it is trained from the beginning.")
         if len(self.history.rows()) < (epoch or 0):
             _warn(f"{self.path / 'history.csv'} lacks epochs, of which checkpoints of earlier versions hold no copy.")
-        self._write_settings(settings)
+        self._write_settings()
         if self.history.text:
             self.history.restore(self.path / "history.csv")
         (self.path / "result.json").unlink(missing_ok=True)  # it tells of fewer epochs
         params = split_model(model).params
-        state = jax.eval_shape(lambda: (params, self.config.transformation(data).init(params)))
+        state = jax.eval_shape(lambda: (params, self.config.transformation(self.data).init(params)))
         n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        kept = kept_params(self.config, settings)
         best = self.checkpoints.best_epoch() or 0
-        self.checkpoints.check_space(n_bytes, kept.least_bytes(self.config, params, epoch or 0, best))
+        self.checkpoints.check_space(n_bytes, self.kept.least_bytes(self.config, params, epoch or 0, best))
 
-    def _fit(
-        self,
-        settings: Mapping[str, Any],
-        data: Interactions,
-        model: Recommender,
-        progress: Callable[[EpochReport], None] | None,
-    ) -> FitResult:
+    def _fit(self, model: Recommender, progress: Callable[[EpochReport], None] | None) -> FitResult:
         """Train; whatever ends it, the checkpoints are complete afterwards."""
-        config, notes = self.config, {"run": settings, "machine": machine()}
+        config, notes = self.config, {"run": self.settings, "machine": machine()}
         self.checkpoints.notes = {**notes, "history": self.history.text}
 
         def on_epoch(report: EpochReport) -> None:
@@ -237,18 +242,11 @@ class _Run:
         try:
             return as_configured(config)(fit)(
                 model,
-                data,
-                config.transformation(data),
-                epochs=config.epochs,
-                patience=config.patience,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                metric=config.metric,
-                ks=config.ks,
-                learning_rate_decay=config.learning_rate_decay,
-                evaluate=config.evaluate,  # type: ignore[arg-type]  # checked by the configuration
+                self.data,
+                config.transformation(self.data),
+                config,
                 checkpoints=self.checkpoints,
-                kept=kept_params(config, settings),
+                kept=self.kept,
                 resume=True,
                 on_epoch=on_epoch,
                 mesh=self.mesh,
@@ -262,10 +260,10 @@ class _Run:
         # Made again from the checkpoint, should it not survive a power loss.
         write_whole(self.path / "history.csv", notes["history"], durable=False)
 
-    def _write_settings(self, settings: Mapping[str, Any]) -> None:
-        write_whole(self.path / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
+    def _write_settings(self) -> None:
+        write_whole(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
-    def _conclude(self, settings: Mapping[str, Any], data: Interactions, outcome: FitResult) -> dict[str, Any]:
+    def _conclude(self, outcome: FitResult) -> dict[str, Any]:
         """Write what a finished run has besides, once its checkpoints are known to be there."""
         self.lock.check()
         self.checkpoints.tidy()
@@ -275,8 +273,8 @@ class _Run:
         rows = self.history.rows()
         result = result_record(
             self.config,
-            data,
-            settings,
+            self.data,
+            self.settings,
             epochs_run=outcome.epochs_run,
             best_epoch=outcome.best_epoch,
             valid=outcome.valid,
@@ -290,22 +288,37 @@ class _Run:
         )
         write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
         (self.path / "curves.png").unlink(missing_ok=True)  # those of fewer epochs
-        self._make_whole(settings)
+        self._make_whole()
         return result
 
-    def _make_whole(self, settings: Mapping[str, Any]) -> None:
+    def _make_whole(self) -> None:
         """Make the files again that are missing or damaged, of those that follow from the history and the settings."""
         try:
             before = read_mapping(self.path / "config.yaml", yaml.safe_load)
-            is_this = before.get("data_digest") == settings["data_digest"] and not differences(before, settings)
+            is_this = before.get("data_digest") == self.settings["data_digest"] and not differences(
+                before, self.settings
+            )
         except (FileNotFoundError, Damaged):
             is_this = False
         if not is_this:
-            self._write_settings(settings)
+            self._write_settings()
         if self.history.text:
             self.history.restore(self.path / "history.csv")
             if not _is_png(self.path / "curves.png"):
                 draw_curves(self.history, self.path / "curves.png", self.config)
+
+    def _check_same(self, place: Path, before: Mapping[str, Any]) -> None:
+        """Refuse what was made on other data or with other settings, naming what differs."""
+        digest, settings = before.get("data_digest"), self.settings
+        if digest != settings["data_digest"] and not is_digest_of(digest, self.data):
+            raise UserError(
+                f"data {settings['data']} is not what {place} was begun with ({before.get('data')}); resume with that, "
+                "or choose another --out."
+            )
+        if changes := differences(before, settings):
+            raise UserError(
+                f"{place} was begun with other settings ({changes}); resume with those, or choose another --out."
+            )
 
 
 def _is_png(path: Path) -> bool:
@@ -315,20 +328,6 @@ def _is_png(path: Path) -> bool:
     except OSError:
         return False
     return content.startswith(b"\x89PNG") and b"IEND" in content[-12:]
-
-
-def _check_same(place: Path, before: Mapping[str, Any], settings: Mapping[str, Any], data: Interactions) -> None:
-    """Refuse what was made on other data or with other settings, naming what differs."""
-    digest = before.get("data_digest")
-    if digest != settings["data_digest"] and not is_digest_of(digest, data):
-        raise UserError(
-            f"data {settings['data']} is not what {place} was begun with ({before.get('data')}); resume with that, "
-            "or choose another --out."
-        )
-    if changes := differences(before, settings):
-        raise UserError(
-            f"{place} was begun with other settings ({changes}); resume with those, or choose another --out."
-        )
 
 
 def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
@@ -356,8 +355,7 @@ def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
             changes = "on other data"
         if changes:
             raise UserError(f"{place} belongs to another run than {directory / 'config.yaml'} ({changes}); restore it.")
-    stale = config.evaluate == "stale"
-    epoch = restore_best(model, config.transformation(interactions), checkpoints, stale=stale, ks=config.ks)
+    epoch = restore_best(model, config.transformation(interactions), checkpoints, config)
     return LoadedRun(config, interactions, model, epoch)
 
 
@@ -383,9 +381,7 @@ def _configuration(directory: Path, settings: Mapping[str, Any], data: str | Non
     """The configuration that `config.yaml` holds, checked like any other."""
     values = {name: value for name, value in settings.items() if name != "data_digest"}
     try:
-        for name in ("ks", "learning_rate_decay"):
-            values[name] = tuple(settings[name])
-        return RunConfig(**{**values, "data": data or settings["data"], "out": str(directory)})
+        return RunConfig.of({**values, "data": data or settings["data"], "out": str(directory)})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(

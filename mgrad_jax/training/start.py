@@ -32,8 +32,8 @@ def start_from(model: Recommender, trained: Recommender, directory: str | Path) 
     for path, parameter in ours.items():
         if theirs[path].shape != parameter.shape:
             raise UserError(
-                f"{directory} has {_name(path)} of shape {theirs[path].shape} and this run of {parameter.shape}; give a run "
-                "with the same hyper-parameters."
+                f"{directory} has {_name(path)} of shape {theirs[path].shape} and this run of {parameter.shape}; give "
+                "a run with the same hyper-parameters."
             )
     nnx.update(model, nnx.state(trained, nnx.Param))
 

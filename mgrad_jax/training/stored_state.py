@@ -65,7 +65,7 @@ def read_leaves(path: Path) -> dict[str, np.ndarray]:
 
 
 def _open_storage(path: Path) -> None:
-    """Raise where the storage's own index is damaged: orbax asks it for all leaves at once, and each complains aloud."""
+    """Raise where the storage's own index is damaged: orbax asks it for all leaves at once, and each complains."""
     import tensorstore
 
     storage = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/"}}

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
+from mgrad_jax.devices import Layout
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.early_stopping import EarlyStopping
@@ -72,7 +73,7 @@ class _Group:
         self._is_own = self._find_own(parts)
         self._begin(parts, mesh=_at_most(len(members), mesh))
 
-    def _begin(self, parts: SplitModel, **over_devices: Any) -> None:
+    def _begin(self, parts: SplitModel, *, mesh: Mesh | None = None, layout: Layout | None = None) -> None:
         """Have an engine made with the first member's model."""
         first = self.members[0]
         state = self._first_state(first, parts)
@@ -81,12 +82,11 @@ class _Group:
             state,
             self.data,
             lambda numbers: self._transformation(first, numbers),
-            batch_size=first.batch_size,
-            ks=first.ks,
-            evaluate=first.evaluate,
+            first,
             is_own=self._is_own,
             select_by=first.metric,
-            **over_devices,
+            layout=layout,
+            mesh=mesh,
         )
         self._loaded = {0: (self.engine.placed(state), self._own(first, parts))}
         self._shapes = jax.eval_shape(lambda: self._loaded[0])
@@ -120,12 +120,13 @@ class _Group:
             if programs.size <= limit or (each == 1 and self._mesh is None):
                 return programs
             if each == 1:
-                return self._compile_split()
+                break
             each //= 2
+        del programs, self.engine, self._loaded  # which hold arrays on every device
+        return self._compile_split()
 
     def _compile_split(self) -> Programs:
         """Compile for one member after another, each split over all devices."""
-        del self.engine, self._loaded
         model = self.members[0].create_model(self.data)
         try:
             layout = layout_of(model, self._mesh)
@@ -139,7 +140,7 @@ class _Group:
         return split_model(member.create_model(self.data))
 
     def _find_own(self, first: SplitModel) -> list[bool]:
-        """Which constants differ between members: loss weights, and what is drawn at random. The others are kept once."""
+        """Which constants differ between members: loss weights, and what is drawn at random. Others are kept once."""
         variables = jax.tree.leaves(first.constants, is_leaf=lambda x: isinstance(x, nnx.Variable))
         own = [isinstance(v, models.TracedHyperParameter) for v in variables for _ in jax.tree.leaves(v)]
         other = next((m for m in self.members if m.seed != self.members[0].seed), None)
@@ -248,7 +249,7 @@ def _at_most(n: int, mesh: Mesh | None) -> Mesh | None:
 
 
 def default_slots() -> int:
-    """Members trained side by side on a device: a GPU has room for many, on a CPU one after another is fastest (measured)."""
+    """Members side by side on a device: a GPU has room for many, on a CPU one after another is fastest (measured)."""
     return 1 if jax.default_backend() == "cpu" else 16
 
 

@@ -260,14 +260,17 @@ def test_a_seed_that_diverged_leaves_the_other_training_without_its_partner() ->
 
 BAD: dict[str, tuple[dict[str, str], str]] = {
     "unknown model": ({"models": "vpbr"}, "unknown model 'vpbr'"),
-    "unknown method": ({"methods": "plain,miror"}, "unknown method 'miror'; choose among mirror, mirror-ascent, plain"),
+    "unknown method": (
+        {"methods": "plain,miror"},
+        "unknown method 'miror'; choose one of mirror, mirror-ascent,",
+    ),
     "empty place": ({"methods": "plain,,mirror"}, "--methods plain,,mirror has an empty place"),
     "twice": ({"models": "vbpr,vbpr"}, "--models names vbpr twice"),
     "no seeds": ({"seeds": "0"}, "--seeds is 0; it must be at least 1"),
     "no number": ({"seeds": "five"}, "--seeds five is no list of whole numbers"),
-    "interval": ({"intervals": "0"}, "interval is 0; it must be a whole number of at least 1"),
+    "interval": ({"intervals": "0"}, "interval is 0; it must be at least 1"),
     "unknown optimizer": ({"optimizers": "adamm"}, "adamm"),
-    "unknown metric": ({"metrics": "recall@7"}, "unknown metric 'recall@7'; choose among recall@5"),
+    "unknown metric": ({"metrics": "recall@7"}, "unknown metric 'recall@7'; choose one of recall@5"),
     "unknown hyper-parameter": ({"set": "droput=0.1"}, "no compared model has the hyper-parameter 'droput'"),
     "another model's": ({"set": "bm3.dropout=0.1"}, "--set bm3.dropout is for bm3, which is not compared"),
     "missing data": ({"data": "nowhere"}, "nowhere does not exist"),

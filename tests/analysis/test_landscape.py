@@ -249,7 +249,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "scale": (["--scale-per", "column"], "--scale-per is 'column'; choose one of table, row"),
     "points": (["--points", "1"], "--points is 1; it must be between 2 and 1000"),
     "range": (["--range", "0"], "--range is 0.0; it must be a positive number"),
-    "infinite range": (["--range", "inf"], "--range is inf; it must be a positive number"),
+    "infinite range": (["--range", "inf"], "--range is inf; it must be a number from 1.2e-38 to 3.4e+38"),
     "sample": (["--sample", "0"], "--sample is 0; it must be between 1"),
     "probes": (["--probes", "0"], "--probes is 0; it must be between 1"),
     "kept": (["--kept-epochs", "-1"], "--kept-epochs is -1; it must be between 0"),

@@ -203,19 +203,19 @@ def test_the_same_command_gives_the_same_bytes_and_adjustments_have_their_files(
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "no such kind": (["--adjust", "swop"], "--adjust has no kind 'swop'; choose among swap, mix, noise, mean"),
-    "kind twice": (["--adjust", "swap,swap"], "--adjust names swap twice"),
+    "no such kind": (["--adjust", "swop"], "--adjust is 'swop'; choose one of swap, mix, noise, mean"),
+    "kind twice": (["--adjust", "swap,swap"], "--adjust names swap, swap; name each once"),
     "no number": (["--scales", "0,much"], "--scales 0,much is no list of numbers"),
-    "negative": (["--scales", "-1"], "--scales holds -1; every number must be finite and not negative"),
-    "share": (["--shares", "2"], "--shares holds 2; every number must lie between 0 and 1"),
-    "nothing": (["--scales", "0"], "--scales 0 changes nothing"),
+    "negative": (["--scales", "-1"], "--scales is -1.0; it must not be negative"),
+    "share": (["--shares", "2"], "--shares is 2.0; it must be between 0 and 1"),
+    "nothing": (["--scales", "0"], "--scales changes nothing"),
     "unit": (["--scale-per", "item"], "--scale-per is 'item'; choose one of table, row, none"),
     "place": (["--at", "user"], "--at is 'user'; choose one of table, vectors"),
     "split": (["--split", "train"], "--split is 'train'; choose one of test, valid"),
     "modality": (["--modality", "audio"], "--modality is 'audio'; choose one of both, image, text"),
     "mix": (["--mix", "2"], "--mix is 2.0; it must be between 0 and 1"),
     "draws": (["--draws", "0"], "--draws is 0; it must be at least 1"),
-    "seed": (["--seed", "-1"], "--seed is -1; it must be at least 0"),
+    "seed": (["--seed", "-1"], "--seed is -1; it must be between 0"),
     "metric": (["--metrics", "hits@5"], "'hits@5' is no metric; write for example recall@20"),
     "table": (
         ["--tables", "items"],

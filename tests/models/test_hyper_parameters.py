@@ -17,6 +17,7 @@ FIELDS = {
     for name in models.names()
     for field in dataclasses.fields(models.model_class(name).config_class)
 }
+WORDS = {bool: "true or false", int: "a whole number", float: "a (positive )?number"}
 NUMBERS = {key: pair for key, pair in FIELDS.items() if not isinstance(pair[1].default, bool)}
 
 
@@ -45,7 +46,7 @@ def test_a_value_of_another_type_is_refused(key: str) -> None:
     kind = type(field.default)
     wrong: list[Any] = [None, [field.default], *([0, "yes"] if kind is bool else [True, "1", float("nan")])]
     for value in wrong if kind is not int else [*wrong, 1.0]:
-        with pytest.raises(UserError, match=f"{field.name} must be of type {kind.__name__}"):
+        with pytest.raises(UserError, match=f"^{field.name} is .*; it must be {WORDS[kind]}"):
             models.make_config(name, {field.name: value})
 
 
@@ -64,7 +65,7 @@ class Config(ModelConfig):
         ("share", [0, 0.999], [-1e-9, 1, 1.5], "be at least 0 and below 1"),
         ("part", [1e-9, 1], [0, 1.001], "be above 0 and at most 1"),
         ("place", [1, 5], [0, 6], "be between 1 and 5"),
-        ("rate", [1e-30, 1e30], [0, -0.0, -1], "be positive"),
+        ("rate", [1e-30, 1e30], [0, -0.0, -1], "be a positive number"),
         ("free", [-1e38, 1e38], [1e39, float("-inf")], "be at most 3.4e+38"),
         ("embedding_dim", [1], [0, -5], "be at least 1"),
     ],

@@ -145,5 +145,5 @@ def test_the_space_they_take_is_asked_for_before_anything_is_trained(
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_a_number_that_keeps_nothing_is_refused(value: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["train", "--model", "vbpr", "--data", "demo", "--out", str(tmp_path / "run"), "--keep-every", value]
-    assert_one_sentence(main(command), capfd.readouterr(), f"keep_every is {value}; it must be a whole number")
+    assert_one_sentence(main(command), capfd.readouterr(), f"keep_every is {value}; it must be at least 1")
     assert not (tmp_path / "run").exists()

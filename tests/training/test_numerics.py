@@ -19,8 +19,9 @@ from mgrad_jax.training import numerics
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import group_members
 from mgrad_jax.training.identity import differences, run_settings
-from mgrad_jax.training.numerics import MATMUL_PRECISIONS, as_configured, make_deterministic
+from mgrad_jax.training.numerics import as_configured, make_deterministic
 from mgrad_jax.training.record import result_record
+from mgrad_jax.training.settings import MATMUL_PRECISIONS
 
 FLAG = "--xla_gpu_deterministic_ops=true"
 
@@ -77,9 +78,9 @@ def test_a_process_that_cannot_be_deterministic_any_more_says_what_to_do(monkeyp
 def test_the_command_line_sets_the_flag_before_jax_computes_and_records_both() -> None:
     """XLA reads its flags once, when JAX first computes."""
     program = (
-        "import os; from mgrad_jax.cli.options import TrainingOptions\n"
-        "options = TrainingOptions(model='vbpr', data='demo', deterministic=True, matmul_precision='high')\n"
-        "config = options.config(None)\n"
+        "import os; from mgrad_jax.cli.options import config_of\n"
+        "options = {'model': 'vbpr', 'data': 'demo', 'deterministic': True, 'matmul_precision': 'high'}\n"
+        "config = config_of(options)\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends\n"
         "print(os.environ['XLA_FLAGS'], config.to_dict())"
