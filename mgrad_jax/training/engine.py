@@ -184,7 +184,8 @@ class Engine:
         with in_force(self.plan.layout):
             training = jax.jit(over_lanes(train), donate_argnums=0, **self._results(state))
             trainer = training.lower(state, own, key, shared, data).compile()
-            evaluator = jax.jit(over_lanes(evaluate)).lower(scored, own, best, shared, eval_splits).compile()
+            evaluation = jax.jit(over_lanes(evaluate), **self._everywhere())
+            evaluator = evaluation.lower(scored, own, best, shared, eval_splits).compile()
         return Programs(
             lambda state, own, key: trainer(state, own, key, shared, data),
             lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
@@ -194,13 +195,18 @@ class Engine:
         )
 
     def _results(self, state: TrainState) -> dict[str, Any]:
-        """Where an epoch's results belong, for `jax.jit`: the state where it came from; the log of one lane everywhere."""
+        """Where an epoch's results belong, for `jax.jit`: the state where it came from, its log everywhere."""
         if self.mesh is not None:
             return {"out_shardings": NamedSharding(self.mesh, BLOCKS)}
         if (layout := self.plan.layout) is None:
             return {}
         after = state._replace(stale_params=state.params if self.plan.keep_stale else None)
         return {"out_shardings": (layout.shardings(after), NamedSharding(layout.mesh, WHOLE))}
+
+    def _everywhere(self) -> dict[str, Any]:
+        """Results on every device, for `jax.jit`, so that every process can read them."""
+        layout = self.plan.layout
+        return {} if layout is None else {"out_shardings": NamedSharding(layout.mesh, WHOLE)}
 
     def _train(
         self, state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any
@@ -290,7 +296,7 @@ _epoch_keys = jax.jit(jax.vmap(jax.random.fold_in))
 
 
 def _bytes(program: Any) -> int:
-    """XLA's own account of the memory on a device; the arguments twice, for loading a member into its lane copies them."""
+    """XLA's own account of memory on a device; the arguments twice, for loading a member into its lane copies them."""
     sizes = program.memory_analysis()
     if sizes is None:
         return 0

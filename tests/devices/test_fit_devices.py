@@ -17,7 +17,6 @@ from mgrad_jax.training.checkpoint import Checkpoints
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import train_run
 
-pytestmark = pytest.mark.quick_compilation
 STEPS = {"steps_per_epoch": 3, "refresh_epochs": 1}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def result(out: Path) -> dict[str, Any]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
     train_run(config(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of fewer epochs, to be copied."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    train_run(config(out, epochs=6))
+    assert len(history(out)) == 6
     return out
 
 
@@ -94,10 +104,8 @@ def test_killed_twice_and_resumed(unbroken: Path, tmp_path: Path) -> None:
     assert (best.model.scores([0, 5]) == expected.model.scores([0, 5])).all()
 
 
-def test_stopping_between_epochs_and_resuming(unbroken: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train_run(config(out, epochs=6))
-    assert len(history(out)) == 6
+def test_stopping_between_epochs_and_resuming(unbroken: Path, stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
     train_run(config(out), resume=True)
     pd.testing.assert_frame_equal(history(out), history(unbroken))
     assert result(out) == result(unbroken)
@@ -110,9 +118,8 @@ def test_resuming_a_finished_run_changes_nothing(unbroken: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()} == before
 
 
-def test_a_checkpoint_without_its_row_is_set_aside(unbroken: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train_run(config(out, epochs=6))
+def test_a_checkpoint_without_its_row_is_set_aside(unbroken: Path, stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
     path = out / "history.csv"
     rows = path.read_text().splitlines(keepends=True)
     path.write_text("".join(rows[:-1]) + rows[-1][:20])  # the last row is cut short

@@ -15,8 +15,6 @@ from mgrad_jax.training import sweep_run
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.sweep_run import SweepConfig, train_sweep
 
-pytestmark = pytest.mark.quick_compilation
-
 
 def config(out: Path, seeds: tuple[int, ...] = (1, 2), **changes: Any) -> SweepConfig:
     values = {"model": "lightgcn", "data": "demo", "training": "plain", "epochs": 1, **changes}

@@ -20,8 +20,6 @@ from mgrad_jax.training import sweep as sweeping
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.sweep import MemberResult, SweepReport, sweep
 
-pytestmark = pytest.mark.quick_compilation
-
 DATA = demo_interactions(n_users=60, n_items=40)
 VBPR = RunConfig(
     "vbpr",
