@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -32,10 +33,10 @@ tables_by_rows = jax.make_user_context(False)
 
 
 def mesh(devices: int | Literal["all"] = "all") -> Mesh:
-    """A mesh over so many devices, of all processes where there are several.
+    """A mesh over so many devices, of all processes alike where there are several.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer, or processes would have unequally many.
 
     >>> mesh(1).size
     1
@@ -47,7 +48,21 @@ def mesh(devices: int | Literal["all"] = "all") -> Mesh:
         there = f"is one {platform} device" if len(found) == 1 else f"are {len(found)} {platform} devices"
         virtual = f", or set JAX_NUM_CPU_DEVICES={n} to try it on a processor" if platform == "cpu" else ""
         raise UserError(f"{n} devices were asked for, and there {there}; ask for at most as many{virtual}.")
-    return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=found[:n])
+    processes = jax.process_count()
+    if n % processes:
+        raise UserError(f"{n} devices cannot be shared evenly by {processes} processes; ask for a multiple, or all.")
+    chosen = [device for process in range(processes) for device in _of_process(found, process, n // processes)]
+    return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def _of_process(devices: list[Any], process: int, share: int) -> list[Any]:
+    """The first devices of a process."""
+    own = [device for device in devices if device.process_index == process]
+    if len(own) < share:
+        raise UserError(
+            f"process {process} has {len(own)} devices and was to give {share}; let all processes have equally many."
+        )
+    return own[:share]
 
 
 def parse_devices(text: str) -> int | Literal["all"]:
@@ -77,6 +92,20 @@ def over_devices(mesh: Any, function: Callable[..., Any], in_specs: Any, out_spe
     """Each device's own part of a computation, by `jax.shard_map`."""
     # Without the check of which results vary: it refuses kernels chosen by platform, some of which vary.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
+
+
+def put(tree: _Tree, shardings: Any) -> _Tree:
+    """Put arrays where they belong; each of several processes takes its part of what all of them have."""
+    everywhere_here = all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings))
+    return jax.device_put(tree, shardings) if everywhere_here else jax.tree.map(_put_part, tree, shardings)
+
+
+def _put_part(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # Not by `jax.device_put`, which sends whole arrays round to compare them.
+    source = x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: source[index])
 
 
 def padded_columns(x: Float[Array, "rows dim"], n: int) -> Float[Array, "rows wider"]:
@@ -147,7 +176,7 @@ class Layout:
 
     def place(self, tree: _Tree) -> _Tree:
         """Put arrays where they belong."""
-        return jax.device_put(tree, self.shardings(tree))
+        return put(tree, self.shardings(tree))
 
     def shardings(self, tree: Any) -> Any:
         """Where every array belongs between epochs."""

@@ -24,7 +24,7 @@ def png(figure: Figure) -> bytes:
 
 
 def convergence_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], metric: str) -> Figure:
-    """Loss and validation metric against epochs, gradient evaluations and seconds; two rows a model.
+    """Loss and validation metric against epochs, gradient evaluations and seconds; two rows per model.
 
     Lines are means over seeds with a band of one standard deviation as far as all seeds train, and thin single lines
     from there on.

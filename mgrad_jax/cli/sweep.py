@@ -35,7 +35,7 @@ def sweep(
             "the grid of the model's published configuration.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds a setting, counted upwards from --seed.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Seeds per setting, counted upwards from --seed.")] = 1,
     slots: Annotated[
         int | None, typer.Option(help="The most members side by side in one program; 1 on a CPU, 16 else by default.")
     ] = None,

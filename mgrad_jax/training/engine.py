@@ -169,7 +169,7 @@ class Engine:
         with in_force(self.plan.layout):
             training = jax.jit(train, donate_argnums=0, **self._results(state))
             trainer = training.lower(state, own, key, shared, data).compile()
-            evaluator = jax.jit(evaluate).lower(scored, own, best, shared, eval_splits).compile()
+            evaluator = jax.jit(evaluate, **self._everywhere()).lower(scored, own, best, shared, eval_splits).compile()
         return Programs(
             lambda state, own, key: trainer(state, own, key, shared, data),
             lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
@@ -183,6 +183,11 @@ class Engine:
             return {}
         after = state._replace(stale_params=state.params if self.plan.keep_stale else None)
         return {"out_shardings": (layout.shardings(after), NamedSharding(layout.mesh, WHOLE))}
+
+    def _everywhere(self) -> dict[str, Any]:
+        """Results on every device, for `jax.jit`, so that every process can read them."""
+        layout = self.plan.layout
+        return {} if layout is None else {"out_shardings": NamedSharding(layout.mesh, WHOLE)}
 
     def _train(
         self, state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any

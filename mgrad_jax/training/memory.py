@@ -119,7 +119,7 @@ def check_memory(
 
 def available_bytes() -> float:
     """The bytes that this process may still take on its device; infinite where nothing tells."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     return min(_free_memory(), _free_addresses(), _free_in_group())

@@ -4,8 +4,8 @@
 |---|---|
 | `config.yaml` | the base configuration, the grid, the seeds, and a digest of the data |
 | `members/<id>/result.json` | a member's result, as of a single run; there as soon as the member has stopped |
-| `results.csv` | one row a member |
-| `summary.csv` | one row a setting: mean and standard deviation over its seeds |
+| `results.csv` | one row per member |
+| `summary.csv` | one row per setting: mean and standard deviation over its seeds |
 | `best.json` | the setting with the best mean selection metric on validation |
 | `heatmap.png` | that metric over alpha1 and alpha2, where both vary (as the paper's Fig. 5) |
 | `.lock` | the process that writes, while it does |
@@ -32,10 +32,11 @@ from mgrad_jax.files import Damaged, Lock, locked, read_mapping, remove_leftover
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import check_size, expand_grid
-from mgrad_jax.training.identity import data_digest, is_digest_of
+from mgrad_jax.training.identity import check_data, data_digest
 from mgrad_jax.training.methods import unused
 from mgrad_jax.training.numerics import UNSAID
 from mgrad_jax.training.record import nothing_left, read_record, result_record
+from mgrad_jax.training.settings import dataset_name
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
 
 
@@ -79,8 +80,7 @@ class SweepConfig:
     @property
     def directory(self) -> Path:
         """The sweep's directory."""
-        name = Path(self.base.data).resolve().name if self.base.data != "demo" else "demo"
-        return Path(self.out or f"sweeps/{self.base.model}-{name}")
+        return Path(self.out or f"sweeps/{self.base.model}-{dataset_name(self.base.data)}")
 
     @property
     def axes(self) -> list[str]:
@@ -224,11 +224,8 @@ def _record(data: Interactions, digest: str, result: MemberResult) -> dict[str, 
         result.config,
         data,
         {**result.config.to_dict(), "data_digest": digest},
-        epochs_run=result.epochs_run,
-        best_epoch=result.best_epoch,
-        valid=result.valid,
-        test=result.test,
-        seconds=result.seconds,
+        result,
+        result.seconds,
     )
     return {**record, "diverged": result.diverged}
 
@@ -265,12 +262,7 @@ def _check_same(directory: Path, settings: dict[str, Any], data: Interactions) -
         raise UserError(f"{path} is damaged and cannot be read ({damage}); {remedy}.") from None
     if not isinstance(before.get("grid"), dict):
         raise UserError(f"{path} is not a sweep's configuration; {remedy}.")
-    digest = before.get("data_digest")
-    if digest != settings["data_digest"] and not is_digest_of(digest, data):
-        raise UserError(
-            f"data {settings['data']} is not what {directory} was begun with ({before.get('data')}); resume with that, "
-            "or choose another --out."
-        )
+    check_data(directory, before, settings, data)
     old, new = _flat(before), _flat(settings)
     ignored = ("data", "data_digest", *_without_effect(settings))
     differing = [key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key)]
@@ -323,7 +315,7 @@ def _conclude(config: SweepConfig, members: Sequence[RunConfig], records: Sequen
 
 
 def _results(config: SweepConfig, members: Sequence[RunConfig], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row a member."""
+    """One row per member."""
     names = config.base.metric_names
     rows = [
         {
@@ -342,7 +334,7 @@ def _results(config: SweepConfig, members: Sequence[RunConfig], records: Sequenc
 
 
 def _summary(config: SweepConfig, results: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting, the best first; a setting with a member that diverged comes after those without."""
+    """One row per setting, the best first; a setting with a member that diverged comes after those without."""
     metrics = [f"{split}_{name}" for split in ("valid", "test") for name in config.base.metric_names]
     rows = []
     for _, part in results.groupby(config.axes or (lambda _: 0), sort=False, dropna=False):

@@ -211,7 +211,7 @@ def test_models_made_of_features_name_no_table(name: str) -> None:
 
 
 def test_an_unknown_table_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no learned table 'items' with a row an item; choose among item_embedding"):
+    with pytest.raises(UserError, match="no learned table 'items' with a row per item; choose among item_embedding"):
         item_tables(create("lightgcn"), ["items"])
 
 

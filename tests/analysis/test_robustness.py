@@ -217,7 +217,7 @@ BAD = {
     "metric": (["--metrics", "hits@5"], "'hits@5' is no metric; write for example recall@20"),
     "table": (
         ["--tables", "items"],
-        "vbpr has no learned table 'items' with a row an item; choose among item_embedding",
+        "vbpr has no learned table 'items' with a row per item; choose among item_embedding",
     ),
     "tables and vectors": (["--tables", "item_embedding", "--at", "vectors"], "leave one of them out"),
     "graphs without a change": (["--rebuild-graphs"], "none are asked for; add --adjust swap"),
