@@ -163,7 +163,6 @@ def assert_within_rounding(left: Path, right: Path) -> None:
             np.testing.assert_allclose(value, theirs[name][leaf], rtol=0, atol=1e-10, err_msg=leaf)
 
 
-@pytest.mark.quick_compilation
 def test_two_processes_train_the_run_of_one(unbroken: tuple[Path, list[Ended]], tmp_path: Path, float64: None) -> None:
     out, (first, second) = unbroken
     assert [first.code, second.code] == [0, 0], first.error + second.error
@@ -180,7 +179,6 @@ def test_two_processes_train_the_run_of_one(unbroken: tuple[Path, list[Ended]], 
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compilation
 def test_a_run_goes_on_after_a_process_is_killed_and_after_one_is_stopped(
     unbroken: tuple[Path, list[Ended]], tmp_path: Path, cache: Path, float64: None
 ) -> None:
