@@ -33,12 +33,12 @@ ALLOWED = {
     "graph": ("deprecation", "devices", "dropout", "errors", "selection"),
     "data": ("deprecation", "errors", "files", "graph"),
     "losses": ("deprecation",),
-    "models": ("data", "declaration", "deprecation", "dropout", "errors", "graph"),
+    "models": ("data", "declaration", "deprecation", "devices", "dropout", "errors", "graph"),
     "evaluation": ("data", "deprecation", "devices", "errors"),
     "interop": ("errors", "models"),
     "training": (
-        *("ascent", "data", "declaration", "deprecation", "devices", "errors", "evaluation", "files", "iterates"),
-        *("mirror", "models", "optimizers", "processes", "selection", "sharpness_aware", "signals"),
+        *("ascent", "data", "declaration", "deprecation", "devices", "errors", "evaluation", "files", "graph"),
+        *("iterates", "mirror", "models", "optimizers", "processes", "selection", "sharpness_aware", "signals"),
     ),
     "analysis": (
         *("ascent", "data", "declaration", "deprecation", "errors", "evaluation", "files", "graph", "iterates"),

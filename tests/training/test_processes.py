@@ -309,7 +309,7 @@ def test_devices_are_shared_by_processes_evenly_or_not_at_all(monkeypatch: pytes
         platform: str = "cpu"
 
     there = [Device(number, number // 5) for number in range(8)]
-    monkeypatch.setattr(jax, "devices", lambda: there)
+    monkeypatch.setattr(jax, "devices", lambda platform=None: there)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "make_mesh", lambda shape, names, axis_types, devices: [device.id for device in devices])
     assert devices.mesh(4) == [0, 1, 5, 6]
