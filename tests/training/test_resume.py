@@ -20,7 +20,7 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import load_run, train_run
 
-EPOCHS = 14
+EPOCHS = 9
 SMALL = {"embedding_dim": 8}
 
 
@@ -51,8 +51,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of fewer epochs, to be copied."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    train_run(config(out, epochs=6))
-    assert len(history(out)) == 6
+    train_run(config(out, epochs=4))
+    assert len(history(out)) == 4
     return out
 
 
