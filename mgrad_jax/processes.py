@@ -29,6 +29,8 @@ _Result = TypeVar("_Result")
 
 # A process that is alive says so every few seconds; after so many without a word JAX ends the others.
 _HEARTBEAT_SECONDS = 30
+# How long all processes have to come together; a minute later JAX would abort.
+CONNECTING_SECONDS = 300
 # How long a process that fails waits for the others to end together with it.
 _PARTING_SECONDS = 5.0
 # How long a file system that hosts share may take to show a new file.
@@ -45,12 +47,13 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
         process: the number of this one, from 0.
 
     Raises:
-        UserError: there is no launcher that JAX knows, or the others do not come.
+        UserError: there is no launcher that JAX knows, or a device was used before.
     """
     # JAX's own notice of a preemption takes SIGTERM away from whoever handles it.
     jax.config.update("jax_enable_preemption_service", False)
+    timeouts = {"initialization_timeout": CONNECTING_SECONDS + 60, "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
     try:
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        jax.distributed.initialize(coordinator, processes, process, **timeouts)
     except (ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         remedy = "see that every process was started and reaches that address"

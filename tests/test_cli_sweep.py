@@ -221,6 +221,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no seeds": (["--seeds", "0"], "seeds is 0; it must be at least 1"),
     "seeds twice": (["--seeds", "2", "--grid", "seed=1,2"], "leave one of them out"),
     "no slots": (["--slots", "0"], "slots is 0; it must be at least 1"),
+    "no devices": (["--devices", "0"], "--devices is '0'; give how many to train on"),
+    "too many devices": (["--devices", "9", "--dry-run"], "9 devices were asked for"),
     "unknown model": (["--model", "vpbr"], "unknown model 'vpbr'; choose one of"),
     "unknown model's grid": (["--model", "vpbr", "--grid", "published"], "unknown model 'vpbr'"),
     "missing data": (["--data", "nowhere"], "nowhere does not exist"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def joined(crew: Crew) -> Iterator[bool]:
         return
     from mgrad_jax import processes
 
-    processes.connect(*crew.by_hand)
+    with _limited(processes.CONNECTING_SECONDS):
+        processes.connect(*crew.by_hand)
     with _quiet():
         try:
             yield processes.is_first()
@@ -78,6 +80,24 @@ def joined(crew: Crew) -> Iterator[bool]:
                 traceback.print_exc()
             code = 1 if told is None else fail(*told)
             processes.leave(code, lost=code == LOST)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """End the process where the others have not come in time: JAX would abort it."""
+
+    def give_up() -> None:
+        remedy = "start all of them within that time, and see that each reaches process 0"
+        fail(f"not all processes have come within {seconds:g} seconds; {remedy}.", 2)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, mesh_in_force, over_devices
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph.sparse import SparseGraph, blank_graph, shapes_only, sparse_graph
 
@@ -18,7 +19,8 @@ from mgrad_jax.graph.sparse import SparseGraph, blank_graph, shapes_only, sparse
 def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[Array, "n k"]:
     """The k nearest rows of every row by cosine similarity, itself included; ties go to the lower index.
 
-    Exact, on the device, in blocks of rows: no (n, n) array in memory.
+    Exact, on the device, in blocks of rows: no (n, n) array in memory. Where a mesh is set (`jax.set_mesh`), each of
+    its devices has the whole table and does some of the blocks; these are the same, and so are the neighbours.
 
     Args:
         features: (n, dim), finite, no zero row.
@@ -44,15 +46,28 @@ def _knn(table: Array, k: int, block: int) -> Array:
     n = table.shape[0]
     starts = jnp.arange(0, n, block)
 
-    def neighbours(start: Array) -> Array:
+    def neighbours(table: Array, start: Array) -> Array:
         # The last block is shifted back so that every block has the same shape.
         rows = jax.lax.dynamic_slice_in_dim(table, jnp.minimum(start, n - block), block)
         similarity = jnp.matmul(rows, table.T, precision=jax.lax.Precision.HIGHEST)
         return jax.lax.top_k(similarity, k)[1]
 
-    found = jax.lax.map(neighbours, starts)
+    found = _over_blocks(neighbours, starts, table)
     tail = n - block * (starts.shape[0] - 1)
     return jnp.concatenate([found[:-1].reshape(-1, k), found[-1, block - tail :]]).astype(jnp.int32)
+
+
+def _over_blocks(function: Callable[[Array, Array], Array], starts: Array, table: Array) -> Array:
+    """Results (blocks, ...) of `function(table, start)`, block after block; of several devices, each does its own."""
+
+    def own(starts: Array, table: Array) -> Array:
+        return jax.lax.map(partial(function, table), starts)
+
+    if (mesh := mesh_in_force()) is None:
+        return own(starts, table)
+    shared = jnp.pad(starts, (0, -starts.shape[0] % mesh.size), mode="edge")  # blocks done again fill up the last ones
+    found = over_devices(mesh, own, (BLOCKS, WHOLE), BLOCKS, shared, table)
+    return everywhere(found)[: starts.shape[0]]
 
 
 def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) -> SparseGraph:

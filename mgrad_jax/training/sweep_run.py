@@ -20,13 +20,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
+from jax.sharding import Mesh
 
 from mgrad_jax.data import Interactions, load_interactions
+from mgrad_jax.devices import mesh
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import Damaged, Lock, locked, read_mapping, remove_leftovers, write_whole, written_whole
 from mgrad_jax.signals import held_back
@@ -128,14 +130,16 @@ def train_sweep(
     resume: bool = False,
     slots: int | None = None,
     progress: Callable[[SweepReport], None] | None = None,
+    devices: int | Literal["all"] = 1,
 ) -> SweepOutcome:
     """Train all members of a grid and keep the sweep's directory.
 
     Args:
         config: what to train, and where the directory is.
         resume: go on with the sweep that is there; members with a result are not trained again.
-        slots: the most members side by side in one program.
+        slots: the most members side by side on a device.
         progress: called after every epoch of a group; counts finished members of an earlier process as well.
+        devices: over how many members are spread; no setting of the sweep, which may be resumed on another number.
 
     Raises:
         UserError: bad input, a sweep already there, another grid than the one to be resumed, a damaged result, an
@@ -145,6 +149,7 @@ def train_sweep(
     directory = config.directory
     if resume and not directory.is_dir():
         raise _no_sweep(directory)
+    over = None if devices == 1 else mesh(devices)
     with locked(directory) as lock:
         began = (directory / "config.yaml").exists()
         if not resume and (began or _members_on_disk(directory)):
@@ -164,7 +169,7 @@ def train_sweep(
         found = {i: _read_member(directory, i, member, settings["data_digest"]) for i, member in enumerate(members)}
         records = {i: record for i, record in found.items() if record is not None}
         write_whole(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        _train_missing(config, data, settings["data_digest"], members, records, lock, slots, progress)
+        _train_missing(config, data, settings["data_digest"], members, records, lock, slots, progress, over)
         with held_back(deliver=False):
             lock.check()
             return _conclude(config, members, [records[i] for i in range(len(members))])
@@ -187,6 +192,7 @@ def _train_missing(
     lock: Lock,
     slots: int | None,
     progress: Callable[[SweepReport], None] | None,
+    mesh: Mesh | None,
 ) -> None:
     """Train the members without a record, and write each record as soon as there is one."""
     missing = [i for i in range(len(members)) if i not in records]
@@ -209,7 +215,8 @@ def _train_missing(
     if not missing:
         return
     try:
-        sweep(data, [members[i] for i in missing], slots=slots, on_result=on_result, on_epoch=on_epoch)
+        left = [members[i] for i in missing]
+        sweep(data, left, slots=slots, mesh=mesh, on_result=on_result, on_epoch=on_epoch)
     except KeyboardInterrupt:
         raise SweepInterrupted(config.directory, len(records), len(members)) from None
 

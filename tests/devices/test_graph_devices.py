@@ -9,7 +9,15 @@ import pytest
 
 from mgrad_jax import devices
 from mgrad_jax.devices import COLUMNS
-from mgrad_jax.graph import edge_dot, knn_graph, mean_bipartite, normalized_bipartite, propagate, propagate_bipartite
+from mgrad_jax.graph import (
+    edge_dot,
+    knn_graph,
+    knn_indices,
+    mean_bipartite,
+    normalized_bipartite,
+    propagate,
+    propagate_bipartite,
+)
 from mgrad_jax.graph.sparse import replace_values
 
 USERS, ITEMS = 13, 9
@@ -88,3 +96,14 @@ def test_a_mesh_that_is_left_and_entered_again_finds_its_own_programs():
                 assert len(result.sharding.device_set) == n
                 np.testing.assert_array_equal(result, expected)
         assert len(product(x).sharding.device_set) == 1
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_nearest_items_are_the_same_on_several_devices_ties_included(n):
+    rng = np.random.default_rng(0)
+    features = rng.integers(-1, 2, (333, 7)).astype(np.float32)
+    features[~features.any(axis=1)] = 1  # of many rows others have exactly the same direction
+    expected = knn_indices(features, 9, block=64)
+    with jax.set_mesh(devices.mesh(n)):
+        found = knn_indices(features, 9, block=64)
+    np.testing.assert_array_equal(found, expected)

@@ -30,8 +30,9 @@ from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import train_run
 
-SETTINGS: dict[str, Any] = {"model": "vbpr", "data": "demo", "epochs": 3, "hyper_parameters": {"embedding_dim": 4}}
-TRAIN = ["train", "--model", "vbpr", "--data", "demo", "--epochs", "3", "--set", "embedding_dim=4"]
+SETTINGS: dict[str, Any] = {"model": "vbpr", "data": "demo", "epochs": 3, "batch_size": 2400}
+SETTINGS |= {"hyper_parameters": {"embedding_dim": 4}}
+TRAIN = "train --model vbpr --data demo --epochs 3 --batch-size 2400 --set embedding_dim=4".split()
 
 IN_FLOAT64 = """
 from functools import partial
@@ -309,7 +310,7 @@ def test_devices_are_shared_by_processes_evenly_or_not_at_all(monkeypatch: pytes
         platform: str = "cpu"
 
     there = [Device(number, number // 5) for number in range(8)]
-    monkeypatch.setattr(jax, "devices", lambda: there)
+    monkeypatch.setattr(jax, "devices", lambda platform=None: there)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "make_mesh", lambda shape, names, axis_types, devices: [device.id for device in devices])
     assert devices.mesh(4) == [0, 1, 5, 6]

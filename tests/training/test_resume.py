@@ -20,12 +20,13 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import load_run, train_run
 
-EPOCHS = 14
+EPOCHS = 9
+SMALL = {"embedding_dim": 8}
 
 
 def config(out: Path, **changes: Any) -> RunConfig:
     values = {"model": "freedom", "data": "demo", "epochs": EPOCHS, "batch_size": 1000, "seed": 3, "out": str(out)}
-    return RunConfig(**{**values, **changes})
+    return RunConfig(**{"hyper_parameters": SMALL, **values, **changes})
 
 
 def history(out: Path) -> pd.DataFrame:
@@ -50,8 +51,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of fewer epochs, to be copied."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    train_run(config(out, epochs=6))
-    assert len(history(out)) == 6
+    train_run(config(out, epochs=4))
+    assert len(history(out)) == 4
     return out
 
 
@@ -61,7 +62,8 @@ def start(out: Path) -> subprocess.Popen[bytes]:
         import time
         from mgrad_jax.training.config import RunConfig
         from mgrad_jax.training.run import train_run
-        config = RunConfig("freedom", "demo", epochs={EPOCHS}, batch_size=1000, seed=3, out={str(out)!r})
+        options = dict(epochs={EPOCHS}, batch_size=1000, seed=3, hyper_parameters={SMALL})
+        config = RunConfig("freedom", "demo", out={str(out)!r}, **options)
         train_run(config, progress=lambda report: time.sleep(0.1 if report.epoch < {EPOCHS - 2} else 3600))
     """)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -156,7 +158,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     [
         ({"alpha2": 0.1}, ["alpha2"]),
         ({"training": "plain", "seed": 4}, ["training", "seed"]),
-        ({"hyper_parameters": {"dropout": 0.5}}, ["dropout"]),
+        ({"hyper_parameters": {**SMALL, "dropout": 0.5}}, ["dropout"]),
         ({"optimizer": "sgd", "learning_rate": 0.1}, ["optimizer", "learning_rate"]),
     ],
 )

@@ -50,6 +50,17 @@ def test_everything_but_the_members_is_made_again(finished: Path, swept: Path) -
     assert content(swept) == content(finished)
 
 
+def test_a_sweep_is_resumed_on_another_number_of_devices(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    train_sweep(config(out), devices=2)
+    shutil.rmtree(out / "members" / "0001")
+    train_sweep(config(out), devices=1, resume=True)
+    for name in ("summary.csv", "best.json", "config.yaml"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    with pytest.raises(UserError, match="9 devices were asked for, and there are 8 cpu devices"):
+        train_sweep(config(out), devices=9, resume=True)
+
+
 def test_members_of_another_sweep_are_refused_by_name(swept: Path) -> None:
     (swept / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"members/0000/result\.json is the result of another run; move it away"):
