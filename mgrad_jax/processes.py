@@ -51,7 +51,10 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     """
     # JAX's own notice of a preemption takes SIGTERM away from whoever handles it.
     jax.config.update("jax_enable_preemption_service", False)
-    timeouts = {"initialization_timeout": CONNECTING_SECONDS + 60, "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
+    timeouts: dict[str, Any] = {
+        "initialization_timeout": CONNECTING_SECONDS + 60,
+        "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+    }
     try:
         jax.distributed.initialize(coordinator, processes, process, **timeouts)
     except (ValueError, RuntimeError) as error:
