@@ -32,7 +32,7 @@ from mgrad_jax.training.run import train_run
 
 SETTINGS: dict[str, Any] = {"model": "vbpr", "data": "demo", "epochs": 3, "batch_size": 2400}
 SETTINGS |= {"hyper_parameters": {"embedding_dim": 4}}
-TRAIN = "train --model vbpr --data demo --epochs 3 --batch-size 2400 --set embedding_dim=4".split()
+TRAIN = ["train", "--model", "vbpr", "--data", "demo", "--epochs", "3", "--batch-size", "2400", "--set", "embedding_dim=4"]
 
 IN_FLOAT64 = """
 from functools import partial
