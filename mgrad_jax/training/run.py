@@ -159,7 +159,7 @@ class _Run:
 
     def train(self, progress: Callable[[EpochReport], None] | None) -> dict[str, Any]:
         """Bring the run to its end from wherever it stands; returns what `result.json` holds."""
-        model = self.config.create_model(self.data)
+        model = self.config.create_model(self.data, mesh=self.mesh)
         if self.is_begun():
             self._take_up()
             finished = self._finished()
