@@ -85,6 +85,15 @@ def number(path: str, digits: int = 1, factor: float = 1.0, suffix: str = "") ->
     return cell
 
 
+def small(path: str) -> Cell:
+    """A small number of a row, to one digit; "equal" for none."""
+
+    def cell(row: Row) -> str:
+        return f"{value:.0e}" if (value := _at(row, path)) else "equal"
+
+    return cell
+
+
 def spread(path: str, digits: int = 1, factor: float = 1.0) -> Cell:
     """A spread of a row times a factor: median (least to largest)."""
 
@@ -134,6 +143,20 @@ def results(name: str) -> list[Row]:
 
 
 TABLES: dict[str, Table] = {
+    "same_run": Table(
+        ("model", "data", "devices", "epochs"),
+        {
+            "data": "data",
+            "model": "model",
+            "devices": "devices",
+            "epochs": "epochs",
+            "losses": small("split.losses"),
+            "metrics": small("split.metrics"),
+            "losses, one device nudged": small("nudged.losses"),
+            "metrics, one device nudged": small("nudged.metrics"),
+            "order, negatives, graphs": "draws",
+        },
+    ),
     "step_throughput": Table(
         ("model", "size", "source", "interval", "form", "batch_size"),
         {

@@ -33,14 +33,14 @@ tables_by_rows = jax.make_user_context(False)
 
 
 def mesh(devices: int | Literal["all"] = "all", platform: str | None = None) -> Mesh:
-    """A mesh over so many devices, of all processes where there are several.
+    """A mesh over so many devices, of all processes alike where there are several.
 
     Args:
         devices: how many.
         platform: such as "cpu"; by default that which JAX computes on.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer, or processes would have unequally many.
 
     >>> mesh(1).size
     1
@@ -52,7 +52,21 @@ def mesh(devices: int | Literal["all"] = "all", platform: str | None = None) -> 
         there = f"is one {platform} device" if len(found) == 1 else f"are {len(found)} {platform} devices"
         virtual = f", or set JAX_NUM_CPU_DEVICES={n} to try it on a processor" if platform == "cpu" else ""
         raise UserError(f"{n} devices were asked for, and there {there}; ask for at most as many{virtual}.")
-    return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=found[:n])
+    processes = jax.process_count()
+    if n % processes:
+        raise UserError(f"{n} devices cannot be shared evenly by {processes} processes; ask for a multiple, or all.")
+    chosen = [device for process in range(processes) for device in _of_process(found, process, n // processes)]
+    return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def _of_process(devices: list[Any], process: int, share: int) -> list[Any]:
+    """The first devices of a process."""
+    own = [device for device in devices if device.process_index == process]
+    if len(own) < share:
+        raise UserError(
+            f"process {process} has {len(own)} devices and was to give {share}; let all processes have equally many."
+        )
+    return own[:share]
 
 
 def parse_devices(text: str) -> int | Literal["all"]:
@@ -82,6 +96,24 @@ def over_devices(mesh: Any, function: Callable[..., Any], in_specs: Any, out_spe
     """Each device's own part of a computation, by `jax.shard_map`."""
     # Without the check of which results vary: it refuses kernels chosen by platform, some of which vary.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
+
+
+def put(tree: _Tree, shardings: Any) -> _Tree:
+    """Put arrays where they belong, and tell shapes; each of several processes takes its part of what all have."""
+    is_shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+    if not is_shapes and all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_put_part, tree, shardings)
+
+
+def _put_part(x: Any, sharding: NamedSharding) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(sharding=sharding)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # Not by `jax.device_put`, which sends whole arrays round to compare them.
+    source = x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: source[index])
 
 
 def padded_columns(x: Float[Array, "rows dim"], n: int) -> Float[Array, "rows wider"]:
@@ -136,8 +168,12 @@ def everywhere(tree: _Tree) -> _Tree:
 
 
 def tables_of(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """While a model is made: its tables are read and drawn by columns, each device's own."""
-    return nullcontext() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh)
+    """While a model is made: its tables are read and drawn by columns, each device's own.
+
+    Over several processes they are made whole in each, for graphs are built by every process for itself.
+    """
+    is_one = mesh is None or mesh.size == 1 or jax.process_count() > 1
+    return nullcontext() if is_one else jax.set_mesh(mesh)
 
 
 def _by_columns(width: int) -> NamedSharding | None:
@@ -221,11 +257,7 @@ class Layout:
 
     def place(self, tree: _Tree) -> _Tree:
         """Put arrays where they belong; shapes are told where that is."""
-
-        def placed(x: Any, where: NamedSharding) -> Any:
-            return x.update(sharding=where) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, where)
-
-        return jax.tree.map(placed, tree, self.shardings(tree))
+        return put(tree, self.shardings(tree))
 
     def shardings(self, tree: Any) -> Any:
         """Where every array belongs between epochs."""

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes a user can mend, and the one for a process that is gone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class UserError(ValueError):
     Traceback (most recent call last):
     mgrad_jax.errors.UserError: data/x.inter line 3: item id -1 is negative; ids count from 0.
     """
+
+
+class ProcessLost(RuntimeError):
+    """Another of the processes that train together is gone; the text says what there is to go on from."""
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -63,6 +63,11 @@ def held_back(*, deliver: bool = True) -> Iterator[None]:
         hold.deliver()
 
 
+def is_waiting() -> bool:
+    """Whether a signal to stop has arrived that is held back."""
+    return _current is not None and bool(_current.arrived)
+
+
 @contextlib.contextmanager
 def let_through() -> Iterator[None]:
     """Inside `held_back`, let signals take effect in this block, those that arrived before at its beginning."""

@@ -20,6 +20,7 @@ ALLOWED = {
     "dropout": (),
     "files": ("errors",),
     "devices": ("errors",),
+    "processes": ("errors",),
     "selection": ("deprecation",),
     "iterates": (),
     "ascent": (),
@@ -37,7 +38,7 @@ ALLOWED = {
     "interop": ("errors", "models"),
     "training": (
         *("ascent", "data", "declaration", "deprecation", "devices", "errors", "evaluation", "files", "graph"),
-        *("iterates", "mirror", "models", "optimizers", "selection", "sharpness_aware", "signals"),
+        *("iterates", "mirror", "models", "optimizers", "processes", "selection", "sharpness_aware", "signals"),
     ),
     "analysis": (
         *("ascent", "data", "declaration", "deprecation", "errors", "evaluation", "files", "graph", "iterates"),
@@ -45,7 +46,7 @@ ALLOWED = {
     ),
     "cli": (
         *("analysis", "data", "declaration", "devices", "errors", "evaluation", "files", "interop", "mirror"),
-        *("models", "optimizers", "sharpness_aware", "signals", "training"),
+        *("models", "optimizers", "processes", "sharpness_aware", "signals", "training"),
     ),
     "__main__": ("cli",),
     # The public names.

@@ -12,7 +12,8 @@ from mgrad_jax.cli import stopping
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for bad input, 130 when stopped.
+    """Run the command line and return its exit code: 0, 2 for bad input, 3 when another process is gone, 130 when
+    stopped.
 
     Args:
         arguments: without the program's name; `sys.argv` by default.

@@ -11,8 +11,9 @@ from typing import Any
 import typer
 
 from mgrad_jax.cli import stopping
-from mgrad_jax.errors import UserError, did_you_mean, shown
+from mgrad_jax.errors import ProcessLost, UserError, did_you_mean, shown
 
+LOST = 3
 _LONGEST = 500  # characters of a sentence
 _LONGEST_WORD = 200
 
@@ -37,6 +38,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """
     if isinstance(error, UserError):
         return str(error), 2
+    if isinstance(error, ProcessLost):
+        return str(error), LOST
     if isinstance(error, stopping.Stopped):
         return str(error), stopping.EXIT_CODE
     if isinstance(error, KeyboardInterrupt):

@@ -14,6 +14,7 @@ from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import DevicesOption
 from mgrad_jax.cli.console import print_metrics, progress
+from mgrad_jax.cli.distributed import Crew, joined
 from mgrad_jax.cli.options import takes_settings
 from mgrad_jax.training.settings import RunSettings
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from mgrad_jax.training.fit import EpochReport
 
 
-@takes_settings(run=RunSettings)
+@takes_settings(run=RunSettings, crew=Crew)
 def train(
     run: RunConfig,
+    crew: Crew,
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Take the settings of a run's config.yaml; options override them."),
@@ -54,7 +56,11 @@ def train(
         return
     number = parse_devices(devices)
     use_compilation_cache()
-    _print_result(train_and_tell(run, resume=resume, devices=number), run.directory)
+    with joined(crew) as is_first:
+        everywhere = "all" if crew.is_asked_for() and number == 1 else number
+        result = train_and_tell(run, resume=resume, devices=everywhere)
+        if is_first:
+            _print_result(result, run.directory)
 
 
 def train_and_tell(
@@ -97,7 +103,10 @@ def how_to_go_on(done: str, directory: Path, begun: str = "config.yaml") -> str:
 @contextlib.contextmanager
 def _progress(config: RunConfig) -> Iterator[Any]:
     """Tell how far the run is, of the epochs still to come if nothing improves any more; yields what to call."""
-    with progress(f"{config.model} ({config.training})") as tell:
+    from mgrad_jax.processes import is_first
+
+    quiet = contextlib.nullcontext(lambda *_: None)
+    with progress(f"{config.model} ({config.training})") if is_first() else quiet as tell:
 
         def report(epoch: EpochReport) -> None:
             stopping.complete_what_is_begun()

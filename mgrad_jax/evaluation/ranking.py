@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.deprecation import renamed
-from mgrad_jax.devices import BLOCKS, COLUMNS, WHOLE, everywhere, mesh_in_force, over_devices
+from mgrad_jax.devices import BLOCKS, COLUMNS, WHOLE, everywhere, mesh_in_force, over_devices, put
 from mgrad_jax.evaluation.metrics import ranking_metrics
 
 renamed(
@@ -161,7 +161,7 @@ def split_over_devices(eval_split: EvalSplit, mesh: Mesh) -> EvalSplit:
         positives=pairs(eval_split.positives),
         training=pairs(eval_split.training),
     )
-    return jax.device_put(padded, NamedSharding(mesh, BLOCKS))
+    return put(padded, jax.tree.map(lambda _: NamedSharding(mesh, BLOCKS), padded))
 
 
 def _by_block(

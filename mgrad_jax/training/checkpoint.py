@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import glob
 import json
 import math
 import os
@@ -30,11 +29,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgrad_jax.devices import put
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import Damaged, sync_directory, sync_tree, unreadable, unwritable, write_whole
+from mgrad_jax.processes import any_of, by_first, together
 from mgrad_jax.signals import held_back
+from mgrad_jax.training.entries import entries_digest, is_entries_digest, spans_processes
 from mgrad_jax.training.identity import digest
-from mgrad_jax.training.stored_state import SIDECAR, is_intact, orbax, read_leaves, read_sidecar, seal
+from mgrad_jax.training.stored_state import (
+    SIDECAR,
+    is_intact,
+    read_leaves,
+    read_parts,
+    read_sidecar,
+    seal,
+    write_leaves,
+)
 
 _NAME = re.compile(r"(\d+)-best-(\d+)")
 # What a power loss may cost besides the epoch under way.
@@ -53,6 +63,11 @@ class _Entry(NamedTuple):
     epoch: int
     best_epoch: int
     path: Path
+
+
+def _entry_at(path: Path) -> _Entry | None:
+    match = _NAME.fullmatch(path.name)
+    return _Entry(int(match[1]), int(match[2]), path) if match else None
 
 
 class Checkpoints:
@@ -77,6 +92,8 @@ class Checkpoints:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self._best: int | None = self.best_epoch()
+        # The directory as it was when this process began to write to it.
+        self._place: os.stat_result | None = None
         # The last checkpoint that reached the disk in this process, and when.
         self._safe, self._safe_since = 0, -math.inf
 
@@ -86,14 +103,19 @@ class Checkpoints:
         Args:
             epoch: counts from 1; larger than that of any checkpoint there, or that of a best one that was lost.
             state: a pytree of arrays (raw key data instead of typed PRNG keys). It is copied to the host before this
-                returns, so its buffers may be donated.
+                returns, so its buffers may be donated. Where it is split over several processes, all make this call,
+                and it is on disk when this returns.
             is_best: whether it is the best so far; the first one always is.
 
         Raises:
             UserError: the directory cannot be written.
         """
         # Empty arrays are left out: orbax refuses them, and there is nothing to remember.
-        leaves = {name: np.array(leaf) for name, leaf in _named_leaves(state).items() if leaf.size}
+        named = {name: leaf for name, leaf in _named_leaves(state).items() if leaf.size}
+        if spans_processes(named.values()):
+            self._save_together(epoch, named, is_best)
+            return
+        leaves = {name: np.array(leaf) for name, leaf in named.items()}
         notes = dict(self.notes)
         with held_back():
             self.wait()
@@ -109,7 +131,7 @@ class Checkpoints:
 
         Args:
             like: a pytree of the saved one's structure, shapes and dtypes. Where it holds numpy arrays, numpy arrays
-                come back, otherwise JAX arrays.
+                come back, otherwise JAX arrays; where it is split over several processes, as it is split.
             which: the latest or the best.
 
         Returns:
@@ -119,8 +141,9 @@ class Checkpoints:
             CheckpointLost: there is none, or it is damaged; the message says what remains.
             UserError: it cannot be read now, or it belongs to another model, optimizer or dataset.
         """
-        entry, saved = self._stable(which, read_leaves)
         expected = _named_leaves(like)
+        is_split = spans_processes(expected.values())
+        entry, saved = self._read_together(which, expected) if is_split else self._stable(which, read_leaves)
         saved.update({name: np.array(leaf) for name, leaf in expected.items() if not leaf.size})
         fits = {
             name: name in saved and (saved[name].shape, saved[name].dtype) == (leaf.shape, leaf.dtype)
@@ -134,7 +157,8 @@ class Checkpoints:
             )
         # In the order of the names, which is that of the leaves.
         leaves = [
-            saved[name] if isinstance(leaf, np.ndarray) else jnp.asarray(saved[name]) for name, leaf in expected.items()
+            saved[name] if isinstance(leaf, np.ndarray) or is_split else jnp.asarray(saved[name])
+            for name, leaf in expected.items()
         ]
         return entry.epoch, jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -246,31 +270,72 @@ class Checkpoints:
 
     def _put(self, epoch: int, path: Path, leaves: dict[str, np.ndarray], notes: dict[str, Any]) -> None:
         self._check_place()  # orbax would make it again
-        ocp = orbax()
         unfinished = path.with_name(f"{path.name}.unfinished")
-        # Orbax looks for the parts of its one-file format with a pattern in which a path's own [brackets] match
-        # nothing, and leaves a checkpoint that nobody can read; there it writes one directory per array instead.
-        one_file = glob.escape(str(unfinished)) == str(unfinished)
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=one_file))) as writer:
-            writer.save(unfinished, args=ocp.args.PyTreeSave(leaves))
-        content = {"notes": notes, "state": digest(leaves)}
-        content["digest"] = seal(content)
-        write_whole(unfinished / SIDECAR, json.dumps(content), durable=False)
+        write_leaves(unfinished, leaves)
+        self._write_sidecar(unfinished, digest(leaves), notes)
         if is_due := time.monotonic() - self._safe_since >= _SECONDS_WITHOUT_DISK:
             sync_tree(unfinished)
         self._check_place()
-        if path.exists():  # a damaged one that was trained again
-            _remove(path)
-        unfinished.rename(path)
+        _move(unfinished, path)
         if is_due:
             sync_directory(self.directory)
             self._safe, self._safe_since = epoch, time.monotonic()
         self.tidy()
 
+    def _save_together(self, epoch: int, leaves: Mapping[str, Any], is_best: bool) -> None:
+        """Write a checkpoint with all processes and remove those that it makes superfluous."""
+        with held_back(), _without_complaints():
+            path = self.directory / by_first(lambda: self._begin_together(epoch, is_best))
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            try:
+                write_leaves(unfinished, leaves)
+            except jax.errors.JaxRuntimeError:
+                raise  # another process is gone
+            except Exception as error:  # orbax and its storage raise whatever they trip over
+                raise self._unwritable(error) from None
+            state, notes = entries_digest(leaves), dict(self.notes)
+            together(lambda: self._on_disk(unfinished))
+            by_first(lambda: self._end_together(path, unfinished, state, notes))
+
+    def _begin_together(self, epoch: int, is_best: bool) -> str:
+        """The name of a checkpoint, for which the directory is ready."""
+        self._best = epoch if is_best or self._best is None else self._best
+        if self._place is None:
+            self._open()
+        self._check_place()
+        self._remove_unfinished()
+        return f"{epoch:06d}-best-{self._best:06d}"
+
+    def _on_disk(self, unfinished: Path) -> None:
+        """Have what this process wrote reach the disk."""
+        try:
+            sync_tree(unfinished)
+        except OSError as error:
+            raise unwritable(self.directory, error) from None
+
+    def _end_together(self, path: Path, unfinished: Path, state: str, notes: dict[str, Any]) -> None:
+        """Move a checkpoint that all processes have written into place."""
+        try:
+            self._write_sidecar(unfinished, state, notes)
+            sync_tree(unfinished)
+            self._check_place()
+            _move(unfinished, path)
+            sync_directory(self.directory)
+            self.tidy()
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if self._on_complete is not None:
+            self._on_complete(notes)
+
+    def _write_sidecar(self, unfinished: Path, state: str, notes: Mapping[str, Any]) -> None:
+        content = {"notes": notes, "state": state}
+        content["digest"] = seal(content)
+        write_whole(unfinished / SIDECAR, json.dumps(content), durable=False)
+
     def _check_place(self) -> None:
         """Raise a `UserError` where the directory is not the one that the first checkpoint was written to."""
         try:
-            is_same = os.path.samestat(self._place, self.directory.stat())
+            is_same = self._place is None or os.path.samestat(self._place, self.directory.stat())
         except OSError:
             is_same = False
         if not is_same:
@@ -284,7 +349,8 @@ class Checkpoints:
             self._check_place()
         except UserError as removed:
             return removed
-        self._remove_unfinished()
+        if self._place is not None:
+            self._remove_unfinished()
         if isinstance(error, UserError):
             return error
         if isinstance(error, OSError) and error.errno is not None:
@@ -307,12 +373,12 @@ class Checkpoints:
             UserError: the directory cannot be read.
         """
         try:
-            matches = [(_NAME.fullmatch(path.name), path) for path in self.directory.iterdir()]
+            entries = [_entry_at(path) for path in self.directory.iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise unreadable(self.directory, error) from None
-        return sorted(_Entry(int(m[1]), int(m[2]), path) for m, path in matches if m)
+        return sorted(filter(None, entries))
 
     def _entry(self, which: _Which) -> _Entry:
         entries = self._entries()
@@ -339,6 +405,30 @@ class Checkpoints:
                 if entry in self._entries():
                     raise self._damaged(entry) from None
 
+    def _read_together(self, which: _Which, like: Mapping[str, Any]) -> tuple[_Entry, dict[str, Any]]:
+        """A checkpoint and its leaves, split over all processes as in `like`; what there is, the first one tells."""
+        told = by_first(lambda: self._told(which))
+        if "lost" in told:
+            raise CheckpointLost(told["lost"])
+        entry, state = _entry_at(self.directory / told["name"]), told["state"]
+        assert entry is not None
+        saved = together(lambda: _read_parts(entry.path, like, state))
+        is_damaged = any_of(saved is None)
+        if saved is not None and not is_damaged and is_entries_digest(state):
+            is_all_there = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in saved.values())
+            is_damaged = is_all_there and entries_digest(saved) != state
+        if saved is None or is_damaged:
+            raise CheckpointLost(by_first(lambda: str(self._damaged(entry))))
+        return entry, saved
+
+    def _told(self, which: _Which) -> dict[str, Any]:
+        """The name of a checkpoint and the digest of its state, or why there is none."""
+        try:
+            entry, sidecar = self._stable(which, read_sidecar)
+        except CheckpointLost as lost:
+            return {"lost": str(lost)}
+        return {"name": entry.path.name, "state": None if sidecar is None else sidecar["state"]}
+
     def _damaged(self, entry: _Entry) -> CheckpointLost:
         """The sentence for a damaged checkpoint; what it advises depends on the others, which are read for it."""
         intact = [other for other in self._entries() if other != entry and is_intact(other.path)]
@@ -352,6 +442,26 @@ class Checkpoints:
         else:
             remedy = f"delete it to go on from epoch {intact[-1].epoch}, whose checkpoint is intact"
         return CheckpointLost(f"{entry.path} is damaged; {remedy}.")
+
+
+def _read_parts(path: Path, like: Mapping[str, Any], state: str | None) -> dict[str, Any] | None:
+    """This process's parts of a checkpoint, None where it is damaged, as far as that shows here.
+
+    What one process wrote has a digest of bytes, for which every process reads all of them.
+    """
+    try:
+        if is_entries_digest(state):
+            return read_parts(path, like)
+        leaves = read_leaves(path)
+    except Damaged:
+        return None
+    return {name: _put_as(leaf, like.get(name)) for name, leaf in leaves.items()}
+
+
+def _put_as(leaf: np.ndarray, like: Any) -> Any:
+    if isinstance(like, jax.Array) and (leaf.shape, leaf.dtype) == (like.shape, like.dtype):
+        return put(leaf, like.sharding)
+    return leaf
 
 
 @contextlib.contextmanager
@@ -368,6 +478,13 @@ def _without_complaints() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _move(unfinished: Path, path: Path) -> None:
+    """Give a complete checkpoint its name."""
+    if path.exists():  # a damaged one that was trained again
+        _remove(path)
+    unfinished.rename(path)
 
 
 def _remove(path: Path) -> None:

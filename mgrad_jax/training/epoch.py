@@ -65,7 +65,7 @@ class EpochPlan:
     """What is fixed before compilation.
 
     Attributes:
-        batch_size: interactions a batch; the last batch holds the rest.
+        batch_size: interactions per batch; the last batch holds the rest.
         schedule: batch number of every pass, in order.
         keep_stale: whether to return the parameters before the last update.
         layout: how arrays are split over several devices; None on one.

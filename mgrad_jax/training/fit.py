@@ -6,7 +6,9 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,8 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.devices import Layout
 from mgrad_jax.errors import UserError
 from mgrad_jax.models import Recommender
-from mgrad_jax.signals import held_back, let_through
+from mgrad_jax.processes import any_of, by_first, several, together
+from mgrad_jax.signals import held_back, is_waiting, let_through
 from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
 from mgrad_jax.training.decay import with_decay
 from mgrad_jax.training.diagnosis import Diagnosis
@@ -102,7 +105,7 @@ def fit(
         tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms and line searches work too. Where an
             optimizer means other parameters than the trained ones for evaluation (`mgrad_jax.evaluation_params`), those
             are evaluated and kept.
-        settings: what else is asked for, such as a `RunConfig`; by default a `FitSettings`, which declares each.
+        settings: what else is asked for, such as a `RunConfig`; by default a `FitSettings`, which tells of each.
         checkpoints: where the latest and the best state are kept.
         kept: where the parameters of some epochs are kept, those that evaluation reads.
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
@@ -110,18 +113,8 @@ def fit(
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
         mesh: of several devices, from `mgrad_jax.devices.mesh`; the run is the same but for the order of sums, that is
             for last digits. The model then holds arrays that are split over them.
-        **named: settings by name, in place of those in `settings`:
-
-            epochs: the most epochs to run (1000).
-            patience: stop when more than this many epochs in a row bring no improvement (20).
-            seed: of shuffling, negatives, dropout and resampling (999).
-            batch_size: interactions per batch (2048); the last, partial batch is kept.
-            metric: what selects the best epoch, on validation only ("recall@5").
-            ks: cut-offs of the metrics (5, 10, 20, 50).
-            learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), also
-                inside opaque forms. A `tx` that brings the same decay along stays as it is.
-            evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as
-                the reference code of MMGCN, GRCN, DualGNN and SLMRec does.
+        **named: settings by name, in place of those in `settings`, such as `epochs=3`. A learning rate decay also
+            reaches into opaque forms; a `tx` that brings the same decay along stays as it is.
 
     Raises:
         UserError: an option out of range, data without validation or test interactions, a learning rate that the decay
@@ -134,27 +127,29 @@ def fit(
     check_splits(data)
     base, scale = settings.learning_rate_decay
     tx = with_decay(tx, (base, scale), nnx.state(model, nnx.Param))
-    with let_through():
+    with _interruptible():
         run = _start(model, data, tx, settings, layout_of(model, mesh))
     run.diagnosis.checkpoints = None if checkpoints is None else checkpoints.directory
     best_is_lost = False
-    if resume and checkpoints is not None and checkpoints.latest_epoch() is not None:
+    if resume and checkpoints is not None and by_first(checkpoints.latest_epoch) is not None:
         best_is_lost = not run.restore(checkpoints)
     history: list[EpochReport] = []
     while not run.progress.is_over(settings.epochs, settings.patience):
-        with let_through():
+        with _interruptible():
             report = run.epoch()
         with held_back():  # an epoch that is finished is written down
             history.append(report)
             if on_epoch is not None:
-                on_epoch(report)
+                together(partial(on_epoch, report))
             if kept is not None:
                 kept.save(report.epoch, scoring(run.lanes.state).params)
             if checkpoints is not None:
                 checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
         best_is_lost &= not report.is_best
+        if several() and any_of(is_waiting()) and not run.progress.is_over(settings.epochs, settings.patience):
+            raise KeyboardInterrupt
     if best_is_lost and checkpoints is not None:
-        with let_through():
+        with _interruptible():
             again = run.best_again(model, tx)
         checkpoints.save(again.progress.epoch, again.checkpoint(), is_best=True)
         run.best = again.best
@@ -166,6 +161,11 @@ def fit(
         "evaluate": sum(report.seconds_evaluate for report in history),
     }
     return FitResult(progress.epoch, progress.best_epoch, progress.valid, progress.test, history, seconds)
+
+
+def _interruptible() -> AbstractContextManager[None]:
+    """Signals take effect at any time; those to one of several processes after the epoch, in all of them."""
+    return nullcontext() if several() else let_through()
 
 
 @dataclass

@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.declaration import marked, plain
-from mgrad_jax.errors import shown
+from mgrad_jax.errors import UserError, shown
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.methods import follows_epochs, unused
 
@@ -75,8 +76,8 @@ def identity(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def machine() -> dict[str, Any]:
-    """What the last bits of a number may depend on besides its run."""
+def machine(devices: int = 1) -> dict[str, Any]:
+    """What the last bits of a number may depend on besides its run, which is split over so many devices."""
     device = jax.devices()[0]
     try:
         threads = len(os.sched_getaffinity(0))
@@ -88,12 +89,15 @@ def machine() -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
+        # Said where they are several.
+        **({"devices": devices, "processes": jax.process_count()} if devices > 1 else {}),
     }
 
 
-def differing_machine(before: Mapping[str, Any]) -> str:
+def differing_machine(before: Mapping[str, Any], devices: int = 1) -> str:
     """In what the machine of a run differs from this one, in words; empty where it does not."""
-    here = machine()
+    one = {"devices": 1, "processes": 1}
+    before, here = {**one, **before}, {**one, **machine(devices)}
     return ", ".join(f"{k} was {shown(before.get(k))} and is {shown(v)}" for k, v in here.items() if before.get(k) != v)
 
 
@@ -110,6 +114,22 @@ def is_digest_of(value: Any, data: Interactions) -> bool:
     if isinstance(value, str) and len(value) == 8:
         return value == _checksum(data)
     return bool(value == data_digest(data))
+
+
+def check_data(place: Path, before: Mapping[str, Any], settings: Mapping[str, Any], data: Interactions) -> None:
+    """Refuse to go on with a run or sweep that was begun with other data.
+
+    Args:
+        place: where it lies, for messages.
+        before, settings: what its files say of it, and what they would say now.
+        data: what it would go on with.
+    """
+    digest = before.get("data_digest")
+    if digest != settings["data_digest"] and not is_digest_of(digest, data):
+        raise UserError(
+            f"data {settings['data']} is not what {place} was begun with ({before.get('data')}); resume with that, "
+            "or choose another --out."
+        )
 
 
 def _checksum(data: Interactions) -> str:

@@ -1,4 +1,4 @@
-"""The parameters of every N-th epoch of a run, kept for the analyses: `kept/<epoch>.npz`, one file an epoch.
+"""The parameters of every N-th epoch of a run, kept for the analyses: `kept/<epoch>.npz`, one file per epoch.
 
 A file is written before its epoch's checkpoint, so that a run which is killed and resumed has the same files, to the
 byte, as an unbroken one. Nothing removes them.
@@ -17,6 +17,7 @@ from flax import nnx
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import remove_leftovers, unreadable, written_whole
 from mgrad_jax.models import Recommender
+from mgrad_jax.processes import by_first, on_host
 from mgrad_jax.training.config import RunConfig
 
 _NAME = re.compile(r"(\d{6,})\.npz")
@@ -44,7 +45,10 @@ class KeptParams:
         """
         if self._every is None or epoch % self._every:
             return
-        arrays = {_PARAMS + name: np.asarray(variable.get_value()) for name, variable in _named(params).items()}
+        arrays = {_PARAMS + name: on_host(variable.get_value()) for name, variable in _named(params).items()}
+        by_first(lambda: self._write(epoch, arrays))
+
+    def _write(self, epoch: int, arrays: dict[str, np.ndarray]) -> None:
         remove_leftovers(self.directory)
         with written_whole(self.directory / f"{epoch:06d}.npz", "wb") as stream:
             np.savez(stream, **{_RUN: np.asarray(self._run)}, **arrays)  # type: ignore[arg-type]

@@ -125,7 +125,7 @@ def available_bytes(devices: int = 1) -> float:
 
     Devices of a processor have its memory together.
     """
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return devices * float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     return min(_free_memory(), _free_addresses(), _free_in_group())

@@ -15,7 +15,9 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.fit import FitResult
 from mgrad_jax.training.identity import identity, machine
+from mgrad_jax.training.sweep import MemberResult
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -24,18 +26,15 @@ def result_record(
     config: RunConfig,
     data: Interactions,
     settings: Mapping[str, Any],
-    *,
-    epochs_run: int,
-    best_epoch: int,
-    valid: Mapping[str, float],
-    test: Mapping[str, float],
+    outcome: FitResult | MemberResult,
     seconds: Mapping[str, float],
+    devices: int = 1,
 ) -> dict[str, Any]:
     """The content of `result.json`: settings, data, metrics of the best epoch, times, machine, versions.
 
     `run` is the digest of `settings` (`mgrad_jax.training.identity.run_settings`).
     """
-    here, method = machine(), config.method
+    here, method = machine(devices), config.method
     numbers = method.numbers(config.values)
     return {
         "run": identity(settings),
@@ -66,17 +65,25 @@ def result_record(
         },
         "batch_size": config.batch_size,
         "hyper_parameters": dataclasses.asdict(config.model_config),
-        "epochs_run": epochs_run,
-        "best_epoch": best_epoch,
+        "epochs_run": outcome.epochs_run,
+        "best_epoch": outcome.best_epoch,
         "metric": config.metric,
-        "valid": {name: valid[name] for name in config.metric_names if name in valid},
-        "test": {name: test[name] for name in config.metric_names if name in test},
+        "valid": {name: outcome.valid[name] for name in config.metric_names if name in outcome.valid},
+        "test": {name: outcome.test[name] for name in config.metric_names if name in outcome.test},
         "seconds": dict(seconds),
         "device": here["device"],
+        "platform": here["device"].partition(" ")[0],
+        "devices": devices,
+        "processes": here.get("processes", 1),
         "threads": here["threads"],
         "xla_flags": here["xla_flags"],
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a run's numbers come from."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
 def _version(package: str) -> str:

@@ -5,7 +5,7 @@
 | `config.yaml` | the whole configuration, defaults included, and a digest of the data |
 | `checkpoint/` | the latest and the best state; each with the configuration and the history up to its epoch |
 | `kept/` | the parameters of every N-th epoch, where they are asked for (`mgrad_jax.training.kept`) |
-| `history.csv` | one row an epoch: loss and its parts, validation and test metrics, seconds |
+| `history.csv` | one row per epoch: loss and its parts, validation and test metrics, seconds |
 | `result.json` | the best epoch's metrics and everything needed to compare runs; written when training ends |
 | `curves.png` | loss and recall over the epochs |
 | `.lock` | the process that writes, while it does |
@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,9 +30,10 @@ from jax.sharding import Mesh
 
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.devices import mesh
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import ProcessLost, UserError
 from mgrad_jax.files import Damaged, Lock, locked, read_mapping, write_whole
 from mgrad_jax.models import Recommender
+from mgrad_jax.processes import by_first, check_same, check_shared, is_first, lost, several, together
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
 from mgrad_jax.training.config import RunConfig
@@ -40,6 +41,7 @@ from mgrad_jax.training.epoch import split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, TrainingDiverged, fit, restore_best
 from mgrad_jax.training.history import History, draw_curves, read_rows
 from mgrad_jax.training.identity import (
+    check_data,
     differences,
     differing_machine,
     identity,
@@ -49,7 +51,7 @@ from mgrad_jax.training.identity import (
 )
 from mgrad_jax.training.kept import KeptParams
 from mgrad_jax.training.numerics import as_configured
-from mgrad_jax.training.record import nothing_left, read_record, result_record
+from mgrad_jax.training.record import nothing_left, read_record, result_record, versions
 from mgrad_jax.training.start import start_from
 
 
@@ -96,8 +98,8 @@ def train_run(
         resume: go on with the run that is there, to more epochs or with more patience if asked for; the numbers equal
             those of an unbroken run. Files that are missing or damaged are made again from the checkpoints.
         progress: called after every epoch.
-        devices: how many the run is split over (`mgrad_jax.devices`); no setting of the run, which may be resumed on
-            another number.
+        devices: how many the run is split over (`mgrad_jax.devices`), of all processes together; no setting of the
+            run, which may be resumed on another number.
 
     Returns:
         What `result.json` holds.
@@ -107,26 +109,49 @@ def train_run(
             the one to be resumed, a damaged checkpoint, an output that cannot be written.
         RunInterrupted: Ctrl-C; everything up to the last finished epoch is on disk. After the last epoch it is too
             late to stop, and the run is completed.
+        ProcessLost: another of several processes that make this call is gone.
     """
-    if resume and not config.directory.is_dir():
-        raise _no_run(config.directory)
-    over = None if devices == 1 else mesh(devices)
-    with locked(config.directory) as lock:
+    try:
+        check_same({**config.values, "resume": resume, "devices": devices, **versions(), "out": None, "data": None})
+        return _train_run(config, resume, progress, devices)
+    except (jax.errors.JaxRuntimeError, ProcessLost) as error:
+        if not several() or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        epoch = Checkpoints(config.directory / "checkpoint").latest_epoch()
+        kept = f"epoch {epoch} is on disk" if epoch else "no epoch is on disk"
+        again = "start all processes again" + (" with --resume" if epoch else "")
+        raise ProcessLost(f"{config.directory}: {lost(error)}; {kept}, {again}.") from error
+
+
+def _train_run(
+    config: RunConfig, resume: bool, progress: Callable[[EpochReport], None] | None, devices: int | Literal["all"]
+) -> dict[str, Any]:
+    by_first(lambda: _check_there(config.directory) if resume else None)
+    over = None if devices == 1 and not several() else mesh(devices)
+    with _held(config.directory) as lock:
+        check_shared(config.directory)
         run = _Run(config, lock, over)
-        if not resume and run.is_begun():
-            raise UserError(
-                f"{config.directory} already holds a run; add --resume to go on with it, or choose another --out."
-            )
-        if resume and not run.is_begun() and not (config.directory / "config.yaml").exists():
-            raise _no_run(config.directory)
+        by_first(lambda: run.check_begun(resume))
         try:
             return run.train(progress)
         except KeyboardInterrupt:
             raise RunInterrupted(config.directory, run.checkpoints.latest_epoch() or 0) from None
 
 
+def _check_there(directory: Path) -> None:
+    if not directory.is_dir():
+        raise _no_run(directory)
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[Lock | None]:
+    """Hold a directory for this process; of several, the first one does."""
+    with contextlib.ExitStack() as stack:
+        yield together(lambda: stack.enter_context(locked(directory)) if is_first() else None)
+
+
 class _Run:
-    """A run in a directory that this process holds.
+    """A run in a directory that this process holds, or the first of several.
 
     Attributes:
         config, data: the run, and what it trains on.
@@ -134,10 +159,18 @@ class _Run:
         kept: the parameters of some of its epochs.
     """
 
-    def __init__(self, config: RunConfig, lock: Lock, mesh: Mesh | None) -> None:
+    def __init__(self, config: RunConfig, lock: Lock | None, mesh: Mesh | None) -> None:
         self.config, self.lock, self.path, self.mesh = config, lock, config.directory, mesh
+        self.n_devices = 1 if mesh is None else mesh.size
         self.history = History(config.metric_names)
         self.checkpoints = Checkpoints(self.path / "checkpoint", self._write_history)
+
+    def check_begun(self, resume: bool) -> None:
+        """Raise a `UserError` where there is a run and none is to be resumed, or the other way round."""
+        if not resume and self.is_begun():
+            raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or choose another --out.")
+        if resume and not self.is_begun() and not (self.path / "config.yaml").exists():
+            raise _no_run(self.path)
 
     @functools.cached_property
     def data(self) -> Interactions:
@@ -159,19 +192,31 @@ class _Run:
 
     def train(self, progress: Callable[[EpochReport], None] | None) -> dict[str, Any]:
         """Bring the run to its end from wherever it stands; returns what `result.json` holds."""
-        model = self.config.create_model(self.data, mesh=self.mesh)
-        if self.is_begun():
-            self._take_up()
-            finished = self._finished()
+        model = together(lambda: self.config.create_model(self.data, mesh=self.mesh))
+        check_same({"data with the digest": together(lambda: self.settings)["data_digest"]})
+        if by_first(self.is_begun):
+            by_first(self._take_up)
+            finished = by_first(self._finished)
             if finished is not None:
                 return finished
-        start = self.config.start_from
-        # A resumed run does without it, unless a best epoch that was lost has to be trained again.
-        if start is not None and (self.checkpoints.latest_epoch() is None or Path(start).exists()):
-            start_from(model, load_run(start, self.config.data).model, start)
+        if by_first(self._begins_elsewhere):
+            together(lambda: self._start(model))
         with held_back(deliver=False):
-            self._prepare(model)
-            return self._conclude(self._fit(model, progress))
+            by_first(lambda: self._prepare(model))
+            outcome = self._fit(model, progress)
+            return by_first(lambda: self._conclude(outcome))
+
+    def _begins_elsewhere(self) -> bool:
+        """Whether the run begins with the parameters of another.
+
+        A resumed one does without it, unless a best epoch that was lost has to be trained again.
+        """
+        start = self.config.start_from
+        return start is not None and (self.checkpoints.latest_epoch() is None or Path(start).exists())
+
+    def _start(self, model: Recommender) -> None:
+        start = str(self.config.start_from)
+        start_from(model, load_run(start, self.config.data).model, start)
 
     def _take_up(self) -> None:
         """Check that the run that is there is this one, and read its history.
@@ -188,7 +233,7 @@ class _Run:
             self._check_same(place, best.get("run", before))
         self.history.text = notes["history"] if notes else read_rows(self.path / "history.csv")
         self.history.rewind(epoch or 0)
-        if notes and (changes := differing_machine(notes["machine"])):
+        if notes and (changes := differing_machine(notes["machine"], self.n_devices)):
             _warn(f"{self.path} was trained elsewhere ({changes}); the last bits of its numbers may differ here.")
 
     def _finished(self) -> dict[str, Any] | None:
@@ -229,11 +274,11 @@ class _Run:
 
     def _fit(self, model: Recommender, progress: Callable[[EpochReport], None] | None) -> FitResult:
         """Train; whatever ends it, the checkpoints are complete afterwards."""
-        config, notes = self.config, {"run": self.settings, "machine": machine()}
+        config, notes = self.config, {"run": self.settings, "machine": machine(self.n_devices)}
         self.checkpoints.notes = {**notes, "history": self.history.text}
 
         def on_epoch(report: EpochReport) -> None:
-            self.lock.check()
+            self._check_lock()
             self.history.append(report)
             self.checkpoints.notes = {**notes, "history": self.history.text}
             if progress is not None:
@@ -256,6 +301,10 @@ class _Run:
         finally:
             self.checkpoints.close()
 
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
     def _write_history(self, notes: Mapping[str, Any]) -> None:
         # Made again from the checkpoint, should it not survive a power loss.
         write_whole(self.path / "history.csv", notes["history"], durable=False)
@@ -265,7 +314,7 @@ class _Run:
 
     def _conclude(self, outcome: FitResult) -> dict[str, Any]:
         """Write what a finished run has besides, once its checkpoints are known to be there."""
-        self.lock.check()
+        self._check_lock()
         self.checkpoints.tidy()
         if self.checkpoints.latest_epoch() != outcome.epochs_run:
             raise UserError(f"{self.path} lost its checkpoint of epoch {outcome.epochs_run}; repeat with --resume.")
@@ -275,16 +324,14 @@ class _Run:
             self.config,
             self.data,
             self.settings,
-            epochs_run=outcome.epochs_run,
-            best_epoch=outcome.best_epoch,
-            valid=outcome.valid,
-            test=outcome.test,
+            outcome,
             # The whole run's, also where it was resumed; compilation is this process's.
-            seconds={
+            {
                 "compile": outcome.seconds["compile"],
                 "train": math.fsum(row["seconds_train"] for row in rows),
                 "evaluate": math.fsum(row["seconds_evaluate"] for row in rows),
             },
+            devices=self.n_devices,
         )
         write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
         (self.path / "curves.png").unlink(missing_ok=True)  # those of fewer epochs
@@ -309,13 +356,8 @@ class _Run:
 
     def _check_same(self, place: Path, before: Mapping[str, Any]) -> None:
         """Refuse what was made on other data or with other settings, naming what differs."""
-        digest, settings = before.get("data_digest"), self.settings
-        if digest != settings["data_digest"] and not is_digest_of(digest, self.data):
-            raise UserError(
-                f"data {settings['data']} is not what {place} was begun with ({before.get('data')}); resume with that, "
-                "or choose another --out."
-            )
-        if changes := differences(before, settings):
+        check_data(place, before, self.settings, self.data)
+        if changes := differences(before, self.settings):
             raise UserError(
                 f"{place} was begun with other settings ({changes}); resume with those, or choose another --out."
             )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mgrad_jax.files import Damaged, read_mapping, unreadable
+from mgrad_jax.training.entries import entries_digest, is_entries_digest
 from mgrad_jax.training.identity import digest
 
 SIDECAR = "run.json"
@@ -30,6 +33,16 @@ def is_intact(path: Path) -> bool:
     return True
 
 
+def write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
+    """Write leaves by name; where they are split over several processes, with all of them, each its own parts."""
+    ocp = orbax()
+    # Orbax looks for the parts of its one-file format with a pattern in which a path's own [brackets] match nothing,
+    # and leaves a checkpoint that nobody can read; there it writes one directory per array instead.
+    one_file = glob.escape(str(path)) == str(path)
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=one_file))) as writer:
+        writer.save(path, args=ocp.args.PyTreeSave(dict(leaves)))
+
+
 def read_leaves(path: Path) -> dict[str, np.ndarray]:
     """The leaves of a checkpoint by name.
 
@@ -41,27 +54,81 @@ def read_leaves(path: Path) -> dict[str, np.ndarray]:
     ocp = orbax()
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     leaves: dict[str, np.ndarray] = {}
+    with _told(path), contextlib.closing(_reader(ocp)) as reader:
+        # One leaf at a time: where one of several concurrent reads fails, the others complain on the terminal.
+        for name in list(reader.metadata(path).item_metadata.keys()):
+            leaves[name] = np.asarray(_one(ocp, reader, path, name, as_numpy))
+    if sidecar is None:
+        intact = np.array_equal(leaves.pop(_FINGERPRINT, np.zeros(0)), fingerprint(leaves))
+    else:
+        written = sidecar["state"]
+        intact = written == (entries_digest if is_entries_digest(written) else digest)(leaves)
+    if not intact:
+        raise Damaged("its arrays are not those that were written")
+    return leaves
+
+
+def read_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a checkpoint split as in `like`: those of several processes, each of which reads its own parts.
+
+    Whether they are what was written all processes find together, by `entries_digest`.
+
+    Args:
+        path: of the checkpoint.
+        like: arrays by name. What is stored in another shape or type is not read, but told as `jax.ShapeDtypeStruct`.
+
+    Raises:
+        Damaged, UserError: as `read_leaves`.
+    """
+    ocp = orbax()
+    leaves: dict[str, Any] = {}
+    with _told(path), contextlib.closing(_reader(ocp)) as reader:
+        for name, stored in reader.metadata(path).item_metadata.items():
+            leaf, found = like.get(name), jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+            if leaf is None or (leaf.shape, leaf.dtype) != (found.shape, found.dtype):
+                leaves[name] = found
+                continue
+            wanted = ocp.RestoreArgs(restore_type=np.ndarray)
+            if isinstance(leaf, jax.Array):
+                wanted = ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+            leaves[name] = _one(ocp, reader, path, name, wanted)
+    return leaves
+
+
+def _reader(ocp: Any) -> Any:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone(ocp)), **_alone(ocp))
+
+
+def _alone(ocp: Any) -> dict[str, Any]:
+    """Options with which orbax waits for no other process, for what each does by itself."""
+    if jax.process_count() == 1:
+        return {}
+    process = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
+    )
+    return {"multiprocessing_options": options}
+
+
+def _one(ocp: Any, reader: Any, path: Path, name: str, wanted: Any) -> Any:
+    """One leaf."""
+    arguments = {"item": {name: 0}, "restore_args": {name: wanted}, "partial_restore": True}
+    return reader.restore(path, args=ocp.args.PyTreeRestore(**arguments))[name]
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Tell what goes wrong with a checkpoint's storage: orbax and that raise whatever they trip over."""
     try:
         _open_storage(path)
-        with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
-            # One leaf at a time: where one of several concurrent reads fails, the others complain on the terminal.
-            for name in list(reader.metadata(path).item_metadata.keys()):
-                wanted = {"item": {name: 0}, "restore_args": {name: as_numpy}, "partial_restore": True}
-                leaves[name] = np.asarray(reader.restore(path, args=ocp.args.PyTreeRestore(**wanted))[name])
+        yield
     except MemoryError as error:
         raise unreadable(path, error) from None
-    except Exception as error:  # orbax and its storage raise whatever they trip over
+    except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise unreadable(path, MemoryError()) from None
         _check_readable(path)
         raise Damaged("its storage cannot be decoded") from None
-    if sidecar is None:
-        intact = np.array_equal(leaves.pop(_FINGERPRINT, np.zeros(0)), fingerprint(leaves))
-    else:
-        intact = sidecar["state"] == digest(leaves)
-    if not intact:
-        raise Damaged("its arrays are not those that were written")
-    return leaves
 
 
 def _open_storage(path: Path) -> None:
