@@ -9,7 +9,7 @@ The mesh's axis is in JAX's automatic mode: programs read as for one device, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -165,6 +165,46 @@ def _held(tree: _Tree, spec: P) -> _Tree:
 def everywhere(tree: _Tree) -> _Tree:
     """Arrays computed alike on every device, where there are several."""
     return _held(tree, WHOLE)
+
+
+def tables_of(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """While a model is made: its tables are read and drawn by columns, each device's own.
+
+    Over several processes they are made whole in each, for graphs are built by every process for itself.
+    """
+    is_one = mesh is None or mesh.size == 1 or jax.process_count() > 1
+    return nullcontext() if is_one else jax.set_mesh(mesh)
+
+
+def _by_columns(width: int) -> NamedSharding | None:
+    """Where the columns of a table that is made now belong; None where it is made whole."""
+    if mesh_in_force() is None or width % (mesh := jax.sharding.get_mesh()).size:
+        return None
+    return NamedSharding(mesh, COLUMNS)
+
+
+def loaded(tables: Sequence[np.ndarray], dtype: Any) -> Float[Array, "rows all"]:
+    """Tables (rows, _) of the host, side by side; each of several devices has the columns read that it holds."""
+    shape = tables[0].shape[0], sum(table.shape[1] for table in tables)
+    if (place := _by_columns(shape[1])) is None:
+        whole = [jnp.asarray(table, dtype) for table in tables]
+        return whole[0] if len(whole) == 1 else jnp.concatenate(whole, axis=1)
+
+    def part(index: Any) -> np.ndarray:
+        first, end, _ = index[1].indices(shape[1])
+        pieces, before = [], 0
+        for table in tables:
+            pieces.append(table[index[0], max(first - before, 0) : max(end - before, 0)])
+            before += table.shape[1]
+        return np.concatenate(pieces, axis=1, dtype=dtype, casting="unsafe")
+
+    return jax.make_array_from_callback(shape, place, part)
+
+
+def drawn(draw: Callable[[Array], Array], key: Array, width: int) -> Float[Array, "rows width"]:
+    """`draw(key)`, a table of this width; each of several devices draws the columns that it holds."""
+    place = _by_columns(width)
+    return draw(key) if place is None else jax.jit(draw, out_shardings=place)(key)
 
 
 @dataclass(frozen=True)

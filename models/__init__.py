@@ -12,10 +12,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.declaration import check_choice, check_names
 from mgrad_jax.deprecation import renamed
+from mgrad_jax.devices import tables_of
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, TracedHyperParameter, cast_features
 
 renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
@@ -62,6 +64,7 @@ def create(
     seed: int = 999,
     dtype: Any = jnp.float32,
     feature_dtype: Any = None,
+    mesh: Mesh | None = None,
     **hyper_parameters: Any,
 ) -> Recommender:
     """Build a model for a dataset.
@@ -73,6 +76,9 @@ def create(
         dtype: floating-point type of parameters, features and graphs.
         feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory;
             `dtype` unless given. Everything else, item graphs included, is made of the features as they are.
+        mesh: of several devices, from `mgrad_jax.devices.mesh`, each of which then reads and draws the columns of the
+            tables that it holds, so that no device needs room for a whole one; an item graph alone is made of whole
+            tables of features. Parameters drawn from a normal distribution may differ in their last digit.
         **hyper_parameters: names of the reference code, e.g. `reg_weight=1e-3`; the rest keep their defaults there.
 
     Raises:
@@ -80,9 +86,10 @@ def create(
             `feature_dtype` for a model that reads no features.
     """
     config = make_config(name, hyper_parameters)
-    model = model_class(name)(data, config, rngs=nnx.Rngs(seed), dtype=dtype)
-    if feature_dtype is not None and feature_dtype != dtype:
-        cast_features(model, feature_dtype)
+    with tables_of(mesh):
+        model = model_class(name)(data, config, rngs=nnx.Rngs(seed), dtype=dtype)
+        if feature_dtype is not None and feature_dtype != dtype:
+            cast_features(model, feature_dtype)
     return model
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.features import rows_shown, zero_rows
 from mgrad_jax.deprecation import renamed
+from mgrad_jax.devices import drawn, loaded
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.hyper_parameters import check, hyper
 
@@ -140,9 +141,9 @@ class Recommender(nnx.Module):
                 )
         return None
 
-    def feature(self, data: Interactions, modality: str) -> Float[Array, "items dim"]:
-        """The raw features of one modality in the model's dtype."""
-        return jnp.asarray(data.features[modality], self.dtype)
+    def feature(self, data: Interactions, *modalities: str) -> Float[Array, "items dim"]:
+        """The raw features of one modality, or of several side by side, in the model's dtype."""
+        return loaded([data.features[modality] for modality in modalities], self.dtype)
 
     def features_given(self, data: Interactions) -> list[str]:
         """The modalities the data have among those the model can use."""
@@ -219,12 +220,13 @@ def cast_features(model: Recommender, dtype: Any) -> None:
 def xavier_uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "rows cols"]:
     """U(-a, a) with a = sqrt(6 / (rows + columns)) (Glorot and Bengio 2010)."""
     bound = (6.0 / (shape[0] + shape[1])) ** 0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return drawn(lambda key: jax.random.uniform(key, shape, dtype, -bound, bound), key, shape[1])
 
 
 def xavier_normal(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "rows cols"]:
     """N(0, 2 / (rows + columns)) (Glorot and Bengio 2010)."""
-    return jax.random.normal(key, shape, dtype) * jnp.asarray((2.0 / (shape[0] + shape[1])) ** 0.5, dtype)
+    scale = jnp.asarray((2.0 / (shape[0] + shape[1])) ** 0.5, dtype)
+    return drawn(lambda key: jax.random.normal(key, shape, dtype) * scale, key, shape[1])
 
 
 def torch_uniform(fan_in: int) -> Any:

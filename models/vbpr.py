@@ -58,7 +58,7 @@ class VBPR(Recommender):
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         dim = config.embedding_dim
         modalities = self.features_given(data)
-        table = jnp.concatenate([self.feature(data, modality) for modality in reversed(modalities)], axis=1)
+        table = self.feature(data, *reversed(modalities))
         self.item_features = Constant(table)
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, 2 * dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))

@@ -13,10 +13,13 @@ from mgrad_jax.data.filetypes import beginning, foreign
 from mgrad_jax.errors import UserError, shown
 
 MODALITIES = ("image", "text")
+# A table of at least so many bytes is left in its file and read from there, by whoever needs which part of it. Smaller
+# ones are read at once, and are safe from whatever becomes of the file.
+MAPPED = 1 << 30
 
 
 def read_features(file: Path, n_rows: int | None) -> np.ndarray | None:
-    """One feature table as float32, or None where there is no file.
+    """One feature table as float32, or None where there is no file; a large one of that type stays in its file.
 
     Args:
         file: an `.npy` file of numbers, (rows, dim); objects are never unpickled.
@@ -128,6 +131,8 @@ def _read_array(file: Path, stream: BinaryIO) -> np.ndarray:
     expected, found = shape[0] * shape[1] * dtype.itemsize, os.fstat(stream.fileno()).st_size - stream.tell()
     if found != expected:
         raise _damaged(file, f"its header promises {shown(expected)} bytes and {found} follow")
+    if expected >= MAPPED and dtype == np.float32 and not fortran:
+        return np.memmap(stream, dtype, "r", stream.tell(), shape)
     flat = np.fromfile(stream, dtype, shape[0] * shape[1])
     return flat.reshape(shape, order="F" if fortran else "C")
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
@@ -118,21 +119,25 @@ class RunConfig(RunSettings):
             odd.append(f"learning_rate_decay {self.learning_rate_decay[0]:g}, with which the rate grows")
         return f" Far from what is usual: {', '.join(odd)}." if odd else ""
 
-    def create_model(self, data: Interactions, *, training: bool = True) -> models.Recommender:
+    def create_model(
+        self, data: Interactions, *, training: bool = True, mesh: Mesh | None = None
+    ) -> models.Recommender:
         """The run's model before training.
 
         Args:
             data: what it is built for.
             training: whether it will be trained, which takes more memory than the model.
+            mesh: of several devices that are to share it.
 
         Raises:
             UserError: the data lack what the model needs, or the device has not the memory that it takes.
         """
         parts = self.memory(data, training=training)
         settings = {**dataclasses.asdict(self.model_config), "batch_size": self.batch_size, "ks": self.ks}
-        check_memory(parts if training else {"parameters": parts["parameters"].shrunk(2)}, self.model, settings)
-        feature_dtype = jnp.dtype(self.feature_dtype)
-        model = models.create(self.model, data, seed=self.seed, feature_dtype=feature_dtype, **self.hyper_parameters)
+        parts = parts if training else {"parameters": parts["parameters"].shrunk(2)}
+        check_memory(parts, self.model, settings, devices=1 if mesh is None else mesh.size)
+        how: dict[str, Any] = {"seed": self.seed, "feature_dtype": jnp.dtype(self.feature_dtype), "mesh": mesh}
+        model = models.create(self.model, data, **how, **self.hyper_parameters)
         return model if self.adversarial is None else adversarial(model, **self.adversarial)
 
     def memory(self, data: Interactions, *, training: bool = True) -> dict[str, Part]:

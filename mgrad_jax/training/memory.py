@@ -89,7 +89,7 @@ def estimate(
 
 
 def check_memory(
-    parts: Mapping[str, Part], model: str, settings: Mapping[str, Any], available: float | None = None
+    parts: Mapping[str, Part], model: str, settings: Mapping[str, Any], available: float | None = None, devices: int = 1
 ) -> None:
     """Refuse what cannot fit, before it is allocated; shapes alone (`shapes_only`) always do.
 
@@ -97,12 +97,14 @@ def check_memory(
         parts: from `estimate`.
         model: name of the model.
         settings: its hyper-parameters, `batch_size` and `ks`.
-        available: bytes; those of the device and this process unless given.
+        available: bytes; those of the devices and this process unless given.
+        devices: how many share it.
 
     Raises:
         UserError: more is needed than is available; names both sizes and the setting to lower.
     """
-    needed, available = sum(part.size for part in parts.values()), available_bytes() if available is None else available
+    needed = sum(part.size for part in parts.values())
+    available = available_bytes(devices) if available is None else available
     if needed <= available or shapes_only.value:
         return
     name, largest = max(parts.items(), key=lambda item: item[1].size)
@@ -118,11 +120,14 @@ def check_memory(
     )
 
 
-def available_bytes() -> float:
-    """The bytes that this process may still take on its device; infinite where nothing tells."""
+def available_bytes(devices: int = 1) -> float:
+    """The bytes that this process may still take on so many devices; infinite where nothing tells.
+
+    Devices of a processor have its memory together.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+        return devices * float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     return min(_free_memory(), _free_addresses(), _free_in_group())
 
 

@@ -193,7 +193,7 @@ class _Run:
 
     def train(self, progress: Callable[[EpochReport], None] | None) -> dict[str, Any]:
         """Bring the run to its end from wherever it stands; returns what `result.json` holds."""
-        model = together(lambda: self.config.create_model(self.data))
+        model = together(lambda: self.config.create_model(self.data, mesh=self.mesh))
         check_same({"data with the digest": together(lambda: self.settings)["data_digest"]})
         if by_first(self.is_begun):
             by_first(self._take_up)

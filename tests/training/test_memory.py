@@ -53,7 +53,7 @@ TOO_LARGE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", TOO_LARGE)
 def test_what_cannot_fit_is_refused_by_size_and_setting(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 64e9)
+    monkeypatch.setattr(memory, "available_bytes", lambda devices: 64e9)
     model, hyper_parameters, options, sentence = TOO_LARGE[case]
     config = RunConfig(model, "demo", hyper_parameters=hyper_parameters, **options)
     with pytest.raises(UserError, match=sentence) as caught:
