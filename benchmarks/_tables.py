@@ -85,6 +85,15 @@ def number(path: str, digits: int = 1, factor: float = 1.0, suffix: str = "") ->
     return cell
 
 
+def small(path: str) -> Cell:
+    """A small number of a row, to one digit; "equal" for none."""
+
+    def cell(row: Row) -> str:
+        return f"{value:.0e}" if (value := _at(row, path)) else "equal"
+
+    return cell
+
+
 def spread(path: str, digits: int = 1, factor: float = 1.0) -> Cell:
     """A spread of a row times a factor: median (least to largest)."""
 
@@ -134,6 +143,20 @@ def results(name: str) -> list[Row]:
 
 
 TABLES: dict[str, Table] = {
+    "same_run": Table(
+        ("model", "data", "devices", "epochs"),
+        {
+            "data": "data",
+            "model": "model",
+            "devices": "devices",
+            "epochs": "epochs",
+            "losses": small("split.losses"),
+            "metrics": small("split.metrics"),
+            "losses, one device nudged": small("nudged.losses"),
+            "metrics, one device nudged": small("nudged.metrics"),
+            "order, negatives, graphs": "draws",
+        },
+    ),
     "step_throughput": Table(
         ("model", "size", "source", "interval", "form", "batch_size"),
         {
@@ -237,6 +260,23 @@ TABLES: dict[str, Table] = {
             "distance": number("distance"),
             "GB/s": number("bandwidth", 0, 1e-9),
             "GFLOP/s": number("operations_per_second", 0, 1e-9),
+        },
+    ),
+    "sharding": Table(
+        ("model", "size", "devices", "how", "batch_size"),
+        {
+            "data": "size",
+            "model": "model",
+            "devices": "devices",
+            "arguments MB": number("argument_bytes", 0, 1e-6),
+            "temporaries MB": number("temporary_bytes", 0, 1e-6),
+            "evaluation MB": number("evaluation_temporary_bytes", 0, 1e-6),
+            "collectives a pass": "collectives_per_pass",
+            "MB a pass": number("sent_per_pass", 2, 1e-6),
+            "MB an epoch": number("sent_per_epoch", 1, 1e-6),
+            "MB an evaluation": number("sent_per_evaluation", 1, 1e-6),
+            "ms per batch": spread("seconds_per_batch", 2, 1e3),
+            "how": "how",
         },
     ),
     "gpu_graph": Table(("product", "type")),

@@ -77,6 +77,11 @@ def _whole(name: str, *headings: str) -> str:
     return TABLES[name].markdown(results(name), headings)
 
 
+def _same_run() -> str:
+    headings = [heading for heading in TABLES["same_run"].columns if heading not in ("data", "epochs")]
+    return _whole("same_run", *headings)
+
+
 def _propagation() -> str:
     rows = [row for row in results("propagation") if row["what"] == "gradient"]
     return TABLES["propagation"].markdown(rows, ("graph", "case", "ms", "over propagate", "over the floor"))
@@ -181,6 +186,9 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "scaling": partial(_whole, "scaling"),
         "floors": partial(_whole, "floors", *list(TABLES["floors"].columns)[1:]),
         "bfloat16": _bfloat16,
+    },
+    "devices.md": {
+        "same_run": _same_run,
     },
     "results.md": {
         "tiktok, means": partial(_means, "tiktok", METRICS, "reference_tiktok.csv"),

@@ -112,7 +112,7 @@ def spelling(field: dataclasses.Field[Any]) -> str:
 
     >>> @dataclasses.dataclass
     ... class Example:
-    ...     batch_size: int = setting(8, "Interactions a batch.")
+    ...     batch_size: int = setting(8, "Interactions per batch.")
     >>> spelling(dataclasses.fields(Example)[0])
     '--batch-size'
     """

@@ -32,8 +32,12 @@ _Tree = TypeVar("_Tree")
 tables_by_rows = jax.make_user_context(False)
 
 
-def mesh(devices: int | Literal["all"] = "all") -> Mesh:
+def mesh(devices: int | Literal["all"] = "all", platform: str | None = None) -> Mesh:
     """A mesh over so many devices, of all processes alike where there are several.
+
+    Args:
+        devices: how many.
+        platform: such as "cpu"; by default that which JAX computes on.
 
     Raises:
         UserError: there are fewer, or processes would have unequally many.
@@ -41,7 +45,7 @@ def mesh(devices: int | Literal["all"] = "all") -> Mesh:
     >>> mesh(1).size
     1
     """
-    found = jax.devices()
+    found = jax.devices(platform)
     n = len(found) if devices == "all" else devices
     if not 1 <= n <= len(found):
         platform = found[0].platform
@@ -95,12 +99,16 @@ def over_devices(mesh: Any, function: Callable[..., Any], in_specs: Any, out_spe
 
 
 def put(tree: _Tree, shardings: Any) -> _Tree:
-    """Put arrays where they belong; each of several processes takes its part of what all of them have."""
-    everywhere_here = all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings))
-    return jax.device_put(tree, shardings) if everywhere_here else jax.tree.map(_put_part, tree, shardings)
+    """Put arrays where they belong, and tell shapes; each of several processes takes its part of what all have."""
+    is_shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+    if not is_shapes and all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_put_part, tree, shardings)
 
 
-def _put_part(x: Any, sharding: NamedSharding) -> jax.Array:
+def _put_part(x: Any, sharding: NamedSharding) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(sharding=sharding)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, sharding)
     # Not by `jax.device_put`, which sends whole arrays round to compare them.
@@ -116,14 +124,47 @@ def padded_columns(x: Float[Array, "rows dim"], n: int) -> Float[Array, "rows wi
 
 def held_by_rows(x: _Tree) -> _Tree:
     """Tables of a model that keeps them by rows within a pass, kept so; other models' as they are."""
-    if mesh_in_force() is None or not tables_by_rows.value:
-        return x
-    return jax.lax.with_sharding_constraint(x, ROWS)
+    return _held(x, ROWS) if tables_by_rows.value else x
+
+
+def turned_to_columns(x: _Tree) -> _Tree:
+    """The same tables by columns, where what comes next needs no exchange then: propagation, rows of a batch."""
+    return _held(x, COLUMNS) if tables_by_rows.value else x
+
+
+def by_rows(function: Callable[[Array], Array], table: Float[Array, "rows dim"]) -> Float[Array, "rows mapped"]:
+    """`function(table)`, which maps every row of a whole table by itself: of each of several devices, some rows.
+
+    By columns each device would make a part of every sum, an array as large as the whole result.
+    """
+    return _held(function(_held(table, ROWS)), ROWS)
+
+
+def side_by_side(*tables: Float[Array, "rows _"]) -> Float[Array, "rows all"]:
+    """Tables as one, for products with rows of others that are put side by side alike.
+
+    Each of several devices puts its own columns side by side and sends nothing. The columns stand in another order
+    then, with some of zeros where their number does not divide a width, and products are sums in another order.
+    """
+    mesh = mesh_in_force()
+    if mesh is None:
+        return jnp.concatenate(tables, axis=1)
+    wide = [padded_columns(table, mesh.size) for table in tables]
+
+    def own(*tables: Array) -> Array:
+        return jnp.concatenate(tables, axis=1)
+
+    return over_devices(mesh, own, tuple(COLUMNS for _ in wide), COLUMNS, *wide)
+
+
+def _held(tree: _Tree, spec: P) -> _Tree:
+    """Arrays split so over the mesh in force, if there is one."""
+    return tree if mesh_in_force() is None else jax.lax.with_sharding_constraint(tree, spec)
 
 
 def everywhere(tree: _Tree) -> _Tree:
     """Arrays computed alike on every device, where there are several."""
-    return tree if mesh_in_force() is None else jax.lax.with_sharding_constraint(tree, WHOLE)
+    return _held(tree, WHOLE)
 
 
 @dataclass(frozen=True)
@@ -175,7 +216,7 @@ class Layout:
         return sorted(width for width in found if width > self.mesh.size)
 
     def place(self, tree: _Tree) -> _Tree:
-        """Put arrays where they belong."""
+        """Put arrays where they belong; shapes are told where that is."""
         return put(tree, self.shardings(tree))
 
     def shardings(self, tree: Any) -> Any:

@@ -109,7 +109,7 @@ class MirroredState(NamedTuple):
     inner_state: Any
 
 
-class Wrapping(optax.GradientTransformationExtraArgs):
+class Wrapping(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # which has no types for the checker
     """What an opaque form returns: an optimizer around another, which can be had around a changed one as well.
 
     For who adds to an optimizer what has to act before the form does, such as a decay of its learning rate.

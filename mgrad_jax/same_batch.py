@@ -110,7 +110,7 @@ def _fingerprint(batch: Any) -> jax.Array:
 
 def _bits(leaf: jax.Array) -> jax.Array:
     """The bits of an array, as uint32."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if jnp.iscomplexobj(leaf):
         leaf = jnp.stack([leaf.real, leaf.imag])

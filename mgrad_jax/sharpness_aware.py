@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
 from mgrad_jax.mirror import PASS_GRAD_FN, GradFn, Wrapping, gradient_again, update_with
 from mgrad_jax.selection import top_k_mask
+from mgrad_jax.sparse_masks import exchange_counts, fisher_information, flat, refreshed, unflat, wide
 
 Renew: TypeAlias = Callable[["SSAMState", jax.Array, Any, Any, dict[str, Any]], Any]
 
@@ -210,8 +210,8 @@ def ssam_f(
             )
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
         chosen = jax.random.choice(key, n_samples, (min(fisher_samples, n_samples),), replace=False)
-        fisher = _flat(_fisher(sample_grad_fn, moved, chosen))
-        return _unflatten(top_k_mask(fisher, int(fisher.size * (1 - sparsity))), moved)
+        fisher = flat(fisher_information(sample_grad_fn, moved, chosen))
+        return unflat(top_k_mask(fisher, int(fisher.size * (1 - sparsity))), moved)
 
     return _sparse(optimizer, rho, refresh_epochs, steps_per_epoch, seed, empty_mask, renew)
 
@@ -294,17 +294,17 @@ def ssam_d(
 
     def random_mask(key: jax.Array, params: Any) -> Any:
         size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
-        return _unflatten(top_k_mask(jax.random.uniform(key, (size,)), size - math.ceil(size * sparsity)), params)
+        return unflat(top_k_mask(jax.random.uniform(key, (size,)), size - math.ceil(size * sparsity)), params)
 
     def renew(state: SSAMState, epoch: jax.Array, grads: Any, moved: Any, extra_args: dict[str, Any]) -> Any:
         del moved, extra_args
-        alive, steepness = _flat(state.mask), jnp.abs(_flat(grads))
-        stay, grow = _exchange(alive.size, sparsity, drop_rate, refresh_epochs, epochs)
+        alive, steepness = flat(state.mask), jnp.abs(flat(grads))
+        stay, grow = exchange_counts(alive.size, sparsity, drop_rate, refresh_epochs, epochs)
         now = jnp.minimum(epoch // refresh_epochs, len(stay) - 1)
         drawn = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch), alive.shape)
         staying = top_k_mask(jnp.where(alive, steepness + _SSAM_EPSILON, 0), jnp.asarray(stay)[now])
         growing = top_k_mask(jnp.where(alive, 0, drawn + _SSAM_EPSILON), jnp.asarray(grow)[now])
-        return _unflatten(staying | growing, state.mask)
+        return unflat(staying | growing, state.mask)
 
     return _sparse(optimizer, rho, refresh_epochs, steps_per_epoch, seed, random_mask, renew)
 
@@ -348,7 +348,7 @@ def _sparse(
             optimizer.update, grads, state.inner_state, params, grad_fn=grad_fn, **_renewed(extra_args, grads)
         )
         epoch, batch = state.count // steps_per_epoch, state.count % steps_per_epoch
-        mask = _refresh(
+        mask = refreshed(
             (batch == 0) & (epoch % refresh_epochs == 0),
             lambda: renew(state, epoch, updates, optax.apply_updates(params, descent), extra_args),
             state.mask,
@@ -361,86 +361,9 @@ def _sparse(
     return Wrapping.of(optimizer, around, init_fn, update_fn)
 
 
-def _refresh(due: jax.Array, renew: Callable[[], Any], mask: Any) -> Any:
-    """``renew()`` where it is due, else the mask; what is not due is not computed."""
-    if not isinstance(due, jax.core.Tracer):
-        # Outside jit, lax.cond would compile anew for every closure.
-        return renew() if bool(due) else mask
-    return jax.lax.cond(
-        _for_any_member(due),
-        lambda: jax.tree.map(lambda new, old: jnp.where(due, new, old), renew(), mask),
-        lambda: mask,
-    )
-
-
-@jax.custom_batching.custom_vmap
-def _for_any_member(due: jax.Array) -> jax.Array:
-    """``due``; under `jax.vmap` whether it is for any member, one answer for all.
-
-    A condition on a batched value would become a select, which computes the renewal on every batch.
-    """
-    return due
-
-
-@_for_any_member.def_vmap
-def _for_any_member_batched(axis_size: int, in_batched: list[bool], due: jax.Array) -> tuple[jax.Array, bool]:
-    del axis_size, in_batched
-    return _for_any_member(jnp.any(due, axis=0)), False
-
-
-def _fisher(sample_grad_fn: Callable[[Any, jax.Array], Any], params: Any, samples: jax.Array) -> Any:
-    """Sum of the squared gradients of these samples, one at a time; at least float32, shaped like the parameters."""
-
-    def add(total: Any, sample: jax.Array) -> tuple[Any, None]:
-        grads = sample_grad_fn(params, sample)
-        return jax.tree.map(lambda t, g: t + jnp.square(g.astype(t.dtype)), total, grads), None
-
-    start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf)), params)
-    return jax.lax.scan(add, start, samples)[0]
-
-
-def _exchange(size: int, sparsity: float, drop_rate: float, refresh_epochs: int, epochs: int) -> np.ndarray:
-    """How many parameters stay in the mask and how many grow into it, at each renewal: (2, renewals) int32.
-
-    A table, for float32 could not count the parameters of a large model exactly.
-    """
-    rounds = range(-(-epochs // refresh_epochs) + 1)
-    rates = [drop_rate / 2 * (1 + math.cos(math.pi * min(n * refresh_epochs, epochs) / epochs)) for n in rounds]
-    stay = [int(size * (1 - sparsity) * (1 - rate)) for rate in rates]
-    grow = [int(min(size * (1 - sparsity) * rate, size * sparsity)) for rate in rates]
-    return np.asarray([stay, grow], np.int32)
-
-
-def _flat(tree: Any) -> jax.Array:
-    """All values in one row, real numbers in at least float32."""
-    wide = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(_wide(leaf)), tree)
-    if _is_sharding_explicit():  # a row of all values is split in no way that its parts have
-        wide = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, jax.sharding.PartitionSpec()), wide)
-    return ravel_pytree(wide)[0]
-
-
-def _unflatten(flat: jax.Array, like: Any) -> Any:
-    """The inverse of `_flat` for a mask, shaped and split like the parameters."""
-    unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.bool_), like))[1]
-    mask = unravel(flat)
-    if _is_sharding_explicit():
-        mask = jax.tree.map(lambda leaf, other: jax.sharding.reshard(leaf, jax.typeof(other).sharding), mask, like)
-    return mask
-
-
-def _is_sharding_explicit() -> bool:
-    """Whether arrays carry their sharding in their types (JAX's explicit mode), so that operands must agree in it."""
-    return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-
-
-def _wide(leaf: Any) -> Any:
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
 def _scaled_to(length: jax.typing.ArrayLike, updates: Any, epsilon: float) -> Any:
     """Updates of this global norm, but for epsilon; at least float32, in which squares neither overflow nor vanish."""
-    updates = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), updates)
+    updates = jax.tree.map(lambda leaf: leaf.astype(wide(leaf)), updates)
     with jax.numpy_dtype_promotion("standard"):
         norm = optax.tree.norm(updates)
         return jax.tree.map(lambda leaf: length * leaf / (norm + epsilon), updates)

@@ -123,7 +123,7 @@ class Recommender(nnx.Module):
             files = (" and " if cls.needs_all else " or ").join(f"{modality}_feat.npy" for modality in missing)
             return (
                 f"{data.source}: {cls.name} needs {cls.needs_in_words()} features and there are {none}; "
-                f"add {files} (one row an item) or choose a model that needs no features."
+                f"add {files} (one row per item) or choose a model that needs no features."
             )
         if not cls.compares_items:
             return None

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.devices import by_rows
 from mgrad_jax.dropout import dropout
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
@@ -129,7 +130,7 @@ class BM3(Recommender):
     def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """The predictor's outputs for all users and items."""
         users, items = self.representations()
-        return self.predictor(users), self.predictor(items)
+        return by_rows(self.predictor, users), by_rows(self.predictor, items)
 
     def representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """h_u and h_i, before the predictor."""

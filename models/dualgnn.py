@@ -13,13 +13,14 @@ from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.user_graph import build_user_graph, cache_directory
+from mgrad_jax.devices import held_by_rows, turned_to_columns
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
     UserGraph,
     mix_neighbours,
     normalized_bipartite,
-    propagate_bipartite,
     sample_user_graph,
+    sum_of_layers,
 )
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_normal
@@ -121,7 +122,7 @@ class UserGraphRecommender(Recommender):
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking to base 2 and the penalty; `key` is not used."""
         del key
-        users, items = self._representations()
+        users, items = self._turned()
         # Only the batch's users meet their neighbours: work and memory follow the batch, not the number of users.
         user_rows = users[batch.users] + mix_neighbours(self.user_sample.get_value(), users, batch.users)
         difference = jnp.sum(user_rows * (items[batch.positives] - items[batch.negatives]), axis=-1)
@@ -131,12 +132,16 @@ class UserGraphRecommender(Recommender):
 
     def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """h_u, with this epoch's user graph, and h_i."""
-        users, items = self._representations()
+        users, items = self._turned()
         return users + mix_neighbours(self.user_sample.get_value(), users), items
 
     def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """h0_u of all users and h_i of all items."""
         raise NotImplementedError
+
+    def _turned(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+        """The same, on several devices by columns, of which rows are taken without any exchange."""
+        return turned_to_columns(held_by_rows(self._representations()))
 
     def _squares(self, batch: Batch) -> Float[Array, ""]:
         """Mean squares of the batch's preferences, one table after another, and of all users' modality weights."""
@@ -150,12 +155,9 @@ class UserGraphRecommender(Recommender):
         user_parts = [losses.normalize(getattr(self, f"{m}_preference")[...]) for m in self.modalities]
         item_parts = [losses.normalize(self._mapped(m)) for m in self.modalities]
         users, items = jnp.concatenate(user_parts, axis=1), jnp.concatenate(item_parts, axis=1)
-        graph, total_users, total_items = self.graph.get_value(), users, items
-        for _ in range(N_STEPS):
-            users, items = propagate_bipartite(graph, users, items)
-            total_users, total_items = total_users + users, total_items + items
+        users, items = held_by_rows(sum_of_layers(self.graph.get_value(), users, items, N_STEPS))
         shape = len(self.modalities), self.config.embedding_dim
-        return total_users.reshape(-1, *shape), total_items.reshape(-1, *shape)
+        return users.reshape(-1, *shape), items.reshape(-1, *shape)
 
     def _mapped(self, modality: str) -> Float[Array, "items dim"]:
         hidden, narrow = getattr(self, f"{modality}_hidden"), getattr(self, f"{modality}_map")

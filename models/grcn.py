@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.devices import side_by_side
 from mgrad_jax.graph import SparseGraph, edge_dot, edge_softmax, mean_bipartite, propagate, replace_values
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal
@@ -140,7 +141,7 @@ class GRCN(Recommender):
         for _ in range(ID_STEPS):
             layer = propagate(weighted, layer)
             total = total + layer
-        nodes = jnp.concatenate([total, *views], axis=1)
+        nodes = side_by_side(total, *views)
         return nodes[: self.n_users], nodes[self.n_users :]
 
     def _modality_view(

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.data.interactions import distinct_pairs
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
     SparseGraph,
@@ -20,6 +20,7 @@ from mgrad_jax.graph import (
     propagate_bipartite,
     prune_edges,
 )
+from mgrad_jax.graph.sparse import shapes_only
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
@@ -83,7 +84,7 @@ class LayerGCN(Recommender):
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        pairs = np.unique(data.train, axis=0)
+        pairs = data.train if shapes_only.value else distinct_pairs(data.train, data.n_items)
         sizes = (data.n_users, data.n_items)
         self.graph = Constant(normalized_bipartite(pairs[:, 0], pairs[:, 1], *sizes, dtype=dtype))
         if config.dropout > 0:

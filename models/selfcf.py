@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.devices import by_rows, side_by_side
 from mgrad_jax.dropout import dropout
 from mgrad_jax.graph import SparseGraph, drop_entries, lightgcn_mean, normalized_bipartite, with_transpose
 from mgrad_jax.models import losses
@@ -96,8 +97,8 @@ class SelfCF(Recommender):
         """[q(z_u); z_u] and [z_i; q(z_i)] on the whole graph."""
         users, items = self._encode(self.graph.get_value())
         return (
-            jnp.concatenate([self.predictor(users), users], axis=1),
-            jnp.concatenate([items, self.predictor(items)], axis=1),
+            side_by_side(by_rows(self.predictor, users), users),
+            side_by_side(items, by_rows(self.predictor, items)),
         )
 
     def _training_graph(self, key: Array) -> SparseGraph:

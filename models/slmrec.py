@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.data import Batch, Interactions
+from mgrad_jax.devices import by_rows
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
@@ -152,7 +153,7 @@ class SLMRec(Recommender):
     def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """The fused representations, of users and of items."""
         user_views, item_views = self._views()
-        return self.fuse_users(user_views), self.fuse_items(item_views)
+        return by_rows(self.fuse_users, user_views), by_rows(self.fuse_items, item_views)
 
     def scores(self, users: Int[Array, " n"] | Int[np.ndarray, " n"]) -> Float[Array, "n items"]:
         """Scores of all items for some users, (len(users), n_items); their sigmoid with `sigmoid_scores`."""
@@ -162,9 +163,8 @@ class SLMRec(Recommender):
     def _views(self) -> tuple[Float[Array, "users views"], Float[Array, "items views"]]:
         """[G_id; G_v; G_t] side by side: the three propagations run as one, three times as wide."""
         users = jnp.tile(self.user_embedding[...], (1, 3))
-        items = jnp.concatenate(
-            [self.item_embedding[...], self.image_map(self.image[...]), self.text_map(self.text[...])], axis=1
-        )
+        features = by_rows(self.image_map, self.image[...]), by_rows(self.text_map, self.text[...])
+        items = jnp.concatenate([self.item_embedding[...], *features], axis=1)
         return lightgcn_mean(self.graph.get_value(), users, items, self.config.layer_num)
 
     def _modality_contrast(self, item_rows: Float[Array, "batch views"]) -> Float[Array, ""]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.models import losses
@@ -85,15 +85,19 @@ class VBPR(Recommender):
         """Pairwise ranking plus the norms of the gathered vectors; `key` is not used."""
         del key
         users = self.user_embedding[...][batch.users]
-        positives, negatives = self._item_vectors(batch.positives), self._item_vectors(batch.negatives)
+        embeddings, features = self.item_embedding[...], self.item_features[...]
+        positives, negatives = (
+            self._item_vectors(embeddings[items], features[items]) for items in (batch.positives, batch.negatives)
+        )
         ranking = losses.bpr_loss_clipped(jnp.sum(users * (positives - negatives), axis=-1))
         regulariser = self.reg_weight[...] * losses.embedding_norm(users, positives, negatives)
         return ranking + regulariser, {"bpr": ranking, "regulariser": regulariser}
 
     def embed(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         """P and e, (n_users, 2 d) and (n_items, 2 d)."""
-        return self.user_embedding[...], self._item_vectors(jnp.arange(self.n_items))
+        return self.user_embedding[...], self._item_vectors(self.item_embedding[...], self.item_features[...])
 
-    def _item_vectors(self, items: Int[Array, " n"]) -> Float[Array, "n dim"]:
-        projected = self.item_linear(self.item_features[...][items])
-        return jnp.concatenate([self.item_embedding[...][items], projected], axis=-1)
+    def _item_vectors(
+        self, embeddings: Float[Array, "n dim"], features: Float[Array, "n raw"]
+    ) -> Float[Array, "n both"]:
+        return jnp.concatenate([embeddings, self.item_linear(features)], axis=-1)

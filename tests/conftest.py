@@ -15,6 +15,13 @@ from jaxtyping import install_import_hook
 # Here and in every process that a test starts: tests neither read nor fill the user's cache of compiled programs.
 os.environ["MGRAD_JAX_NO_CACHE"] = "1"
 
+# Here and in every process that a test starts: compiling is most of what tests do, and without optimisations it takes a
+# third of the time. `XLA_FLAGS= pytest` compiles as users do.
+_QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # later versions know no other emitters, and end at a flag that they do not know
+    _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
+
 # What is printed is compared as it reads in a file, not as in whatever terminal or service the tests were started in.
 for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "GITHUB_ACTIONS"):
     os.environ.pop(_name, None)
@@ -52,25 +59,6 @@ def x64():
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have those that compile in the same way follow each other: between them all that is compiled is dropped."""
-    items.sort(key=lambda item: item.get_closest_marker("quick_compilation") is not None)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compile what is marked `quick_compilation` without LLVM's optimisations, in half of the time.
-
-    Before any fixture of the test, and with nothing compiled in the other way left: a helper that a test before has
-    compiled differently rounds differently, which a run in another process would not.
-    """
-    quick = item.get_closest_marker("quick_compilation") is not None
-    if quick != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", quick)
-        jax.clear_caches()
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from mgrad_jax import mirror_step, mirrored, optimizers
 from mgrad_jax.mirror import schedule_over_passes
 from mgrad_jax.training.decay import decayed, next_epoch, rate_factors
 
-pytestmark = pytest.mark.quick_compilation
-
 H = np.array([[3.0, 1.0], [1.0, 2.0]])
 START = np.array([1.0, -2.0])
 RATE, ALPHA1, ALPHA2, INTERVAL = 0.1, 1.0, 0.2, 3

@@ -42,7 +42,7 @@ def file(tmp_path: Path) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The configurations that `train` would have trained."""
     found: list[RunConfig] = []
-    monkeypatch.setattr(run, "train_run", lambda config, resume, progress: found.append(config))
+    monkeypatch.setattr(run, "train_run", lambda config, **_: found.append(config))
     monkeypatch.setattr(command, "_print_result", lambda result, directory: None)
     return found
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.quick_compilation
-
 ROOT = Path(__file__).parents[1]
 
 

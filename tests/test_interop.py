@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import recorded_parameters, tiny
+from golden import created, recorded_parameters
 
 from mgrad_jax import interop, models
 from mgrad_jax.data import demo_interactions
@@ -54,7 +54,7 @@ def test_a_state_goes_from_one_model_to_another_and_scores_follow() -> None:
 def test_recorded_published_states_go_in_and_come_out(name: str) -> None:
     state = recorded_parameters("selfcfed_lgn" if name == "selfcf" else name)
     sizes = {"dualgnn": {"embedding_dim": 64}, "dragon": {"embedding_dim": 64}, "grcn": {"latent_embedding": 8}}
-    model = models.create(name, tiny(), **({"embedding_dim": 8} | sizes.get(name, {})))
+    model = created(name, **({"embedding_dim": 8} | sizes.get(name, {})))
     given = interop.torch_state(interop.load_torch_state(model, state))
     assert same(given, {published: state[published] for published in given})
     assert set(state) - set(given) <= set(model.ignored_names)

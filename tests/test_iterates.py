@@ -11,8 +11,6 @@ from flax import nnx
 
 from mgrad_jax import evaluation_params, mirror_gradient, mirror_step, mirrored, sam
 
-pytestmark = pytest.mark.quick_compilation
-
 FREE = optax.contrib.schedule_free_sgd
 
 

@@ -24,8 +24,6 @@ from mgrad_jax import (
 )
 from mgrad_jax.mirror import check_loop, pass_schedule, restart_epoch, update_with
 
-pytestmark = pytest.mark.quick_compilation
-
 
 def square(params):
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))

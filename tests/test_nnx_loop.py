@@ -11,8 +11,6 @@ from flax import nnx
 
 from mgrad_jax import checked, close_batch, mirror_gradient, mirror_step, mirrored, nnx_step, sam, second_pass_pending
 
-pytestmark = pytest.mark.quick_compilation
-
 X, Y = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), jnp.ones((4, 2))
 FORMS = {
     "visible": lambda: optax.chain(mirror_gradient(interval=2), optax.adam(0.1)),

@@ -13,8 +13,6 @@ from mgrad_jax import checked, mirror_gradient, mirror_step, replay, second_pass
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.same_batch import _fingerprint
 
-pytestmark = pytest.mark.quick_compilation
-
 NESTS = {
     "link": lambda: optax.chain(checked(mirror_gradient(interval=3)), optax.adam(0.1)),
     "chain": lambda: checked(optax.chain(mirror_gradient(interval=3), optax.adam(0.1))),

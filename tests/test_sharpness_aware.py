@@ -12,8 +12,7 @@ import optax
 import pytest
 
 import mgrad_jax
-import mgrad_jax.sharpness_aware as sharpness_aware
-from mgrad_jax import SSAMState, models, sam, ssam_d, ssam_f
+from mgrad_jax import SSAMState, models, sam, sparse_masks, ssam_d, ssam_f
 from mgrad_jax.data import load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import fit
@@ -61,6 +60,11 @@ def step(tx, params, state, rows):
     arguments = gradients(rows)
     updates, state = tx.update(arguments["grad_fn"](params, 0), state, params, **arguments)
     return optax.apply_updates(params, updates), state
+
+
+def jitted_step(tx):
+    """`step`, compiled once for all batches of a size."""
+    return jax.jit(partial(step, tx))
 
 
 FORMS = {
@@ -130,7 +134,7 @@ def top_k_mask(values, count):
 def test_ssam_f_equals_numpy_over_epochs(sparsity):
     """Four epochs of three batches with f = 2: the mask changes after batches 0 and 6 only."""
     tx, params = ssam_f(optax.sgd(0.01), 0.5, sparsity, refresh_epochs=2, steps_per_epoch=3), tree(START)
-    state, w, mask = tx.init(params), START, np.zeros(P)
+    state, w, mask, advance = tx.init(params), START, np.zeros(P), jitted_step(tx)
     for t in range(12):
         rows = BATCHES[t % 3]
         g = regression(rows)(w)
@@ -138,7 +142,7 @@ def test_ssam_f_equals_numpy_over_epochs(sparsity):
         if t in (0, 6):
             fisher = sum(regression([n])(w) ** 2 for n in range(len(Y)))
             mask = top_k_mask(fisher, {0.0: 10, 0.35: 6, 0.9: 0}[sparsity])  # int(10 * (1 - 0.9)) is 0
-        params, state = step(tx, params, state, rows)
+        params, state = advance(params, state, rows)
         np.testing.assert_allclose(flat(params), w, rtol=1e-11, err_msg=f"batch {t}")
         np.testing.assert_array_equal(flat(state.mask), mask, err_msg=f"batch {t}")
     assert int(state.count) == 12
@@ -187,12 +191,12 @@ def test_ssam_d_equals_numpy_over_epochs():
     """P (1 - s) = 6 of 10 parameters, E = 4 and f = 1: q = 0.5, 0.427, 0.25, 0.073, 0 and from there on 0."""
     tx = ssam_d(optax.sgd(0.01), 0.5, 0.4, refresh_epochs=1, steps_per_epoch=3, epochs=4, seed=1)
     params = tree(START)
-    state, w = tx.init(params), START
+    state, w, advance = tx.init(params), START, jitted_step(tx)
     for t in range(18):
         rows, old = BATCHES[t % 3], flat(state.mask)
         g = regression(rows)(w)
         w = w - 0.01 * regression(rows)(w + 0.5 * g / (np.linalg.norm(g) + 1e-7) * old)
-        params, state = step(tx, params, state, rows)
+        params, state = advance(params, state, rows)
         new = flat(state.mask)
         np.testing.assert_allclose(flat(params), w, rtol=1e-11, err_msg=f"batch {t}")
         if t % 3:
@@ -214,7 +218,7 @@ def test_ssam_d_gets_sparser_than_asked_for_where_little_is_left_to_grow():
 
 def test_counts_are_exact_for_large_models():
     """Products of odd counts that float32 would round."""
-    stay, grow = sharpness_aware._exchange(50_000_019, 0.5, 0.5, 5, 10)
+    stay, grow = sparse_masks.exchange_counts(50_000_019, 0.5, 0.5, 5, 10)
     assert stay.tolist() == [12_500_004, 18_750_007, 25_000_009]
     assert grow.tolist() == [12_500_004, 6_250_002, 0]
 
@@ -251,9 +255,9 @@ def scan(tx, params, rho=None):
 def test_scan_equals_loop(form):
     tx, params = FORMS[form](optax.adam(0.05), rho=0.3), tree(START.astype(np.float32))
     scanned = jax.jit(partial(scan, tx))(params)
-    state = tx.init(params)
+    state, advance = tx.init(params), jitted_step(tx)
     for t in range(12):
-        params, state = step(tx, params, state, jnp.asarray([[0, 1], [2, 3], [4, 5]])[t % 3])
+        params, state = advance(params, state, np.asarray([[0, 1], [2, 3], [4, 5]])[t % 3])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), scanned, (params, state))
     adam_state = (state.inner_state if isinstance(state, SSAMState) else state.opt_state)[0]
     assert int(adam_state.count) == 12, "the optimizer steps once a batch"
@@ -264,8 +268,9 @@ def test_vmap_over_rho_equals_loop(form):
     params, rhos = tree(START.astype(np.float32)), jnp.asarray([0.05, 0.3, 1.0])
     program = partial(scan, lambda rho: FORMS[form](optax.sgd(0.01), rho=rho))
     together = jax.jit(jax.vmap(lambda rho: program(params, rho)))(rhos)
+    run_alone = jax.jit(lambda rho: program(params, rho))
     for n, rho in enumerate(rhos):
-        alone = jax.jit(lambda rho: program(params, rho))(rho)
+        alone = run_alone(rho)
         jax.tree.map(lambda a, b, n=n: np.testing.assert_allclose(a[n], b, rtol=1e-5, atol=1e-6), together, alone)
     assert not np.allclose(together[0]["a"][0], together[0]["a"][2])
 
@@ -284,9 +289,9 @@ def test_members_keep_their_own_seed_and_the_renewal_its_condition_under_vmap(fo
     equations = jax.make_jaxpr(program)(stacked).eqns
     (condition,) = [equation for equation in equations if equation.primitive.name == "cond"]
     assert condition.invars[0].aval.shape == ()
-    masks = program(stacked)
+    masks = jax.jit(program)(stacked)
     for n, (tx, state) in enumerate(zip(forms, states, strict=True)):
-        alone = step(tx, params, state, BATCHES[0])[1].mask
+        alone = jitted_step(tx)(params, state, BATCHES[0])[1].mask
         jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(a[n], b), masks, alone)
 
 
@@ -347,7 +352,7 @@ def test_inject_hyperparams_and_map_params(form):
     moved, state = jax.jit(lambda p, s: step(tx, p, s, BATCHES[0]))(params, tx.init(params))
     assert float(state.hyperparams["rho"]) == np.float32(0.4)
     direct = constructor(optax.adam(0.1), rho=0.4, **options)
-    expected, state = step(direct, params, direct.init(params), BATCHES[0])
+    expected, state = jitted_step(direct)(params, direct.init(params), BATCHES[0])
     np.testing.assert_allclose(flat(moved), flat(expected), rtol=1e-6)
     mapped = optax.tree.map_params(direct, lambda leaf: None, state, transform_non_params=lambda leaf: leaf)
     assert len(jax.tree.leaves(mapped)) == {"sam": 2, "ssam-f": 3, "ssam-d": 3}[form]

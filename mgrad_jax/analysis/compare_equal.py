@@ -101,7 +101,7 @@ def equal_comparisons(found: Mapping[Cell, AtBudget], metrics: Sequence[str]) ->
 
 
 def equal_table(found: Mapping[Cell, AtBudget], metrics: Sequence[str]) -> Table:
-    """A row a training: budget, epochs, and the metrics by both rules."""
+    """One row per training: budget, epochs, and the metrics by both rules."""
     columns = [*map(Column, ("model", "method", "optimizer", "interval", "seeds", "evaluations"))]
     columns += [Column("epochs", ".0f"), *(Column(f"{metric} {rule}") for metric in metrics for rule in RULES)]
     rows = []
@@ -118,7 +118,7 @@ def equal_table(found: Mapping[Cell, AtBudget], metrics: Sequence[str]) -> Table
 
 
 def equal_tests_table(made: Sequence[EqualComparison]) -> Table:
-    """A row a comparison, rule and metric."""
+    """One row per comparison, rule and metric."""
     columns = [*map(Column, ("model", "comparison", "optimizer", "interval", "rule", "metric", "seeds"))]
     columns += [Column("difference", "+.4f"), Column("d_z", "+.2f"), Column("t", "+.2f"), Column("p", ".2g")]
     columns += [Column("Holm", ".2g"), Column("note")]

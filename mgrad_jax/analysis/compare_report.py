@@ -164,7 +164,7 @@ def _mean(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str], data: str) -> Table:
-    """A row a training: mean ± standard deviation over seeds; the recommenders without training stand first."""
+    """One row per training: mean ± standard deviation over seeds; the recommenders without training stand first."""
     columns = [Column("model"), Column("method"), Column("optimizer"), Column("interval"), Column("seeds")]
     columns += [*map(Column, metrics), Column("best epoch", ".0f"), Column("diverged"), Column("note")]
     rows: list[tuple[Any, ...]] = [
@@ -191,7 +191,7 @@ def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str
 
 
 def tried_table(tried: Sequence[Tried], metric: str) -> Table:
-    """A row a try of every training that was tuned; what is chosen is chosen on validation."""
+    """One row per try of every training that was tuned; what is chosen is chosen on validation."""
     heads = ["model", "method", "optimizer", "interval", "setting", "seeds"]
     columns = [*map(Column, heads), Column(f"valid {metric}"), Column("diverged"), Column("chosen")]
     rows = [
@@ -215,7 +215,7 @@ def _spread(values: Sequence[float]) -> Spread | None:
 
 
 def comparison_table(made: Sequence[Comparison]) -> Table:
-    """A row a comparison: the difference, its relative size with band, and both tests."""
+    """One row per comparison: the difference, its relative size with band, and both tests."""
     heads = ["model", "comparison", "optimizer", "interval", "metric", "seeds", "users"]
     columns = [*map(Column, heads), Column("difference", "+.4f"), Column("relative", "+.1%")]
     for over in ("seeds", "users"):
@@ -291,7 +291,7 @@ def _needed(curves: Mapping[Cell, Sequence[Curve]]) -> dict[Cell, Convergence]:
 
 
 def runs_table(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
-    """A row a run, for programs; no times, so that the same runs give the same bytes."""
+    """One row per run, for programs; no times, so that the same runs give the same bytes."""
     heads = [
         "model",
         "method",
@@ -318,7 +318,7 @@ def runs_table(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
 
 
 def curves_table(curves: Mapping[Cell, Sequence[Curve]], runs: Sequence[Run]) -> Table:
-    """A row an epoch of every run, for programs."""
+    """One row per epoch of every run, for programs."""
     heads = ["model", "method", "optimizer", "interval", "seed", "epoch", "evaluations", "seconds", "loss", "valid"]
     finished = by_cell(runs)
     rows = [

@@ -24,7 +24,7 @@ def png(figure: Figure) -> bytes:
 
 
 def convergence_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], metric: str) -> Figure:
-    """Loss and validation metric against epochs, gradient evaluations and seconds; two rows a model.
+    """Loss and validation metric against epochs, gradient evaluations and seconds; two rows per model.
 
     Lines are means over seeds with a band of one standard deviation as far as all seeds train, and thin single lines
     from there on.
@@ -134,6 +134,7 @@ def band_curves(
             axis.set_xticks(places, [f"{number:g}" for number in x])
             axis.tick_params(axis="x", labelrotation=60)
             axis.set(xlabel=x_name, ylabel=name, title=panel)
-            if lines:
-                axis.legend(fontsize="small")
+        handles, names = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[0]))
+        if handles:  # beside the row: in a panel many names would cover the lines
+            axes[-1].legend(handles, names, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -87,7 +87,7 @@ def _levels(panels: Sequence[Panel]) -> np.ndarray:
 def progress(
     panels: Mapping[str, Mapping[str, Sequence[Course]]], equal_loss: float | None, title: str, columns: int = 4
 ) -> Figure:
-    """Every flatness number against the training loss, which falls to the right; one line a training and seed.
+    """Every flatness number against the training loss, which falls to the right; one line per training and seed.
 
     Args:
         panels: the seeds' courses by training, by number.

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.analysis.perturb import variable_at
 from mgrad_jax.analysis.theory import norm
 from mgrad_jax.data import Batch
-from mgrad_jax.data.interactions import MODALITIES
+from mgrad_jax.data.features import MODALITIES
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics
 from mgrad_jax.models import Recommender

@@ -20,7 +20,7 @@ from mgrad_jax.models import Recommender
 from mgrad_jax.training.epoch import split_model, training_data
 
 DIRECTIONS = ("filter", "table", "raw")
-# Matrices whose outputs are columns; other tables have a row a user, an item or an edge.
+# Matrices whose outputs are columns; other tables have one row per user, item or edge.
 _KERNELS = ("kernel", "conv")
 
 

@@ -132,7 +132,7 @@ def number_name(key: Key, stops_gradient: bool) -> str:
 
 
 def summary_table(landscapes: Landscapes, readings: Readings, data: str) -> Table:
-    """A row a number, a column a training."""
+    """One row per number, a column a training."""
     names = list(dict.fromkeys(name for trainings in landscapes.values() for name in trainings))
     heads = [*map(Column, ("model", "at", "number", "scale")), *(Column(name, ".4g") for name in names)]
     rows: list[tuple[Any, ...]] = []
@@ -187,7 +187,7 @@ def _stops_gradient(landscapes: Landscapes, model: str) -> bool:
 
 
 def differences_table(landscapes: Landscapes, readings: Readings) -> Table:
-    """A row a pair of trainings and number: by how much they differ, with a band, and whether over seeds."""
+    """One row per pair of trainings and number: by how much they differ, with a band, and whether over seeds."""
     heads = ("model", "at", "comparison", "number", "scale", "seeds")
     columns = [*map(Column, heads), Column("difference", "+.3g"), Column("d_z", "+.2f"), Column("p", ".2g")]
     columns += [Column("Holm", ".2g"), Column("note")]
@@ -254,7 +254,7 @@ def _differences(values: Mapping[Key, np.ndarray]) -> dict[Key, Interval]:
 
 
 def surface_table(landscapes: Landscapes, runs: Mapping[str, Mapping[str, Mapping[int, Path]]]) -> Table:
-    """A row a run and point; for programs."""
+    """One row per run and point; for programs."""
     rows = []
     for model, trainings in landscapes.items():
         for training, by_seed in trainings.items():
@@ -268,7 +268,7 @@ def surface_table(landscapes: Landscapes, runs: Mapping[str, Mapping[str, Mappin
 
 
 def flatness_table(landscapes: Landscapes) -> Table:
-    """A row a run, measured epoch and number; for programs."""
+    """One row per run, measured epoch and number; for programs."""
     heads = ("model", "method", "seed", "epoch", "best", "loss", "scale", "number", "value", "check")
     rows = []
     for model, trainings in landscapes.items():

@@ -154,7 +154,7 @@ def item_tables(model: Recommender, asked: Sequence[str] = ()) -> tuple[str, ...
     """Paths of the learned item tables that get noise: those asked for, or those its scores are made of.
 
     Raises:
-        UserError: there are none, or what is asked for is no table with a row an item.
+        UserError: there are none, or what is asked for is no table with a row per item.
     """
     sizes = (model.n_items, model.n_users + model.n_items)
     shapes = {
@@ -165,7 +165,7 @@ def item_tables(model: Recommender, asked: Sequence[str] = ()) -> tuple[str, ...
     for path in asked:
         if path not in learned:
             raise UserError(
-                f"{model.name} has no learned table '{path}' with a row an item; choose among {', '.join(learned)}."
+                f"{model.name} has no learned table '{path}' with a row per item; choose among {', '.join(learned)}."
             )
     found = tuple(asked) or tuple(path for path in model.item_tables if path in learned)
     if not found:

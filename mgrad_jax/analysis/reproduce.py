@@ -74,7 +74,7 @@ class Published:
 
 
 def beside(name: str, preset: Preset, found: Mapping[str, list[Ours]]) -> Table:
-    """A row a number of ours, and the paper's where its text has one.
+    """One row per number of ours, and the paper's where its text has one.
 
     Args:
         name, preset: which table.
@@ -263,8 +263,8 @@ def alpha_grid(asked: Asked, model: str) -> pd.DataFrame:
     """Every cell of Figure 5: test and validation recall@5, and the difference of the former to replay.
 
     Returns:
-        A row a cell: alpha1, alpha2, interval, seeds, diverged, valid, test, test_sd, replay, difference. A cell counts
-        as diverged where a seed of it did, and has no numbers then.
+        One row per cell: alpha1, alpha2, interval, seeds, diverged, valid, test, test_sd, replay, difference. A cell
+        counts as diverged where a seed of it did, and has no numbers then.
     """
     mirror, replay = (pd.read_csv(asked.out / f"{name}-{model}" / "summary.csv") for name in ("mirror", "replay"))
     control = replay.set_index("interval")["test_recall@5_mean"]

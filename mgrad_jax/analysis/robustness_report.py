@@ -97,7 +97,7 @@ def summary_table(
     popularity: Mapping[str, np.ndarray],
     data: str,
 ) -> Table:
-    """A row a change, training and metric; popularity, which no noise reaches, stands first."""
+    """One row per change, training and metric; popularity, which no noise reaches, stands first."""
     columns = [*map(Column, ("change", "model", "method", "seeds", "metric")), Column("without change")]
     columns += [Column("area", ".3f"), *(Column(f"{share:.0%} lost at", "g") for share in LOSSES)]
     columns += [Column("zero table"), Column("noise only"), Column("note")]
@@ -134,7 +134,7 @@ def _reference(by_seed: Mapping[int, Response], name: str, metric: str) -> float
 
 
 def curves_table(experiments: Sequence[Experiment], lines: Lines, what: Measured) -> Table:
-    """A row a place: the metric and what is lost of it, with bands; for programs."""
+    """One row per place: the metric and what is lost of it, with bands; for programs."""
     heads = ("change", "model", "method", "metric", "place")
     rows = []
     for experiment in experiments:
@@ -188,7 +188,7 @@ def differences(experiments: Sequence[Experiment], lines: Lines, what: Measured)
 
 
 def differences_table(made: Sequence[Difference]) -> Table:
-    """A row a pair of trainings and metric: by how much the kept area differs, and whether over seeds."""
+    """One row per pair of trainings and metric: by how much the kept area differs, and whether over seeds."""
     heads = ("change", "model", "comparison", "metric", "seeds")
     columns = [*map(Column, heads), Column("area, % points", "+.1f"), Column("d_z", "+.2f"), Column("p", ".2g")]
     columns += [Column("Holm", ".2g"), Column("note")]
@@ -206,7 +206,7 @@ def differences_table(made: Sequence[Difference]) -> Table:
 
 
 def long_table(experiments: Sequence[Experiment]) -> Table:
-    """A row a run, place, draw and metric; for programs."""
+    """One row per run, place, draw and metric; for programs."""
     noise = all(experiment.name == NOISE for experiment in experiments)
     heads = ["model", "method", "seed", *(["scale"] if noise else ["adjustment", "share"]), "draw", "metric", "value"]
     rows: list[tuple[Any, ...]] = []

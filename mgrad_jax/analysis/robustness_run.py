@@ -189,7 +189,7 @@ def other_features(directory: Path, data: Interactions, modalities: Sequence[str
         found[modality] = table
     if not found:
         wanted = " or ".join(f"{modality}_feat.npy" for modality in modalities)
-        raise UserError(f"{directory} holds no {wanted}; write one with numpy.save, one row an item.")
+        raise UserError(f"{directory} holds no {wanted}; write one with numpy.save, one row per item.")
     return found
 
 

@@ -23,7 +23,7 @@ _WHO = tuple(map(Column, ("model", "method", "seed")))
 
 
 def residual_table(found: Sequence[Findings]) -> Table:
-    """A row a subject: does the residual fall with the third power of the learning rate?"""
+    """One row per subject: does the residual fall with the third power of the learning rate?"""
     columns = (*_WHO, Column("slope", ".4f"), Column("smallest step", ".3g"), Column("largest step", ".3g"))
     columns += (Column("residual / step^3", ".3g"), Column("theorem"))
     rows = []
@@ -50,7 +50,7 @@ def _verdict(f: Findings) -> str:
 
 
 def residual_points(found: Sequence[Findings]) -> Table:
-    """A row a step; for programs."""
+    """One row per step; for programs."""
     heads = (*_WHO, Column("learning rate"), Column("residual"), Column("rounding"))
     rows = [
         (*_who(f.subject), *map(float, point))
@@ -61,7 +61,7 @@ def residual_points(found: Sequence[Findings]) -> Table:
 
 
 def penalty_table(found: Sequence[Findings], settings: TheorySettings) -> Table:
-    """A row an epoch: what the penalty weighs beside the loss, for gradient descent and for Adam."""
+    """One row per epoch: what the penalty weighs beside the loss, for gradient descent and for Adam."""
     heads = (*_WHO, Column("epoch"), Column("learning rate", "g"), Column("loss"))
     heads += (Column("weight gradient descent", ".2e"), Column("weight adam", ".2e"))
     rows = [
@@ -79,7 +79,7 @@ def penalty_table(found: Sequence[Findings], settings: TheorySettings) -> Table:
 
 
 def steps_table(found: Sequence[Findings], settings: TheorySettings) -> Table:
-    """A row an optimizer and state: where the second half-step goes."""
+    """One row per optimizer and state: where the second half-step goes."""
     heads = (*_WHO, *map(Column, ("optimizer", "second half-step", "state")), Column("projection", "+.3f"))
     heads += (Column("cosine with the first", "+.3f"), Column("cosine with -g", "+.3f"), Column("length", ".3f"))
     rows = [(*_who(f.subject), s.optimizer, s.second, s.state, *s.steps) for f in found for s in f.steps]
@@ -162,7 +162,7 @@ _NUMBERS = ("input gradient", "sensitivity", "parameter gradient", "ratio")
 
 
 def inputs_table(found: Sequence[InputFindings], *, everything: bool) -> Table:
-    """A row a subject and table of inputs at the best epoch, or at every place."""
+    """One row per subject and table of inputs at the best epoch, or at every place."""
     heads = (*_WHO, Column("epoch"), Column("loss"), Column("inputs"), Column("kind"))
     heads += (*(Column(name, ".3g") for name in _NUMBERS), Column("constant", ".3g"), Column("lemma holds"))
     rows = []
@@ -191,7 +191,7 @@ def _numbers(numbers: InputNumbers, path: str) -> tuple[float, ...]:
 
 
 def equal_loss_table(found: Sequence[InputFindings]) -> Table | None:
-    """A row a subject and table of inputs at the smallest loss that all runs of its model come down to.
+    """One row per subject and table of inputs at the smallest loss that all runs of its model come down to.
 
     None where no model has runs with kept epochs only.
     """
@@ -224,7 +224,7 @@ def _epoch(place: tuple[int, InputNumbers]) -> int:
 
 
 def worst_table(found: Sequence[InputFindings]) -> Table | None:
-    """A row a subject and size of change; None where no model's scores read its features."""
+    """One row per subject and size of change; None where no model's scores read its features."""
     scored = [f for f in found if f.worst]
     if not scored:
         return None

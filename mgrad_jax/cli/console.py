@@ -61,7 +61,7 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 
 def print_metrics(title: str, notes: Sequence[str], valid: dict[str, float], test: dict[str, float]) -> None:
-    """A table of metrics: one row a cut-off, validation and test side by side, or narrower where that is needed."""
+    """A table of metrics: one row per cut-off, validation and test side by side, or narrower where that is needed."""
     from mgrad_jax.evaluation.metrics import METRICS
 
     names = [name for name in METRICS if any(key.startswith(f"{name}@") for key in test)]

@@ -8,32 +8,31 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
-
-import typer
+from dataclasses import dataclass
 
 from mgrad_jax.cli.failures import LOST, explain, fail
+from mgrad_jax.declaration import check_all, setting
 from mgrad_jax.errors import UserError, shown
 
-Distributed = Annotated[
-    bool,
-    typer.Option("--distributed", help="Train with all processes of a launcher that JAX knows: Slurm, Open MPI, ..."),
-]
-Coordinator = Annotated[
-    str | None,
-    typer.Option(metavar="HOST:PORT", help="Where process 0 of --processes N answers; without a launcher."),
-]
-Processes = Annotated[int | None, typer.Option(min=1, help="How many processes train together.")]
-Process = Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0.")]
 
+@dataclass(frozen=True)
+class Crew:
+    """The processes that train together: where a run is computed, which is no setting of it."""
 
-class Crew(NamedTuple):
-    """What the options say about the processes that train together."""
+    distributed: bool = setting(False, "Train with all processes of a launcher that JAX knows: Slurm, Open MPI, ...")
+    coordinator: str | None = setting(
+        None, "Where process 0 of --processes N answers; without a launcher.", kind=str, metavar="HOST:PORT"
+    )
+    processes: int | None = setting(None, "How many processes train together.", kind=int, least=1)
+    process: int | None = setting(None, "The number of this one, from 0.", kind=int, least=0)
 
-    distributed: bool
-    coordinator: str | None
-    processes: int | None
-    process: int | None
+    def __post_init__(self) -> None:
+        check_all(self, as_options=True)
+
+    @property
+    def by_hand(self) -> tuple[str | None, int | None, int | None]:
+        """What is said where no launcher tells."""
+        return self.coordinator, self.processes, self.process
 
     def is_asked_for(self) -> bool:
         """Whether there are to be several.
@@ -41,13 +40,13 @@ class Crew(NamedTuple):
         Raises:
             UserError: the options do not go together.
         """
-        if self.distributed and self[1:] != (None, None, None):
+        if self.distributed and self.by_hand != (None, None, None):
             raise UserError(
                 "--distributed finds the others by itself; leave --coordinator, --processes, --process out."
             )
-        if self.distributed or self[1:] == (None, None, None):
+        if self.distributed or self.by_hand == (None, None, None):
             return self.distributed
-        if None in self[1:]:
+        if None in self.by_hand:
             raise UserError(
                 "--coordinator, --processes and --process belong together; give all three, or --distributed."
             )
@@ -71,7 +70,7 @@ def joined(crew: Crew) -> Iterator[bool]:
     from mgrad_jax import processes
 
     with _limited(processes.CONNECTING_SECONDS):
-        processes.connect(*crew[1:])
+        processes.connect(*crew.by_hand)
     with _quiet():
         try:
             yield processes.is_first()

@@ -52,8 +52,7 @@ def takes_settings(**groups: Any) -> Callable[[Callable[..., None]], Callable[..
             shown += _options(groups[name]) if name in groups else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
 
         def spread(**values: Any) -> None:
-            made = {name: _made(values, group) for name, group in groups.items()}
-            command(**made, **{name: values[name] for name in own if name not in groups})
+            command(**{name: _made(values, groups[name]) if name in groups else values[name] for name in own})
 
         # Not by `functools.wraps`, which would show the parameters of the command.
         spread.__name__, spread.__doc__ = command.__name__, command.__doc__

@@ -21,6 +21,7 @@ from mgrad_jax.cli.console import print_table
 from mgrad_jax.cli.options import names, pairs
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
+from mgrad_jax.training.settings import dataset_name
 
 if TYPE_CHECKING:
     from mgrad_jax.analysis.presets import Asked, Call, Preset, Training
@@ -99,7 +100,7 @@ def _asked(
     numbers = preset.seeds if seeds is None else seeds_of(seeds, preset.seeds[0])
     found: dict[str, Asked] = {}
     for one in data:
-        key = Path(one).resolve().name if one != "demo" else "demo"
+        key = dataset_name(one)
         if key in found:
             raise UserError(f"--data names two datasets called {key}, which would share a directory; rename one.")
         found[key] = Asked(one, place / key, chosen, numbers, settings, hyper, dry)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import DevicesOption
 from mgrad_jax.cli.console import plus_minus, print_table, progress
 from mgrad_jax.cli.options import scalar, takes_settings
 from mgrad_jax.cli.train import how_to_go_on
@@ -35,10 +36,11 @@ def sweep(
             "the grid of the model's published configuration.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds a setting, counted upwards from --seed.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Seeds per setting, counted upwards from --seed.")] = 1,
     slots: Annotated[
-        int | None, typer.Option(help="The most members side by side in one program; 1 on a CPU, 16 else by default.")
+        int | None, typer.Option(help="The most members side by side on a device; 1 on a CPU, 16 else by default.")
     ] = None,
+    devices: DevicesOption = "1",
     out: Annotated[str | None, typer.Option(help="The sweep's directory; sweeps/<model>-<data> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     dry_run: Annotated[
@@ -46,6 +48,9 @@ def sweep(
     ] = False,
 ) -> None:
     """Train a grid of settings as one program and find the best on validation."""
+    from mgrad_jax.devices import mesh, parse_devices
+
+    number = parse_devices(devices)
     if not dry_run:
         use_compilation_cache()
     from mgrad_jax.training.sweep_run import SweepConfig
@@ -54,9 +59,10 @@ def sweep(
     if dry_run:
         from mgrad_jax.cli.dry_run import show_sweep
 
+        mesh(number)  # refuses more devices than there are
         show_sweep(config, resume, slots)
         return
-    _print_outcome(_train(config, resume, slots), config)
+    _print_outcome(_train(config, resume, slots, number), config)
 
 
 def read_grid(model: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
@@ -82,14 +88,14 @@ def read_grid(model: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
     return {**{name: list(values) for name, values in published.items()}, **axes}
 
 
-def _train(config: SweepConfig, resume: bool, slots: int | None) -> SweepOutcome:
+def _train(config: SweepConfig, resume: bool, slots: int | None, devices: int | Literal["all"]) -> SweepOutcome:
     """Train and tell how far it is; a signal to stop leaves every finished member on disk."""
     from mgrad_jax.training.sweep_run import SweepInterrupted, train_sweep
 
     stopping.say(lambda: how_to_go_on("stopped before the first epoch was finished", config.directory))
     try:
         with _progress(config) as report:
-            return train_sweep(config, resume=resume, slots=slots, progress=report)
+            return train_sweep(config, resume=resume, slots=slots, progress=report, devices=devices)
     except SweepInterrupted as stop:
         done = f"stopped with {stop.finished} of {stop.members} members finished"
         raise stopping.Stopped(how_to_go_on(done, stop.directory)) from None

@@ -14,7 +14,7 @@ from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import DevicesOption
 from mgrad_jax.cli.console import print_metrics, progress
-from mgrad_jax.cli.distributed import Coordinator, Crew, Distributed, Process, Processes, joined
+from mgrad_jax.cli.distributed import Crew, joined
 from mgrad_jax.cli.options import takes_settings
 from mgrad_jax.training.settings import RunSettings
 
@@ -23,33 +23,38 @@ if TYPE_CHECKING:
     from mgrad_jax.training.fit import EpochReport
 
 
-@takes_settings(run=RunSettings)
+@takes_settings(run=RunSettings, crew=Crew)
 def train(
     run: RunConfig,
+    crew: Crew,
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Take the settings of a run's config.yaml; options override them."),
     ] = None,
     devices: DevicesOption = "1",
-    distributed: Distributed = False,
-    coordinator: Coordinator = None,
-    processes: Processes = None,
-    process: Process = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what --devices would hold and send, by compiling only.")
     ] = False,
 ) -> None:
     """Train a model to its best validation epoch."""
     from mgrad_jax.devices import parse_devices
 
     del config  # its settings have become options (`mgrad_jax.cli.arguments`)
+    if plan:
+        from mgrad_jax.cli.plan import show_plan
+
+        show_plan(run, parse_devices(devices))
+        return
     if dry_run:
         from mgrad_jax.cli.dry_run import show_run
 
         show_run(run, resume)
         return
-    crew, number = Crew(distributed, coordinator, processes, process), parse_devices(devices)
+    number = parse_devices(devices)
     use_compilation_cache()
     with joined(crew) as is_first:
         everywhere = "all" if crew.is_asked_for() and number == 1 else number

@@ -177,7 +177,7 @@ def _features(file: Path, n_items: int) -> np.ndarray:
     table = read_features(file, None)
     assert table is not None  # it is there
     if len(table) < n_items:
-        raise UserError(f"{file} has {len(table)} rows and there are {n_items} items; give one row an item.")
+        raise UserError(f"{file} has {len(table)} rows and there are {n_items} items; give one row per item.")
     # By the largest of all rows, also of those that no line of the other files names.
     return table[:n_items] / max(float(np.abs(table).max()), float(np.finfo(np.float32).tiny))
 

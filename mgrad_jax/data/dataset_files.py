@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from mgrad_jax.errors import UserError
@@ -58,7 +59,8 @@ def replace_files(directory: Path, contents: Mapping[str, Callable[[Path], objec
     incoming.mkdir()
     try:
         plan = json.dumps({"new": list(contents), "old": list(old)})
-        for name, write in {**contents, _MARK: lambda path: path.write_text(plan, encoding="utf-8")}.items():
+        mark: Callable[[Path], object] = partial(Path.write_text, data=plan, encoding="utf-8")
+        for name, write in {**contents, _MARK: mark}.items():
             write(incoming / name)
             with (incoming / name).open("rb") as stream:
                 os.fsync(stream.fileno())

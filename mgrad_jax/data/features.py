@@ -58,7 +58,7 @@ def check_shape(where: str, table: Any, n_rows: int | None) -> None:
     if not table.shape[1]:
         raise UserError(f"{where} has no columns; give (items, dim) numbers.")
     if n_rows is not None and len(table) != n_rows:
-        raise UserError(f"{where} has {len(table)} rows and the dataset {n_rows} items; give one row an item.")
+        raise UserError(f"{where} has {len(table)} rows and the dataset {n_rows} items; give one row per item.")
 
 
 def check_finite(where: str, table: np.ndarray) -> None:

@@ -92,8 +92,8 @@ class Interactions:
             "interactions": total,
             **splits,
             "sparsity": 1.0 - total / (self.n_users * self.n_items),
-            "interactions a user (mean, median)": (float(users.mean()), float(np.median(users))),
-            "interactions an item (mean, median)": (float(items.mean()), float(np.median(items))),
+            "interactions per user (mean, median)": (float(users.mean()), float(np.median(users))),
+            "interactions per item (mean, median)": (float(items.mean()), float(np.median(items))),
             "cold items (not in train)": self.n_items - len(np.unique(self.train[:, 1])),
             **{f"{name} features": table.shape[1] for name, table in self.features.items()},
         }

@@ -44,7 +44,7 @@ def demo_interactions(
             `user % n_groups`.
 
     Raises:
-        ValueError: more items without an interaction than users; give more users or more interactions a user.
+        ValueError: more items without an interaction than users; give more users or more interactions per user.
     """
     rng = np.random.default_rng(seed)
     item_group = np.arange(n_items) % n_groups

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mgrad_jax.data.features import read_header
@@ -17,6 +18,7 @@ from mgrad_jax.data.interactions import Interactions, distinct_pairs
 from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import written_whole
+from mgrad_jax.graph.sparse import shapes_only
 from mgrad_jax.graph.users import UserGraph, nearest_users
 
 # The largest table of neighbours, in bytes: beyond it k is a slip.
@@ -51,6 +53,8 @@ def build_user_graph(
         UserError: k below 1, or a cache that cannot be written.
     """
     _check_k(k, data.n_users)
+    if shapes_only.value:
+        return UserGraph(*jnp.zeros((2, data.n_users, k), jnp.int32))
     pairs = distinct_pairs(data.train, data.n_items)
     file = None if cache is None else _file(Path(cache), pairs, data.n_users, k)
     graph = None if file is None else _read(file, data.n_users, k)

@@ -61,7 +61,7 @@ def read_candidates(file: Path, data: Interactions) -> Candidates:
     if table is None:
         raise UserError(f"{file} does not exist; `mgrad-jax prepare --amr` writes candidates.npy.")
     if len(table) != data.n_users:
-        raise UserError(f"{file} has {len(table)} rows and {data.source} {data.n_users} users; give one row a user.")
+        raise UserError(f"{file} has {len(table)} rows and {data.source} {data.n_users} users; give one row per user.")
     if table.shape[1] < 2:
         raise UserError(f"{file} has no candidates beside the held-out items; give at least two columns.")
     bad = np.argwhere((table != np.floor(table)) | (table < -1) | (table >= data.n_items))

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.deprecation import renamed
-from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, mesh_in_force, over_devices, put
+from mgrad_jax.devices import BLOCKS, COLUMNS, WHOLE, everywhere, mesh_in_force, over_devices, put
 from mgrad_jax.evaluation.metrics import ranking_metrics
 
 renamed(
@@ -37,6 +37,22 @@ renamed(
 _Result = TypeVar("_Result")
 
 BLOCK = 512  # measured: larger blocks of scores leave the CPU's cache
+_MOST_SCORES = 100_000 * BLOCK  # of a block; where there are more items, it has fewer users
+
+
+def users_at_a_time(n_items: int) -> int:
+    """How many users are scored at a time over so many items: their scores take 205 MB at most, in float32.
+
+    >>> users_at_a_time(7_050), users_at_a_time(630_010)
+    (512, 81)
+    """
+    return max(1, min(BLOCK, _MOST_SCORES // n_items))
+
+
+def blocks_of(n_users: int, block: int) -> tuple[int, int]:
+    """Into how many blocks of at most this size users are dealt, and how many are in each."""
+    n_blocks = max(1, -(-n_users // block))
+    return n_blocks, min(block, max(1, -(-n_users // n_blocks)))
 
 
 class BlockedPairs(NamedTuple):
@@ -91,7 +107,7 @@ def make_eval_split(
     split: Literal["train", "valid", "test"],
     ks: Sequence[int] = (5, 10, 20, 50),
     *,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> EvalSplit:
     """Prepare the evaluation of one split.
 
@@ -102,14 +118,14 @@ def make_eval_split(
         data: the interactions.
         split: "valid" or "test" ("train" ranks the training items against everything, unmasked).
         ks: cut-offs; they may exceed the number of items.
-        block: users scored at a time.
+        block: users scored at a time; `users_at_a_time` by default.
     """
     pairs = np.unique(getattr(data, split), axis=0)
     users, counts = np.unique(pairs[:, 0], return_counts=True)
-    n_blocks = max(1, -(-len(users) // block))
+    n_blocks, size = blocks_of(len(users), block or users_at_a_time(data.n_items))
     # Users are dealt out by their number of positives, so that all blocks hold about equally many pairs.
     order = np.argsort(-counts, kind="stable")
-    deal = np.full(n_blocks * min(block, max(1, -(-len(users) // n_blocks))), -1)
+    deal = np.full(n_blocks * size, -1)
     deal[: len(users)] = order
     dealt = deal.reshape(-1, n_blocks).T
     real = dealt >= 0
@@ -162,7 +178,9 @@ def _by_block(
     def own(blocks: _Block, vectors: Array, item_vectors: Array) -> _Result:
         return jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
 
-    operands = (blocks, user_vectors[blocks.users], item_vectors)
+    # By columns, of which rows are taken without any exchange; then these rows go where their blocks are.
+    vectors = jax.lax.with_sharding_constraint(user_vectors, COLUMNS)[blocks.users]
+    operands = (blocks, vectors, item_vectors)
     return everywhere(over_devices(mesh, own, (BLOCKS, BLOCKS, WHOLE), BLOCKS, *operands))
 
 
@@ -326,7 +344,7 @@ def top_items(
     users: np.ndarray,
     k: int,
     *,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best new items of some users, best first, equal scores in the order of their ids.
 
@@ -335,7 +353,7 @@ def top_items(
         training: (n, 2) pairs (user, item) to leave out.
         users: (n,) user ids, in any order, repeated or not.
         k: length of the lists; at most the number of items is returned.
-        block: users scored at a time.
+        block: users scored at a time; `users_at_a_time` by default.
 
     Returns:
         Item ids (n, k) int32 and scores (n, k). Where a user has fewer than k new items, the rest of the row scores
@@ -346,6 +364,7 @@ def top_items(
     ([[1]], [[1.0]])
     """
     unique, inverse = np.unique(np.asarray(users), return_inverse=True)
+    block = block or users_at_a_time(item_vectors.shape[0])
     n_blocks = max(1, -(-len(unique) // block))
     padded = np.full(n_blocks * min(block, max(1, len(unique))), -1)
     padded[: len(unique)] = unique

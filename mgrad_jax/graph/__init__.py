@@ -4,7 +4,7 @@ from mgrad_jax.graph.attention import edge_dot, edge_softmax
 from mgrad_jax.graph.gather import gather_rows
 from mgrad_jax.graph.items import blend_graphs, knn_graph, knn_indices
 from mgrad_jax.graph.kernels import gpu_product
-from mgrad_jax.graph.propagation import lightgcn_mean, propagate, propagate_bipartite
+from mgrad_jax.graph.propagation import lightgcn_mean, propagate, propagate_bipartite, sum_of_layers
 from mgrad_jax.graph.sparse import (
     SparseGraph,
     Transpose,
@@ -50,5 +50,6 @@ __all__ = [
     "replace_values",
     "sample_user_graph",
     "sparse_graph",
+    "sum_of_layers",
     "with_transpose",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, mesh_in_force, over_devices
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph.sparse import SparseGraph, sparse_graph
+from mgrad_jax.graph.sparse import SparseGraph, blank_graph, shapes_only, sparse_graph
 
 
 def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[Array, "n k"]:
     """The k nearest rows of every row by cosine similarity, itself included; ties go to the lower index.
 
-    Exact, on the device, in blocks of rows: no (n, n) array in memory.
+    Exact, on the device, in blocks of rows: no (n, n) array in memory. Where a mesh is set (`jax.set_mesh`), each of
+    its devices has the whole table and does some of the blocks; these are the same, and so are the neighbours.
 
     Args:
         features: (n, dim), finite, no zero row.
@@ -44,19 +46,35 @@ def _knn(table: Array, k: int, block: int) -> Array:
     n = table.shape[0]
     starts = jnp.arange(0, n, block)
 
-    def neighbours(start: Array) -> Array:
+    def neighbours(table: Array, start: Array) -> Array:
         # The last block is shifted back so that every block has the same shape.
         rows = jax.lax.dynamic_slice_in_dim(table, jnp.minimum(start, n - block), block)
         similarity = jnp.matmul(rows, table.T, precision=jax.lax.Precision.HIGHEST)
         return jax.lax.top_k(similarity, k)[1]
 
-    found = jax.lax.map(neighbours, starts)
+    found = _over_blocks(neighbours, starts, table)
     tail = n - block * (starts.shape[0] - 1)
     return jnp.concatenate([found[:-1].reshape(-1, k), found[-1, block - tail :]]).astype(jnp.int32)
 
 
+def _over_blocks(function: Callable[[Array, Array], Array], starts: Array, table: Array) -> Array:
+    """Results (blocks, ...) of `function(table, start)`, block after block; of several devices, each does its own."""
+
+    def own(starts: Array, table: Array) -> Array:
+        return jax.lax.map(partial(function, table), starts)
+
+    if (mesh := mesh_in_force()) is None:
+        return own(starts, table)
+    shared = jnp.pad(starts, (0, -starts.shape[0] % mesh.size), mode="edge")  # blocks done again fill up the last ones
+    found = over_devices(mesh, own, (BLOCKS, WHOLE), BLOCKS, shared, table)
+    return everywhere(found)[: starts.shape[0]]
+
+
 def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) -> SparseGraph:
     """The directed graph of `knn_indices`, both ends normalised by the row degree k: every entry is 1 / (k + 1e-7)."""
+    if shapes_only.value:
+        n_items = features.shape[0]
+        return blank_graph(n_items * k, (n_items, n_items), dtype=dtype)
     neighbours = np.asarray(knn_indices(features, k))
     n = len(neighbours)
     values = np.full(n * k, 1.0 / (k + 1e-7))
@@ -66,6 +84,8 @@ def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) ->
 def blend_graphs(weighted: Sequence[tuple[float, SparseGraph]]) -> SparseGraph:
     """The weighted sum of graphs of one shape, as one graph. Host side."""
     shape, dtype = weighted[0][1].shape, weighted[0][1].data.dtype
+    if shapes_only.value:
+        return blank_graph(sum(graph.nnz for _, graph in weighted), shape, dtype=dtype)
     rows = np.concatenate([np.asarray(graph.rows()) for _, graph in weighted])
     columns = np.concatenate([np.asarray(graph.indices) for _, graph in weighted])
     values = np.concatenate([weight * np.asarray(graph.data, np.float64) for weight, graph in weighted])

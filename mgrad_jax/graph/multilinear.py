@@ -73,7 +73,7 @@ class Multilinear:
         for number, zeros_or_tangents in enumerate(moved):
             if not all(type(t) is ad.Zero for t in zeros_or_tangents):
                 along = tuple(ad.instantiate_zeros(t) for t in zeros_or_tangents)
-                rule = self._tangents.get(number, partial(self._replaced, number))
+                rule: Callable[..., Any] = self._tangents.get(number, partial(self._replaced, number))
                 terms.append(rule(along, arguments, structure, **dict(static)))
         total = terms[0] if len(terms) == 1 else tuple(a + b for a, b in zip(*terms, strict=True))
         return list(self(arguments, structure, **dict(static))), list(total)

@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mgrad_jax.devices import AXIS, COLUMNS, WHOLE, held_by_rows, mesh_in_force, over_devices, padded_columns
+from mgrad_jax.devices import (
+    AXIS,
+    COLUMNS,
+    WHOLE,
+    held_by_rows,
+    mesh_in_force,
+    over_devices,
+    padded_columns,
+    turned_to_columns,
+)
 from mgrad_jax.graph.kernels import gpu_product, multiply
 from mgrad_jax.graph.multilinear import Arguments, Multilinear
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
@@ -84,9 +93,8 @@ def propagate_bipartite(
         raise ValueError(f"propagate_bipartite: the graph's users and items are not {sizes[0]} and {sizes[1]}.")
     structure = structure_of(graph)
     static = _static(graph.shape, structure, sizes)
-    vectors = held_by_rows(users), held_by_rows(items)
-    to_users, to_items = _product(((graph.data.astype(users.dtype),), vectors), structure, **static)
-    return held_by_rows(to_users), held_by_rows(to_items)
+    to_users, to_items = _product(((graph.data.astype(users.dtype),), (users, items)), structure, **static)
+    return to_users, to_items
 
 
 def lightgcn_mean(
@@ -99,11 +107,24 @@ def lightgcn_mean(
         users, items: layer 0.
         n_layers: L; 0 gives layer 0 back.
     """
+    user_sum, item_sum = sum_of_layers(graph, users, items, n_layers)
+    return user_sum / (n_layers + 1), item_sum / (n_layers + 1)
+
+
+def sum_of_layers(
+    graph: SparseGraph, users: Float[Array, "users dim"], items: Float[Array, "items dim"], n_layers: int
+) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
+    """The sum over layers 0..L of the propagated embeddings, sum_l A^l x; on several devices by columns.
+
+    Args:
+        graph, users, items, n_layers: as for `lightgcn_mean`.
+    """
+    users, items = turned_to_columns((users, items))
     user_sum, item_sum = users, items
     for _ in range(n_layers):
         users, items = propagate_bipartite(graph, users, items)
         user_sum, item_sum = user_sum + users, item_sum + items
-    return user_sum / (n_layers + 1), item_sum / (n_layers + 1)
+    return turned_to_columns((user_sum, item_sum))
 
 
 # The product is linear in the values and in the vectors; the vectors are one array, or users and items apart.

@@ -67,6 +67,11 @@ class SparseGraph:
         return jnp.zeros(self.shape, self.data.dtype).at[self.rows(), self.indices].add(self.data)
 
 
+# Within `with shapes_only(True):` graphs, and what else is built on the host, have shapes and no numbers, for programs
+# that are compiled and never run: as many entries as there are at most.
+shapes_only = jax.make_user_context(False)
+
+
 def _register(cls: type[Any], keys: dict[str, str], static: tuple[str, ...] = ()) -> None:
     """Make a dataclass a pytree: its arrays, with what their paths call them, and its static fields."""
 
@@ -137,6 +142,18 @@ def sparse_graph(
     )
 
 
+def blank_graph(
+    nnz: int, shape: tuple[int, int], *, symmetric: bool = False, n_users: int | None = None, dtype: Any = jnp.float32
+) -> SparseGraph:
+    """A graph of zeros with this many entries, where `shapes_only` is on."""
+
+    def ids(n: int) -> Array:
+        return jnp.zeros(n, jnp.int32)
+
+    transpose = None if symmetric else Transpose(ids(nnz), ids(shape[1] + 1), ids(nnz))
+    return SparseGraph(jnp.zeros(nnz, dtype), ids(nnz), ids(shape[0] + 1), shape, transpose, n_users)
+
+
 def _mirror_entries(graph: SparseGraph) -> Transpose:
     """The transpose of a structurally symmetric graph: same rows, entries exchanged with their mirror images."""
     rows = np.repeat(np.arange(graph.shape[0]), np.diff(np.asarray(graph.indptr)))
@@ -153,7 +170,11 @@ def replace_values(graph: SparseGraph, values: Float[Array, " nnz"]) -> SparseGr
 
 def with_transpose(graph: SparseGraph) -> SparseGraph:
     """A symmetric graph with its transpose spelled out, so that its values may become unsymmetric. Host side."""
-    return graph if graph.transpose is not None else dataclasses.replace(graph, transpose=_mirror_entries(graph))
+    if graph.transpose is not None:
+        return graph
+    if shapes_only.value:
+        return blank_graph(graph.nnz, graph.shape, n_users=graph.n_users, dtype=graph.data.dtype)
+    return dataclasses.replace(graph, transpose=_mirror_entries(graph))
 
 
 def structure_of(graph: SparseGraph) -> tuple[Any, ...]:

@@ -13,7 +13,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mgrad_jax.deprecation import Formerly
 from mgrad_jax.dropout import keep_mask
-from mgrad_jax.graph.sparse import SparseGraph, replace_values, row_ids, sparse_graph, starts_of
+from mgrad_jax.graph.sparse import (
+    SparseGraph,
+    blank_graph,
+    replace_values,
+    row_ids,
+    shapes_only,
+    sparse_graph,
+    starts_of,
+)
 from mgrad_jax.selection import top_k_mask
 
 
@@ -38,9 +46,11 @@ def normalized_bipartite(
         eps: added to every degree, as in the reference code (1e-7; SLMRec 1e-8; DualGNN and DRAGON 0).
         dtype: of the values.
     """
+    n_nodes = n_users + n_items
+    if shapes_only.value:
+        return blank_graph(2 * len(users), (n_nodes, n_nodes), symmetric=True, n_users=n_users, dtype=dtype)
     rows, columns, degrees = _both_directions(users, items, n_users, n_items)
     values = 1.0 / np.sqrt((degrees[rows] + eps) * (degrees[columns] + eps))
-    n_nodes = n_users + n_items
     return sparse_graph(rows, columns, values, (n_nodes, n_nodes), symmetric=True, n_users=n_users, dtype=dtype)
 
 
@@ -48,8 +58,10 @@ def mean_bipartite(
     users: np.ndarray, items: np.ndarray, n_users: int, n_items: int, dtype: Any = jnp.float32
 ) -> SparseGraph:
     """D^-1 A over the nodes users, then items: every node averages its neighbours (MMGCN)."""
-    rows, columns, degrees = _both_directions(users, items, n_users, n_items)
     n_nodes = n_users + n_items
+    if shapes_only.value:
+        return blank_graph(2 * len(users), (n_nodes, n_nodes), n_users=n_users, dtype=dtype)
+    rows, columns, degrees = _both_directions(users, items, n_users, n_items)
     return sparse_graph(rows, columns, 1.0 / degrees[rows], (n_nodes, n_nodes), n_users=n_users, dtype=dtype)
 
 
@@ -87,6 +99,9 @@ def bipartite_edges(
     users: np.ndarray, items: np.ndarray, n_users: int, n_items: int, eps: float = 1e-7, dtype: Any = jnp.float32
 ) -> BipartiteEdges:
     """Prepare a bipartite graph for `prune_edges`; the pairs must be unique."""
+    if shapes_only.value:
+        one, two, starts = (jnp.zeros(n, jnp.int32) for n in (len(users), 2 * len(users), n_users + n_items + 1))
+        return BipartiteEdges(one, one, jnp.zeros(len(users), dtype), two, starts, two, n_users, n_items, eps)
     users, items = np.asarray(users, np.int64), np.asarray(items, np.int64)
     user_degrees, item_degrees = np.bincount(users, minlength=n_users), np.bincount(items, minlength=n_items)
     log_weights = -0.5 * np.log((user_degrees[users] + eps) * (item_degrees[items] + eps))

@@ -2,12 +2,13 @@
 
 A lane is one training: its state, and what is its own besides. `fit` is one lane with checkpoints, a sweep sends its
 members through several. Lanes run under one `jax.vmap`; one lane alone has no leading axis and passes through none.
+Lanes may be spread over several devices, or one lane be split over them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mgrad_jax.data import Interactions
-from mgrad_jax.devices import WHOLE, Layout, hold_of, in_force
+from mgrad_jax.devices import BLOCKS, WHOLE, Layout, hold_of, in_force
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import full_sort_metrics, make_eval_split, split_over_devices
+from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics, make_eval_split, split_over_devices
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
-from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainState, run_epoch, training_data
+from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainingData, TrainState, run_epoch, training_data
 from mgrad_jax.training.settings import FitSettings
+from mgrad_jax.training.side_by_side import by_device, put, spread, stack, take
 
 _Tree = TypeVar("_Tree")
 
@@ -35,6 +37,13 @@ class Own(NamedTuple):
     constants: list[jax.Array]
     numbers: Mapping[str, jax.Array]
     key: jax.Array
+
+
+class Inputs(NamedTuple):
+    """What an epoch and its two evaluations read of a dataset, where they read it; or its shapes."""
+
+    train: TrainingData
+    eval_splits: list[EvalSplit]
 
 
 class Scoring(NamedTuple):
@@ -56,12 +65,13 @@ class Scores(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Both compiled for a number of lanes, the seconds that took, and the bytes that the larger one needs to run."""
+    """Both compiled for `width` lanes, the seconds that took, and the bytes that the larger one needs on a device."""
 
     train: Callable[[TrainState, Own, jax.Array], tuple[TrainState, EpochLog]]
     evaluate: Callable[[Scoring, Own, Any], Scores]
     seconds: float
     size: int
+    width: int
 
 
 def check_splits(data: Interactions) -> None:
@@ -69,6 +79,14 @@ def check_splits(data: Interactions) -> None:
     for split in ("valid", "test"):
         if not len(getattr(data, split)):
             raise UserError(f"{data.source}: the {split} split is empty; early stopping and the result need it.")
+
+
+def inputs_of(data: Interactions, ks: Sequence[int], layout: Layout | None) -> Inputs:
+    """A dataset put on the device, or split over several."""
+    train, eval_splits = training_data(data), [make_eval_split(data, split, ks) for split in ("valid", "test")]
+    if layout is None:
+        return Inputs(train, eval_splits)
+    return Inputs(layout.place(train), [split_over_devices(split, layout.mesh) for split in eval_splits])
 
 
 def first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainState:
@@ -91,12 +109,13 @@ class Engine:
     Args:
         parts: the model of any lane.
         state: its state before the first epoch.
-        data: the interactions.
+        data: the interactions, or what `inputs_of` makes of them.
         make_tx: a lane's transformation, of its traced numbers.
         settings: what the lanes have in common.
         is_own: which of the model's constants differ between lanes; by default none.
         select_by: the metric by whose improvement on validation test is evaluated; None: it always is.
         layout: how the arrays of its one lane are split over several devices; None on one.
+        mesh: over whose devices several lanes are spread, without a layout; None on one.
 
     Raises:
         ValueError, UserError: an optimizer that the loop cannot drive.
@@ -106,29 +125,32 @@ class Engine:
         self,
         parts: SplitModel,
         state: TrainState,
-        data: Interactions,
+        data: Interactions | Inputs,
         make_tx: Callable[[Mapping[str, jax.Array]], optax.GradientTransformation],
         settings: FitSettings,
         *,
         is_own: Sequence[bool] | None = None,
         select_by: str | None = None,
         layout: Layout | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         _check_optimizer(state.opt_state)
-        schedule = pass_schedule(state.opt_state, -(-len(data.train) // settings.batch_size))
+        inputs = inputs_of(data, settings.ks, layout) if isinstance(data, Interactions) else data
+        self._train_data, self._eval_splits = inputs
+        schedule = pass_schedule(state.opt_state, -(-inputs.train.users.shape[0] // settings.batch_size))
         self.plan = EpochPlan(
             settings.batch_size, tuple(int(i) for i in schedule), settings.evaluate == "stale", layout
         )
-        self._make_tx, self._select_by = make_tx, select_by
+        self._make_tx, self._select_by, self.mesh = make_tx, select_by, mesh
         self._graphdef = parts.graphdef
         constants, self._structure = jax.tree.flatten(parts.constants)
         self._is_own = [False] * len(constants) if is_own is None else is_own
         self._shared = [None if own else x for own, x in zip(self._is_own, constants, strict=True)]
-        self._train_data = training_data(data)
-        self._eval_splits = [make_eval_split(data, split, settings.ks) for split in ("valid", "test")]
         if layout is not None:
-            self._shared, self._train_data = layout.place((self._shared, self._train_data))
-            self._eval_splits = [split_over_devices(split, layout.mesh) for split in self._eval_splits]
+            self._shared = layout.place(self._shared)
+        if mesh is not None:
+            shared = self._shared, self._train_data, self._eval_splits
+            self._shared, self._train_data, self._eval_splits = jax.device_put(shared, NamedSharding(mesh, WHOLE))
 
     def placed(self, tree: _Tree) -> _Tree:
         """A lane's arrays, where they belong."""
@@ -143,42 +165,64 @@ class Engine:
         """Compile both programs ahead of time, so that compilation is timed apart.
 
         Args:
-            lane: state and own of any, or their shapes.
-            width: how many lanes there are.
+            lane, width: as for `lower`.
         """
         started = time.perf_counter()
-        goal = None if self._select_by is None else jax.ShapeDtypeStruct((), jnp.zeros((), float).dtype)
-        arguments = (*lane, lane[1].key, goal)
-        if width > 1:
-            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype), arguments)
-        state, own, key, best = arguments
         shared, data, eval_splits = self._shared, self._train_data, self._eval_splits
-
-        def train(state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any) -> tuple[TrainState, EpochLog]:
-            if width == 1:
-                return self._train(state, own, key, shared, data)
-            return jax.vmap(lambda s, o, k: self._train(s, o, k, shared, data))(state, own, key)
-
-        def evaluate(scoring: Scoring, own: Own, best: Any, shared: Any, eval_splits: Any) -> Scores:
-            if width == 1:
-                return self._evaluate(scoring, own, best, shared, eval_splits)
-            # One lane after another: scores of all lanes at once would not fit, and gain nothing.
-            return jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, eval_splits), (scoring, own, best))
-
-        scored = Scoring(state.params, state.epoch_state)
-        with in_force(self.plan.layout):
-            training = jax.jit(train, donate_argnums=0, **self._results(state))
-            trainer = training.lower(state, own, key, shared, data).compile()
-            evaluator = jax.jit(evaluate, **self._everywhere()).lower(scored, own, best, shared, eval_splits).compile()
+        trainer, evaluator = (lowered.compile() for lowered in self.lower(lane, width))
         return Programs(
             lambda state, own, key: trainer(state, own, key, shared, data),
             lambda scoring, own, best: evaluator(scoring, own, best, shared, eval_splits),
             time.perf_counter() - started,
             max(_bytes(trainer), _bytes(evaluator)),
+            width,
         )
 
+    def lower(self, lane: tuple[TrainState, Own], width: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Both programs, not compiled yet: of an epoch, and of its evaluation.
+
+        Args:
+            lane: state and own of any, or their shapes.
+            width: how many lanes there are, on several devices equally many on each.
+        """
+        goal = None if self._select_by is None else jax.ShapeDtypeStruct((), jnp.zeros((), float).dtype)
+        arguments = (*lane, lane[1].key, goal)
+        if width > 1:
+            place = None if self.mesh is None else NamedSharding(self.mesh, BLOCKS)
+            arguments = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype, sharding=place), arguments
+            )
+        state, own, key, best = arguments
+        each = width // (1 if self.mesh is None else self.mesh.size)
+        shared, data, eval_splits = self._shared, self._train_data, self._eval_splits
+
+        def train(state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any) -> tuple[TrainState, EpochLog]:
+            if each == 1:
+                return self._train(state, own, key, shared, data)
+            return jax.vmap(lambda s, o, k: self._train(s, o, k, shared, data))(state, own, key)
+
+        def evaluate(scoring: Scoring, own: Own, best: Any, shared: Any, eval_splits: Any) -> Scores:
+            if each == 1:
+                return self._evaluate(scoring, own, best, shared, eval_splits)
+            # One lane after another: scores of all lanes at once would not fit, and gain nothing.
+            return jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, eval_splits), (scoring, own, best))
+
+        def over_lanes(program: Callable[..., Any]) -> Callable[..., Any]:
+            return program if self.mesh is None else by_device(program, self.mesh, each)
+
+        scored = Scoring(state.params, state.epoch_state)
+        with in_force(self.plan.layout):
+            training = jax.jit(over_lanes(train), donate_argnums=0, **self._results(state))
+            evaluation = jax.jit(over_lanes(evaluate), **self._everywhere())
+            return (
+                training.lower(state, own, key, shared, data),
+                evaluation.lower(scored, own, best, shared, eval_splits),
+            )
+
     def _results(self, state: TrainState) -> dict[str, Any]:
-        """Where an epoch's results belong, for `jax.jit`: the state where it came from, the log on every device."""
+        """Where an epoch's results belong, for `jax.jit`: the state where it came from, its log everywhere."""
+        if self.mesh is not None:
+            return {"out_shardings": NamedSharding(self.mesh, BLOCKS)}
         if (layout := self.plan.layout) is None:
             return {}
         after = state._replace(stale_params=state.params if self.plan.keep_stale else None)
@@ -218,7 +262,7 @@ class Engine:
 
 
 class Lanes:
-    """Trainings side by side on the device.
+    """Trainings side by side on the device, or spread over several.
 
     Attributes:
         state, own: of all lanes, with a leading axis where there is more than one.
@@ -230,16 +274,14 @@ class Lanes:
         programs: compiled for as many.
     """
 
-    def __init__(self, engine: Engine, members: Sequence[tuple[TrainState, Own]], programs: Programs) -> None:
-        self.engine, self.programs, self.width = engine, programs, len(members)
-        stacked: tuple[TrainState, Own] = members[0]
-        if self.width > 1:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-        self.state, self.own = stacked
+    def __init__(self, engine: Engine, members: Iterable[tuple[TrainState, Own]], programs: Programs) -> None:
+        self.engine, self.programs, self.width = engine, programs, programs.width
+        self.state, self.own = stack(members, self.width, engine.mesh)
 
     def train(self, epochs: Sequence[int]) -> list[EpochLog]:
         """Train every lane for an epoch, of these numbers from 0; returns what was logged, on the host."""
         key = _epoch_key(self.own.key, epochs[0]) if self.width == 1 else _epoch_keys(self.own.key, np.asarray(epochs))
+        key = spread(key, self.engine.mesh)
         self.state, log = self.programs.train(self.state._replace(stale_params=None), self.own, key)
         return self._apart(jax.device_get(log))
 
@@ -247,21 +289,24 @@ class Lanes:
         """Metrics of every lane on the host; `best` are the selection metrics to improve on."""
         # In JAX's own precision, that of the metrics they are compared with.
         goals = None if best is None else jnp.asarray(best[0] if self.width == 1 else best, float)
-        return self._apart(jax.device_get(self.programs.evaluate(scoring(self.state), self.own, goals)))
+        scored, goals = spread((scoring(self.state), goals), self.engine.mesh)
+        return self._apart(jax.device_get(self.programs.evaluate(scored, self.own, goals)))
 
     def put(self, lane: int, member: tuple[TrainState, Own]) -> None:
         """Replace what a lane trains."""
         if self.width == 1:
             self.state, self.own = member
         else:
-            now = (self.state._replace(stale_params=None), self.own)
-            self.state, self.own = _put(now, member, lane)
+            self.state, self.own = put(self._now(), member, lane, self.engine.mesh)
 
     def keep(self, lanes: Sequence[int], programs: Programs) -> None:
         """Go on with these lanes only, in programs of their number."""
-        index = np.asarray(lanes) if len(lanes) > 1 else lanes[0]
-        self.state, self.own = jax.tree.map(lambda x: x[index], (self.state._replace(stale_params=None), self.own))
-        self.width, self.programs = len(lanes), programs
+        self.state, self.own = take(self._now(), lanes, self.engine.mesh)
+        self.width, self.programs = programs.width, programs
+
+    def _now(self) -> tuple[TrainState, Own]:
+        """What the next epoch begins with."""
+        return self.state._replace(stale_params=None), self.own
 
     def _apart(self, results: Any) -> list[Any]:
         """What a program returned, lane by lane."""
@@ -275,13 +320,8 @@ _epoch_key = jax.random.fold_in
 _epoch_keys = jax.jit(jax.vmap(jax.random.fold_in))
 
 
-@jax.jit
-def _put(stacked: Any, member: Any, lane: int) -> Any:
-    return jax.tree.map(lambda full, new: full.at[lane].set(new), stacked, member)
-
-
 def _bytes(program: Any) -> int:
-    """XLA's own account of a program's memory; the arguments twice, for loading a member into its lane copies them."""
+    """XLA's own account of memory on a device; the arguments twice, for loading a member into its lane copies them."""
     sizes = program.memory_analysis()
     if sizes is None:
         return 0

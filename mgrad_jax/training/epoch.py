@@ -8,6 +8,7 @@ evaluations, alone and under `jax.vmap`. Which batch each pass reads is known be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ class EpochPlan:
     """What is fixed before compilation.
 
     Attributes:
-        batch_size: interactions a batch; the last batch holds the rest.
+        batch_size: interactions per batch; the last batch holds the rest.
         schedule: batch number of every pass, in order.
         keep_stale: whether to return the parameters before the last update.
         layout: how arrays are split over several devices; None on one.
@@ -134,7 +135,7 @@ def run_epoch(
     samples = everywhere(_samples(train, model.uses_negatives, order_key, negative_key))
 
     def step(batches: Batch, carry: Any, position: Any) -> tuple[Any, EpochLog]:
-        carry, log = train_pass(graphdef, tx, epoch_state, constants, pass_key, batches, carry, position)
+        carry, log = train_pass(graphdef, tx, epoch_state, constants, pass_key, batches, carry, position, hold)
         return hold(carry), log
 
     carry = hold((state.params, restart_epoch(state.opt_state)))
@@ -189,6 +190,7 @@ def train_pass(
     batches: Batch,
     carry: tuple[nnx.State, optax.OptState],
     position: tuple[Int[Array, ""], Int[Array, ""]],
+    hold: Callable[[nnx.State], nnx.State] = lambda params: params,
 ) -> tuple[tuple[nnx.State, optax.OptState], EpochLog]:
     """One gradient and one update.
 
@@ -202,7 +204,8 @@ def train_pass(
     key = jax.random.fold_in(pass_key, number)
 
     def loss_fn(params: nnx.State, key: Array = key, batch: Batch = batch) -> tuple[Array, dict[str, Array]]:
-        return nnx.merge(graphdef, params, epoch_state, constants).loss(batch, key)
+        # Held here, the gradient is held as well, and the update then sends nothing.
+        return nnx.merge(graphdef, hold(params), epoch_state, constants).loss(batch, key)
 
     def grad_fn(params: nnx.State, pass_index: Any) -> nnx.State:
         # 2**30 keeps these keys apart from the pass numbers.

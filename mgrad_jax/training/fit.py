@@ -105,7 +105,7 @@ def fit(
         tx: e.g. `optax.chain(mirror_gradient(), optax.adam(1e-3))`; opaque forms and line searches work too. Where an
             optimizer means other parameters than the trained ones for evaluation (`mgrad_jax.evaluation_params`), those
             are evaluated and kept.
-        settings: what else is asked for, such as a `RunConfig`; by default a `FitSettings`, which declares each.
+        settings: what else is asked for, such as a `RunConfig`; by default a `FitSettings`, which tells of each.
         checkpoints: where the latest and the best state are kept.
         kept: where the parameters of some epochs are kept, those that evaluation reads.
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
@@ -113,18 +113,8 @@ def fit(
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
         mesh: of several devices, from `mgrad_jax.devices.mesh`; the run is the same but for the order of sums, that is
             for last digits. The model then holds arrays that are split over them.
-        **named: settings by name, in place of those in `settings`:
-
-            epochs: the most epochs to run (1000).
-            patience: stop when more than this many epochs in a row bring no improvement (20).
-            seed: of shuffling, negatives, dropout and resampling (999).
-            batch_size: interactions per batch (2048); the last, partial batch is kept.
-            metric: what selects the best epoch, on validation only ("recall@5").
-            ks: cut-offs of the metrics (5, 10, 20, 50).
-            learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s), also
-                inside opaque forms. A `tx` that brings the same decay along stays as it is.
-            evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as
-                the reference code of MMGCN, GRCN, DualGNN and SLMRec does.
+        **named: settings by name, in place of those in `settings`, such as `epochs=3`. A learning rate decay also
+            reaches into opaque forms; a `tx` that brings the same decay along stays as it is.
 
     Raises:
         UserError: an option out of range, data without validation or test interactions, a learning rate that the decay

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class History:
-    """The content of `history.csv`: one row an epoch.
+    """The content of `history.csv`: one row per epoch.
 
     Every checkpoint holds the text as of its epoch, so the file can always be made again.
 

@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.declaration import marked, plain
-from mgrad_jax.errors import shown
+from mgrad_jax.errors import UserError, shown
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.methods import follows_epochs, unused
 
@@ -116,6 +117,22 @@ def is_digest_of(value: Any, data: Interactions) -> bool:
     if isinstance(value, str) and len(value) == 8:
         return value == _checksum(data)
     return bool(value == data_digest(data))
+
+
+def check_data(place: Path, before: Mapping[str, Any], settings: Mapping[str, Any], data: Interactions) -> None:
+    """Refuse to go on with a run or sweep that was begun with other data.
+
+    Args:
+        place: where it lies, for messages.
+        before, settings: what its files say of it, and what they would say now.
+        data: what it would go on with.
+    """
+    digest = before.get("data_digest")
+    if digest != settings["data_digest"] and not is_digest_of(digest, data):
+        raise UserError(
+            f"data {settings['data']} is not what {place} was begun with ({before.get('data')}); resume with that, "
+            "or choose another --out."
+        )
 
 
 def _checksum(data: Interactions) -> str:

@@ -1,4 +1,4 @@
-"""The parameters of every N-th epoch of a run, kept for the analyses: `kept/<epoch>.npz`, one file an epoch.
+"""The parameters of every N-th epoch of a run, kept for the analyses: `kept/<epoch>.npz`, one file per epoch.
 
 A file is written before its epoch's checkpoint, so that a run which is killed and resumed has the same files, to the
 byte, as an unbroken one. Nothing removes them.

@@ -20,7 +20,8 @@ import optax
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.evaluation.ranking import BLOCK
+from mgrad_jax.evaluation.ranking import users_at_a_time
+from mgrad_jax.graph.sparse import shapes_only
 
 # What one unrolled layer adds to the compiled program and to the compiler's own memory, in bytes; at the least.
 _PROGRAM_OF_A_LAYER = 2**18
@@ -75,7 +76,7 @@ def estimate(
     # A gathered row for each of a batch's users, positives and negatives, and for each of a user's neighbours.
     rows = batch * dim * max(len(widths), 1) * (3 + neighbours)
     squares = batch * batch if model == "slmrec" else 0
-    block = min(BLOCK, data.n_users)
+    block = min(users_at_a_time(data.n_items), data.n_users)
     return {
         "parameters": Part(4 * parameters, _WIDTHS),
         "optimizer state": Part(int(_state_ratio(tx) * parameters), _WIDTHS),
@@ -90,7 +91,7 @@ def estimate(
 def check_memory(
     parts: Mapping[str, Part], model: str, settings: Mapping[str, Any], available: float | None = None
 ) -> None:
-    """Refuse what cannot fit, before it is allocated.
+    """Refuse what cannot fit, before it is allocated; shapes alone (`shapes_only`) always do.
 
     Args:
         parts: from `estimate`.
@@ -102,7 +103,7 @@ def check_memory(
         UserError: more is needed than is available; names both sizes and the setting to lower.
     """
     needed, available = sum(part.size for part in parts.values()), available_bytes() if available is None else available
-    if needed <= available:
+    if needed <= available or shapes_only.value:
         return
     name, largest = max(parts.items(), key=lambda item: item[1].size)
     defaults: dict[str, Any] = {

@@ -15,7 +15,9 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.config import RunConfig
+from mgrad_jax.training.fit import FitResult
 from mgrad_jax.training.identity import identity, machine, spread
+from mgrad_jax.training.sweep import MemberResult
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -24,11 +26,7 @@ def result_record(
     config: RunConfig,
     data: Interactions,
     settings: Mapping[str, Any],
-    *,
-    epochs_run: int,
-    best_epoch: int,
-    valid: Mapping[str, float],
-    test: Mapping[str, float],
+    outcome: FitResult | MemberResult,
     seconds: Mapping[str, float],
     devices: int = 1,
 ) -> dict[str, Any]:
@@ -67,11 +65,11 @@ def result_record(
         },
         "batch_size": config.batch_size,
         "hyper_parameters": dataclasses.asdict(config.model_config),
-        "epochs_run": epochs_run,
-        "best_epoch": best_epoch,
+        "epochs_run": outcome.epochs_run,
+        "best_epoch": outcome.best_epoch,
         "metric": config.metric,
-        "valid": {name: valid[name] for name in config.metric_names if name in valid},
-        "test": {name: test[name] for name in config.metric_names if name in test},
+        "valid": {name: outcome.valid[name] for name in config.metric_names if name in outcome.valid},
+        "test": {name: outcome.test[name] for name in config.metric_names if name in outcome.test},
         "seconds": dict(seconds),
         "device": here["device"],
         "platform": here["device"].partition(" ")[0],

@@ -5,7 +5,7 @@
 | `config.yaml` | the whole configuration, defaults included, and a digest of the data |
 | `checkpoint/` | the latest and the best state; each with the configuration and the history up to its epoch |
 | `kept/` | the parameters of every N-th epoch, where they are asked for (`mgrad_jax.training.kept`) |
-| `history.csv` | one row an epoch: loss and its parts, validation and test metrics, seconds |
+| `history.csv` | one row per epoch: loss and its parts, validation and test metrics, seconds |
 | `result.json` | the best epoch's metrics and everything needed to compare runs; written when training ends |
 | `curves.png` | loss and recall over the epochs |
 | `.lock` | the process that writes, while it does |
@@ -41,6 +41,7 @@ from mgrad_jax.training.epoch import split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, TrainingDiverged, fit, restore_best
 from mgrad_jax.training.history import History, draw_curves, read_rows
 from mgrad_jax.training.identity import (
+    check_data,
     differences,
     differing_machine,
     identity,
@@ -324,12 +325,9 @@ class _Run:
             self.config,
             self.data,
             self.settings,
-            epochs_run=outcome.epochs_run,
-            best_epoch=outcome.best_epoch,
-            valid=outcome.valid,
-            test=outcome.test,
+            outcome,
             # The whole run's, also where it was resumed; compilation is this process's.
-            seconds={
+            {
                 "compile": outcome.seconds["compile"],
                 "train": math.fsum(row["seconds_train"] for row in rows),
                 "evaluate": math.fsum(row["seconds_evaluate"] for row in rows),
@@ -359,13 +357,8 @@ class _Run:
 
     def _check_same(self, place: Path, before: Mapping[str, Any]) -> None:
         """Refuse what was made on other data or with other settings, naming what differs."""
-        digest, settings = before.get("data_digest"), self.settings
-        if digest != settings["data_digest"] and not is_digest_of(digest, self.data):
-            raise UserError(
-                f"data {settings['data']} is not what {place} was begun with ({before.get('data')}); resume with that, "
-                "or choose another --out."
-            )
-        if changes := differences(before, settings):
+        check_data(place, before, self.settings, self.data)
+        if changes := differences(before, self.settings):
             raise UserError(
                 f"{place} was begun with other settings ({changes}); resume with those, or choose another --out."
             )

@@ -31,11 +31,21 @@ MATMUL_PRECISIONS = ("default", "high", "highest")
 class FitSettings:
     """What `mgrad_jax.training.fit` is asked for besides model, data and optimizer.
 
+    Attributes:
+        learning_rate_decay: (g, s): the learning rate of epoch e, from 0, is multiplied by g ** (e / s).
+        seed: of shuffling, negatives, dropout and resampling; of a run also of its initial parameters.
+        epochs: the most epochs to run.
+        patience: stop when more than this many epochs in a row bring no improvement.
+        batch_size: interactions per batch; the last, partial batch is kept.
+        metric: what selects the best epoch, on validation only.
+        ks: cut-offs of the metrics.
+        evaluate: "fresh" scores with the epoch's final parameters; "stale" with those before its last update, as the
+            reference code of MMGCN, GRCN, DualGNN and SLMRec does.
+
     Raises:
         UserError: a value out of range.
     """
 
-    # Epoch e, from 0, trains at the learning rate times g ** (e / s).
     learning_rate_decay: tuple[float, float] = setting(
         (1.0, 50.0), "Epoch e trains at learning rate * G ** (e / S).", above=0, metavar="G S", outside=True
     )
@@ -43,14 +53,12 @@ class FitSettings:
         999, "Of parameters, order, negatives and dropout.", least=0, limit=UINT32, axis=True, outside=True
     )
     epochs: int = setting(1000, "The most epochs to train.", least=1, limit=INT32, outside=True, free=True)
-    # Training stops when more than this many epochs in a row bring no improvement.
     patience: int = setting(
         20, "Epochs without improvement that are tolerated.", least=0, limit=INT32, outside=True, free=True
     )
-    batch_size: int = setting(2048, "Interactions a batch.", least=1, limit=INT32, axis=True)
+    batch_size: int = setting(2048, "Interactions per batch.", least=1, limit=INT32, axis=True)
     metric: str = setting("recall@5", "What selects the best epoch, on validation.")
     ks: tuple[int, ...] = setting((5, 10, 20, 50), "Cut-offs of the metrics.", least=1, limit=INT32, option=())
-    # "stale": as the reference code of MMGCN, GRCN, DualGNN and SLMRec.
     evaluate: str = setting(
         "fresh",
         "'fresh' parameters, or 'stale' ones from before an epoch's last update.",

@@ -6,13 +6,16 @@ all members; what changes shapes or structure (layers, k, interval, optimizer, F
 own. A group larger than the number of slots runs through its slots: a member that stops early frees its slot for the
 next one, without recompilation. Once nothing waits any more and half of the slots are idle, the others are gathered in
 a program of half the width: at most log2(slots) more compilations, and no more than half of the work is ever wasted.
+
+Over several devices the lanes of a group are spread, equally many on each, and nothing is sent between them. A member
+that does not fit into one device's memory is split over all of them instead, one member after another.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,14 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from mgrad_jax import models
 from mgrad_jax.data import Interactions
+from mgrad_jax.devices import Layout
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.early_stopping import EarlyStopping
 from mgrad_jax.training.engine import Engine, Lanes, Own, Programs, Scores, check_splits, first_state
 from mgrad_jax.training.epoch import EpochLog, SplitModel, TrainState, split_model
+from mgrad_jax.training.fit import layout_of
 from mgrad_jax.training.grid import TRACED, group_members, no_advice
 from mgrad_jax.training.memory import available_bytes
 from mgrad_jax.training.numerics import as_configured
@@ -61,22 +67,34 @@ class MemberResult:
 class _Group:
     """The members that share one program, and how each enters a lane of it."""
 
-    def __init__(self, members: Sequence[RunConfig], data: Interactions) -> None:
-        self.members = members
-        self.data = data
-        first, parts = members[0], self._split(members[0])
+    def __init__(self, members: Sequence[RunConfig], data: Interactions, mesh: Mesh | None) -> None:
+        self.members, self.data, self._mesh = members, data, mesh
+        parts = self._split(members[0])
+        self._is_own = self._find_own(parts)
+        self._begin(parts, mesh=_at_most(len(members), mesh))
+
+    def _begin(self, parts: SplitModel, *, mesh: Mesh | None = None, layout: Layout | None = None) -> None:
+        """Have an engine made with the first member's model."""
+        first = self.members[0]
         state = self._first_state(first, parts)
         self.engine = Engine(
             parts,
             state,
-            data,
+            self.data,
             lambda numbers: self._transformation(first, numbers),
             first,
-            is_own=self._find_own(parts),
+            is_own=self._is_own,
             select_by=first.metric,
+            layout=layout,
+            mesh=mesh,
         )
-        self._loaded = {0: (state, self._own(first, parts))}
-        self.shapes = jax.eval_shape(lambda: self._loaded[0])
+        self._loaded = {0: (self.engine.placed(state), self._own(first, parts))}
+        self._shapes = jax.eval_shape(lambda: self._loaded[0])
+
+    @property
+    def n_devices(self) -> int:
+        """Over how many devices lanes are spread."""
+        return 1 if self.engine.mesh is None else self.engine.mesh.size
 
     def load(self, index: int) -> tuple[TrainState, Own]:
         """A member before its first epoch."""
@@ -84,21 +102,39 @@ class _Group:
             return self._loaded.pop(index)
         member = self.members[index]
         parts = self._split(member)
-        return self._first_state(member, parts), self._own(member, parts)
+        return self.engine.placed(self._first_state(member, parts)), self._own(member, parts)
 
     def compile(self, width: int) -> Programs:
         """Compile for as many members side by side, at the precision that they share."""
         with as_configured(self.members[0]):
-            return self.engine.compile(self.shapes, width)
+            return self.engine.compile(self._shapes, width)
 
-    def compile_what_fits(self, wanted: int) -> tuple[int, Programs]:
-        """Compile for as many, at most those wanted, as fit into the device's memory; by halving."""
+    def compile_what_fits(self, slots: int) -> Programs:
+        """Compile for as many of all members, at most `slots` on a device, as fit into its memory; by halving."""
         limit = 0.9 * available_bytes()
+        if jax.default_backend() == "cpu":
+            limit /= self.n_devices  # which share it
+        each = min(slots, -(-len(self.members) // self.n_devices))
         while True:
-            programs = self.compile(wanted)
-            if wanted == 1 or programs.size <= limit:
-                return wanted, programs
-            wanted //= 2
+            programs = self.compile(each * self.n_devices)
+            if programs.size <= limit or (each == 1 and self._mesh is None):
+                return programs
+            if each == 1:
+                break
+            each //= 2
+        del programs, self.engine, self._loaded  # which hold arrays on every device
+        return self._compile_split()
+
+    def _compile_split(self) -> Programs:
+        """Compile for one member after another, each split over all devices."""
+        model = self.members[0].create_model(self.data)
+        try:
+            layout = layout_of(model, self._mesh)
+        except UserError as error:
+            raise UserError(f"a member does not fit into the memory of one device, and {error}") from None
+        self._begin(split_model(model), layout=layout)
+        with as_configured(self.members[0]):
+            return self.engine.compile(self._loaded[0], 1)
 
     def _split(self, member: RunConfig) -> SplitModel:
         return split_model(member.create_model(self.data))
@@ -153,6 +189,7 @@ def sweep(
     members: Sequence[RunConfig],
     *,
     slots: int | None = None,
+    mesh: Mesh | None = None,
     on_result: Callable[[int, MemberResult], None] | None = None,
     on_epoch: Callable[[SweepReport], None] | None = None,
 ) -> list[MemberResult]:
@@ -161,8 +198,10 @@ def sweep(
     Args:
         data: the interactions all members train on; the `data` and `out` of their configurations are not looked at.
         members: what to train, e.g. from `mgrad_jax.training.grid.expand_grid`.
-        slots: the most members side by side in one program, fewer where the device's memory holds no more; the default
-            is `default_slots()`.
+        slots: the most members side by side on a device, fewer where its memory holds no more; the default is
+            `default_slots()`.
+        mesh: of several devices, from `mgrad_jax.devices.mesh`, over which the members that share a program are spread;
+            by default one device trains them all.
         on_result: called with a member's index and result as soon as it stops.
         on_epoch: called after every epoch of a group.
 
@@ -171,13 +210,15 @@ def sweep(
         keeps its best epoch so far; the others go on.
 
     Raises:
-        UserError: no members, a setting that does not fit the data, or an empty split.
+        UserError: no members, a setting that does not fit the data, an empty split, or a member that fits into no
+            device's memory and cannot be split over so many.
     """
     check_sweep(data, members, slots)
+    mesh = None if mesh is None or mesh.size == 1 else mesh
     results: dict[int, MemberResult] = {}
     groups = group_members(members)
     for number, indices in enumerate(groups, start=1):
-        run = _GroupRun(_Group([members[i] for i in indices], data), slots or default_slots())
+        run = _GroupRun(_Group([members[i] for i in indices], data, mesh), slots or default_slots())
         while run.active:
             for position, result in run.epoch():
                 results[indices[position]] = result
@@ -200,8 +241,15 @@ def check_sweep(data: Interactions, members: Sequence[RunConfig], slots: int | N
     check_splits(data)
 
 
+def _at_most(n: int, mesh: Mesh | None) -> Mesh | None:
+    """The first n of a mesh's devices, or all; None where that is one."""
+    if mesh is None or n == 1:
+        return None
+    return Mesh(mesh.devices[:n], mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def default_slots() -> int:
-    """Members trained side by side: a GPU has room for many, on a CPU one after another is fastest (measured)."""
+    """Members side by side on a device: a GPU has room for many, on a CPU one after another is fastest (measured)."""
     return 1 if jax.default_backend() == "cpu" else 16
 
 
@@ -221,10 +269,20 @@ class _GroupRun:
     def __init__(self, group: _Group, slots: int) -> None:
         self.group = group
         self.waiting = list(range(len(group.members)))
-        width, programs = group.compile_what_fits(min(slots, len(self.waiting)))
-        self.slots: list[_Slot | None] = [_Slot(self.waiting.pop(0)) for _ in range(width)]
-        self.lanes = Lanes(group.engine, [group.load(i) for i in range(width)], programs)
+        programs = group.compile_what_fits(slots)
+        width = programs.width
+        self.slots: list[_Slot | None] = [_Slot(index) for index in self.waiting[:width]]
+        self.waiting = self.waiting[width:]
+        self.slots += [None] * (width - len(self.slots))
+        self.lanes = Lanes(group.engine, self._first_members(), programs)
         self.share_of_compilation = programs.seconds / len(group.members)
+
+    def _first_members(self) -> Iterator[tuple[TrainState, Own]]:
+        """What the lanes begin with; the last ones idle where members are fewer, with the last member once more."""
+        for slot in self.slots:
+            if slot is not None:
+                member = self.group.load(slot.index)
+            yield member
 
     @property
     def active(self) -> bool:
@@ -271,11 +329,14 @@ class _GroupRun:
         self.lanes.put(lane, self.group.load(slot.index))
 
     def _shrink(self) -> None:
-        """Leave idle lanes behind once they are half of all."""
+        """Leave idle lanes behind once they are half of all; of several devices each keeps equally many."""
         busy = [lane for lane, slot in enumerate(self.slots) if slot is not None]
-        if busy and 2 * len(busy) <= len(self.slots):
-            self.lanes.keep(busy, self.group.compile(len(busy)))
-            self.slots = [self.slots[lane] for lane in busy]
+        idle = [lane for lane, slot in enumerate(self.slots) if slot is None]
+        width = -(-len(busy) // self.group.n_devices) * self.group.n_devices
+        if busy and 2 * width <= len(self.slots):
+            kept = [*busy, *idle][:width]
+            self.lanes.keep(kept, self.group.compile(width))
+            self.slots = [self.slots[lane] for lane in kept]
 
     def _result(self, slot: _Slot, diverged: bool) -> MemberResult:
         progress = slot.progress

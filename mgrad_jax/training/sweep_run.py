@@ -4,8 +4,8 @@
 |---|---|
 | `config.yaml` | the base configuration, the grid, the seeds, and a digest of the data |
 | `members/<id>/result.json` | a member's result, as of a single run; there as soon as the member has stopped |
-| `results.csv` | one row a member |
-| `summary.csv` | one row a setting: mean and standard deviation over its seeds |
+| `results.csv` | one row per member |
+| `summary.csv` | one row per setting: mean and standard deviation over its seeds |
 | `best.json` | the setting with the best mean selection metric on validation |
 | `heatmap.png` | that metric over alpha1 and alpha2, where both vary (as the paper's Fig. 5) |
 | `.lock` | the process that writes, while it does |
@@ -20,22 +20,25 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
+from jax.sharding import Mesh
 
 from mgrad_jax.data import Interactions, load_interactions
+from mgrad_jax.devices import mesh
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import Damaged, Lock, locked, read_mapping, remove_leftovers, write_whole, written_whole
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import check_size, expand_grid
-from mgrad_jax.training.identity import data_digest, is_digest_of
+from mgrad_jax.training.identity import check_data, data_digest
 from mgrad_jax.training.methods import unused
 from mgrad_jax.training.numerics import UNSAID
 from mgrad_jax.training.record import nothing_left, read_record, result_record
+from mgrad_jax.training.settings import dataset_name
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
 
 
@@ -79,8 +82,7 @@ class SweepConfig:
     @property
     def directory(self) -> Path:
         """The sweep's directory."""
-        name = Path(self.base.data).resolve().name if self.base.data != "demo" else "demo"
-        return Path(self.out or f"sweeps/{self.base.model}-{name}")
+        return Path(self.out or f"sweeps/{self.base.model}-{dataset_name(self.base.data)}")
 
     @property
     def axes(self) -> list[str]:
@@ -128,14 +130,16 @@ def train_sweep(
     resume: bool = False,
     slots: int | None = None,
     progress: Callable[[SweepReport], None] | None = None,
+    devices: int | Literal["all"] = 1,
 ) -> SweepOutcome:
     """Train all members of a grid and keep the sweep's directory.
 
     Args:
         config: what to train, and where the directory is.
         resume: go on with the sweep that is there; members with a result are not trained again.
-        slots: the most members side by side in one program.
+        slots: the most members side by side on a device.
         progress: called after every epoch of a group; counts finished members of an earlier process as well.
+        devices: over how many members are spread; no setting of the sweep, which may be resumed on another number.
 
     Raises:
         UserError: bad input, a sweep already there, another grid than the one to be resumed, a damaged result, an
@@ -145,6 +149,7 @@ def train_sweep(
     directory = config.directory
     if resume and not directory.is_dir():
         raise _no_sweep(directory)
+    over = None if devices == 1 else mesh(devices)
     with locked(directory) as lock:
         began = (directory / "config.yaml").exists()
         if not resume and (began or _members_on_disk(directory)):
@@ -164,7 +169,7 @@ def train_sweep(
         found = {i: _read_member(directory, i, member, settings["data_digest"]) for i, member in enumerate(members)}
         records = {i: record for i, record in found.items() if record is not None}
         write_whole(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        _train_missing(config, data, settings["data_digest"], members, records, lock, slots, progress)
+        _train_missing(config, data, settings["data_digest"], members, records, lock, slots, progress, over)
         with held_back(deliver=False):
             lock.check()
             return _conclude(config, members, [records[i] for i in range(len(members))])
@@ -187,6 +192,7 @@ def _train_missing(
     lock: Lock,
     slots: int | None,
     progress: Callable[[SweepReport], None] | None,
+    mesh: Mesh | None,
 ) -> None:
     """Train the members without a record, and write each record as soon as there is one."""
     missing = [i for i in range(len(members)) if i not in records]
@@ -209,7 +215,8 @@ def _train_missing(
     if not missing:
         return
     try:
-        sweep(data, [members[i] for i in missing], slots=slots, on_result=on_result, on_epoch=on_epoch)
+        left = [members[i] for i in missing]
+        sweep(data, left, slots=slots, mesh=mesh, on_result=on_result, on_epoch=on_epoch)
     except KeyboardInterrupt:
         raise SweepInterrupted(config.directory, len(records), len(members)) from None
 
@@ -224,11 +231,8 @@ def _record(data: Interactions, digest: str, result: MemberResult) -> dict[str, 
         result.config,
         data,
         {**result.config.to_dict(), "data_digest": digest},
-        epochs_run=result.epochs_run,
-        best_epoch=result.best_epoch,
-        valid=result.valid,
-        test=result.test,
-        seconds=result.seconds,
+        result,
+        result.seconds,
     )
     return {**record, "diverged": result.diverged}
 
@@ -265,12 +269,7 @@ def _check_same(directory: Path, settings: dict[str, Any], data: Interactions) -
         raise UserError(f"{path} is damaged and cannot be read ({damage}); {remedy}.") from None
     if not isinstance(before.get("grid"), dict):
         raise UserError(f"{path} is not a sweep's configuration; {remedy}.")
-    digest = before.get("data_digest")
-    if digest != settings["data_digest"] and not is_digest_of(digest, data):
-        raise UserError(
-            f"data {settings['data']} is not what {directory} was begun with ({before.get('data')}); resume with that, "
-            "or choose another --out."
-        )
+    check_data(directory, before, settings, data)
     old, new = _flat(before), _flat(settings)
     ignored = ("data", "data_digest", *_without_effect(settings))
     differing = [key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key)]
@@ -323,7 +322,7 @@ def _conclude(config: SweepConfig, members: Sequence[RunConfig], records: Sequen
 
 
 def _results(config: SweepConfig, members: Sequence[RunConfig], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row a member."""
+    """One row per member."""
     names = config.base.metric_names
     rows = [
         {
@@ -342,7 +341,7 @@ def _results(config: SweepConfig, members: Sequence[RunConfig], records: Sequenc
 
 
 def _summary(config: SweepConfig, results: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting, the best first; a setting with a member that diverged comes after those without."""
+    """One row per setting, the best first; a setting with a member that diverged comes after those without."""
     metrics = [f"{split}_{name}" for split in ("valid", "test") for name in config.base.metric_names]
     rows = []
     for _, part in results.groupby(config.axes or (lambda _: 0), sort=False, dropna=False):

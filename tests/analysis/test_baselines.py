@@ -25,8 +25,6 @@ from mgrad_jax.data import Interactions, demo_interactions, load_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import make_eval_split, metrics_of_scores, per_user_metrics
 
-pytestmark = pytest.mark.quick_compilation
-
 DATA = demo_interactions(n_users=60, n_items=40, n_groups=4)
 
 

@@ -22,8 +22,6 @@ from mgrad_jax.cli import main
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.fit import TrainingDiverged
 
-pytestmark = pytest.mark.quick_compilation
-
 METHODS = ("plain", "replay", "mirror")
 
 

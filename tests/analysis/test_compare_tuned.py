@@ -23,8 +23,6 @@ from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import load_run
 from mgrad_jax.training.start import start_from
 
-pytestmark = pytest.mark.quick_compilation
-
 TUNE = {"alpha2": (0.1, 0.2, 0.3)}
 
 

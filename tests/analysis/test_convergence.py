@@ -13,8 +13,6 @@ from mgrad_jax.analysis.convergence import Curve, convergence, curve, gradient_e
 from mgrad_jax.mirror import pass_schedule
 from mgrad_jax.training.config import RunConfig
 
-pytestmark = pytest.mark.quick_compilation
-
 
 def config(**settings: object) -> RunConfig:
     return RunConfig("vbpr", "demo", batch_size=100, **settings)  # type: ignore[arg-type]

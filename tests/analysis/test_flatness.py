@@ -30,7 +30,7 @@ from mgrad_jax.analysis.flatness import (
 from mgrad_jax.analysis.landscape import direction, norm, objective, parameters, surface
 from mgrad_jax.data import Interactions, demo_interactions
 
-pytestmark = [pytest.mark.quick_compilation, pytest.mark.usefixtures("x64")]
+pytestmark = pytest.mark.usefixtures("x64")
 KEY = 5
 
 

@@ -27,8 +27,6 @@ from mgrad_jax.cli import main
 from mgrad_jax.data import Batch, Interactions, demo_interactions
 from mgrad_jax.models import Recommender
 
-pytestmark = pytest.mark.quick_compilation
-
 KEY = jax.random.key(0)
 
 

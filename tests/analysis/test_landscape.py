@@ -34,8 +34,6 @@ from mgrad_jax.analysis.runs import compared_pairs
 from mgrad_jax.cli import main
 from mgrad_jax.training.run import load_run
 
-pytestmark = pytest.mark.quick_compilation
-
 METHODS = {"plain": "plain-adam", "replay": "replay-adam-i3"}
 QUICK = ["--points", "3", "--probes", "2", "--sample", "500"]
 NAMES = [f"smoothed rise {s}" for s in (0.1, 0.25, 0.5)] + ["trace", "largest eigenvalue", "smallest eigenvalue"]

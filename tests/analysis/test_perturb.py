@@ -27,8 +27,6 @@ from mgrad_jax.data import demo_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.base import Constant, Recommender
 
-pytestmark = pytest.mark.quick_compilation
-
 DATA = demo_interactions(n_users=40, n_items=30, n_groups=3)
 NAMES = models.names()
 SLOW = ("dragon", "dualgnn", "freedom", "grcn", "mmgcn")  # to make
@@ -213,7 +211,7 @@ def test_models_made_of_features_name_no_table(name: str) -> None:
 
 
 def test_an_unknown_table_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no learned table 'items' with a row an item; choose among item_embedding"):
+    with pytest.raises(UserError, match="no learned table 'items' with a row per item; choose among item_embedding"):
         item_tables(create("lightgcn"), ["items"])
 
 

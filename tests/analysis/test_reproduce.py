@@ -23,8 +23,6 @@ from mgrad_jax.cli import main
 from mgrad_jax.cli import reproduce as command
 from mgrad_jax.errors import UserError
 
-pytestmark = pytest.mark.quick_compilation
-
 SMALL = ["--data", "demo", "--models", "vbpr", "--seeds", "2", "--epochs", "2", "--set", "embedding_dim=8"]
 
 

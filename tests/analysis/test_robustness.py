@@ -19,8 +19,6 @@ from mgrad_jax.analysis.robustness_run import NOISE, Experiment
 from mgrad_jax.cli import main
 from mgrad_jax.training.run import LoadedRun, load_run
 
-pytestmark = pytest.mark.quick_compilation
-
 WHAT = Measured(("recall@5", "recall@20", "ndcg@20"), draws=2)
 SWAP = FeatureChange("swap", ("image", "text"))
 
@@ -219,7 +217,7 @@ BAD = {
     "metric": (["--metrics", "hits@5"], "'hits@5' is no metric; write for example recall@20"),
     "table": (
         ["--tables", "items"],
-        "vbpr has no learned table 'items' with a row an item; choose among item_embedding",
+        "vbpr has no learned table 'items' with a row per item; choose among item_embedding",
     ),
     "tables and vectors": (["--tables", "item_embedding", "--at", "vectors"], "leave one of them out"),
     "graphs without a change": (["--rebuild-graphs"], "none are asked for; add --adjust swap"),

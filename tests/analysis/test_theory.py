@@ -15,8 +15,6 @@ import pytest
 from mgrad_jax.analysis import theory
 from mgrad_jax.cli import main
 
-pytestmark = pytest.mark.quick_compilation
-
 A = np.array([[3.0, 1.0], [1.0, 2.0]])
 
 

@@ -24,7 +24,6 @@ def vectors(data):
     return jnp.asarray(users), jnp.asarray(items)
 
 
-@pytest.mark.quick_compilation
 @pytest.mark.parametrize("block", [512, 37])  # fewer blocks than devices, and more
 @pytest.mark.parametrize("n", [2, 8])
 def test_metrics_are_equal_to_the_bit(data, vectors, n, block):
@@ -45,7 +44,6 @@ def test_metrics_are_equal_to_the_bit(data, vectors, n, block):
     jax.tree.map(np.testing.assert_array_equal, values_spread, values)
 
 
-@pytest.mark.quick_compilation
 def test_a_split_that_is_not_spread_is_evaluated_all_the_same(data, vectors):
     split = make_eval_split(data, "test", (5, 20), block=37)
     expected = jax.jit(full_sort_metrics)(split, *vectors)

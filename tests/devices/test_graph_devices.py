@@ -9,7 +9,15 @@ import pytest
 
 from mgrad_jax import devices
 from mgrad_jax.devices import COLUMNS
-from mgrad_jax.graph import edge_dot, knn_graph, mean_bipartite, normalized_bipartite, propagate, propagate_bipartite
+from mgrad_jax.graph import (
+    edge_dot,
+    knn_graph,
+    knn_indices,
+    mean_bipartite,
+    normalized_bipartite,
+    propagate,
+    propagate_bipartite,
+)
 from mgrad_jax.graph.sparse import replace_values
 
 USERS, ITEMS = 13, 9
@@ -36,7 +44,6 @@ EXACT = {"propagate", "propagate_symmetric", "propagate_bipartite"}
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.quick_compilation
 @pytest.mark.parametrize("dim", [16, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_derivatives_are_those_of_one_device(name, dim):
@@ -60,7 +67,6 @@ def test_value_and_derivatives_are_those_of_one_device(name, dim):
             jax.tree.map(np.testing.assert_array_equal, expected[0], found[0])
 
 
-@pytest.mark.quick_compilation
 def test_a_graph_s_product_sends_nothing_there_and_back():
     graph, mesh = normalized_bipartite(EDGES[:, 0], EDGES[:, 1], USERS, ITEMS), devices.mesh(8)
     x = jax.device_put(jnp.ones((USERS + ITEMS, 16)), jax.NamedSharding(mesh, COLUMNS))
@@ -70,7 +76,6 @@ def test_a_graph_s_product_sends_nothing_there_and_back():
     assert program.output_shardings[0].spec == COLUMNS
 
 
-@pytest.mark.quick_compilation
 def test_members_of_a_grid_go_through_the_product_on_several_devices():
     graph, mesh = knn_graph(rng.normal(size=(ITEMS, 4)).astype(np.float32), 3), devices.mesh(2)
     x = jnp.asarray(rng.normal(size=(3, ITEMS, 4)), jnp.float32)
@@ -80,7 +85,6 @@ def test_members_of_a_grid_go_through_the_product_on_several_devices():
         np.testing.assert_array_equal(jax.jit(product)(x), expected)
 
 
-@pytest.mark.quick_compilation
 def test_a_mesh_that_is_left_and_entered_again_finds_its_own_programs():
     graph = normalized_bipartite(EDGES[:, 0], EDGES[:, 1], USERS, ITEMS)
     x, product = jnp.ones((USERS + ITEMS, 16)), jax.jit(lambda x: propagate(graph, x))
@@ -92,3 +96,14 @@ def test_a_mesh_that_is_left_and_entered_again_finds_its_own_programs():
                 assert len(result.sharding.device_set) == n
                 np.testing.assert_array_equal(result, expected)
         assert len(product(x).sharding.device_set) == 1
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_nearest_items_are_the_same_on_several_devices_ties_included(n):
+    rng = np.random.default_rng(0)
+    features = rng.integers(-1, 2, (333, 7)).astype(np.float32)
+    features[~features.any(axis=1)] = 1  # of many rows others have exactly the same direction
+    expected = knn_indices(features, 9, block=64)
+    with jax.set_mesh(devices.mesh(n)):
+        found = knn_indices(features, 9, block=64)
+    np.testing.assert_array_equal(found, expected)

@@ -24,7 +24,7 @@ FORMS = {
     "ssam_d": lambda: ssam_d(optax.adam(1e-2), steps_per_epoch=2, epochs=4, refresh_epochs=1),
     "ssam_f": lambda: ssam_f(optax.adam(1e-2), steps_per_epoch=2, refresh_epochs=1, fisher_samples=4),
 }
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.quick_compilation]
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def loss(params, x, y):

@@ -30,8 +30,6 @@ from mgrad_jax.training import fit
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.sweep import sweep
 
-pytestmark = pytest.mark.quick_compilation
-
 DATA = demo_interactions(n_users=60, n_items=40, n_groups=4)
 SMALL = {"embedding_dim": 4}
 FORMS = {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mgrad_jax import models
 from mgrad_jax.data import Batch, Interactions, load_interactions
 from mgrad_jax.graph import SparseGraph, bipartite_edges, keep_edges, propagate, sparse_graph
 from mgrad_jax.models import Recommender
@@ -65,16 +66,52 @@ def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
+@functools.cache
+def _created(name: str, x64: bool, hyper_parameters: tuple[tuple[str, Any], ...]) -> Recommender:
+    return models.create(name, tiny(), **dict(hyper_parameters))
+
+
+def created(name: str, **hyper_parameters: Any) -> Recommender:
+    """A model of the small set, made once for all who ask for it and copied."""
+    return nnx.clone(_created(name, jax.config.jax_enable_x64, tuple(hyper_parameters.items())))
+
+
+class Structure:
+    """A model without its arrays, as a static argument: equal models share a compiled program."""
+
+    def __init__(self, graph_def: nnx.GraphDef[Recommender]) -> None:
+        self.graph_def = graph_def
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.graph_def == other.graph_def
+
+    def __hash__(self) -> int:
+        """The same for all, as models hold lists."""
+        return 0
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(structure: Structure, state: Any) -> Any:
+    model = nnx.merge(structure.graph_def, state)
+    return *model.embed(), model.scores(jnp.arange(model.n_users))
+
+
+def embedded(model: Recommender) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors of users and items, and all scores, in one program; equal models share it."""
+    graph_def, state = nnx.split(model)
+    return tuple(map(np.asarray, _embedded(Structure(graph_def), state)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.value_and_grad, argnums=1)
+def _loss_and_gradients(structure: Structure, parameters: Any, rest: Any, batch: Any, loss: Any) -> Any:
+    merged = nnx.merge(structure.graph_def, parameters, rest)
+    return merged.loss(batch, jax.random.key(0))[0] if loss is None else loss(merged)
+
+
 def loss_and_gradients(model: Recommender, batch: Batch, loss: Any = None) -> tuple[float, dict[str, np.ndarray]]:
     """The loss and its gradients by path, kernels transposed as published; `loss(model)` replaces the training loss."""
     graph_def, parameters, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.jit
-    @jax.value_and_grad
-    def run(parameters: Any, rest: Any) -> Any:
-        merged = nnx.merge(graph_def, parameters, rest)
-        return merged.loss(batch, jax.random.key(0))[0] if loss is None else loss(merged)
-
-    value, gradients = run(parameters, rest)
+    value, gradients = _loss_and_gradients(Structure(graph_def), parameters, rest, batch, loss)
     flat = {path: np.asarray(gradient[...]) for path, gradient in nnx.to_flat_state(gradients)}
     return float(value), {dotted(path): g.T if path[-1] == "kernel" else g for path, g in flat.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +15,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden import batch_of, loss_and_gradients, recorded, recorded_parameters, tiny
+from golden import Structure, batch_of, loss_and_gradients, recorded, recorded_parameters
+from golden import created as created_on_tiny
 
 from mgrad_jax import interop, mirror_gradient, mirror_step, models
 from mgrad_jax.cli import main
 from mgrad_jax.data import Batch, demo_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.adversarial import AdversarialRecommender, adversarial
-
-pytestmark = pytest.mark.quick_compilation
 
 NAMES = [name for name in models.names() if models.model_class(name).needs]
 # Models that read no other rows of the tables than the batch's.
@@ -32,8 +32,13 @@ KEY = jax.random.key(0)
 EPSILON, WEIGHT, REG_WEIGHT = 0.3, 0.7, 0.01
 
 
-def create(name: str, dtype: Any = jnp.float32, **hyper_parameters: Any) -> models.Recommender:
-    return models.create(name, DATA, seed=1, dtype=dtype, embedding_dim=8, **hyper_parameters)
+@functools.cache
+def created(name: str, dtype: Any, x64: bool) -> models.Recommender:
+    return models.create(name, DATA, seed=1, dtype=dtype, embedding_dim=8)
+
+
+def create(name: str, dtype: Any = jnp.float32) -> models.Recommender:
+    return nnx.clone(created(name, dtype, jax.config.jax_enable_x64))
 
 
 def first_batch(n: int = 24) -> Batch:
@@ -63,8 +68,16 @@ def moved(model: models.Recommender, deltas: dict[str, Any]) -> models.Recommend
     return copy
 
 
+def perturbation_of(structure: Structure, state: Any, batch: Batch) -> Any:
+    return nnx.merge(structure.graph_def, state).perturbation(batch, KEY)
+
+
+jitted_perturbation = jax.jit(perturbation_of, static_argnums=0)
+
+
 def perturbation(model: AdversarialRecommender, batch: Batch) -> dict[str, np.ndarray]:
-    return by_path(jax.jit(lambda parts: nnx.merge(*parts).perturbation(batch, KEY))(nnx.split(model)))
+    graphdef, state = nnx.split(model)
+    return by_path(jitted_perturbation(Structure(graphdef), state, batch))
 
 
 def ranking(model: models.Recommender, batch: Batch) -> Any:
@@ -147,7 +160,7 @@ class Golden(NamedTuple):
 
 
 def golden() -> Golden:
-    plain = models.create("vbpr", tiny(), dtype=jnp.float64, embedding_dim=8, reg_weight=REG_WEIGHT)
+    plain = created_on_tiny("vbpr", dtype=jnp.float64, embedding_dim=8, reg_weight=REG_WEIGHT)
     interop.load_torch_state(plain, recorded_parameters("vbpr"))
     batch = batch_of(recorded("vbpr"))
     published = recorded_parameters("vbpr")
@@ -350,7 +363,7 @@ def test_narrow_features_are_perturbed_in_the_models_own_type(name: str) -> None
         np.testing.assert_allclose(norms[norms > 0], EPSILON, rtol=1e-5)
     loss, gradients = loss_and_gradients(model, batch)
     assert np.isfinite(loss)
-    assert gradients.keys() == loss_and_gradients(plain, batch)[1].keys()
+    assert gradients.keys() == by_path(nnx.state(plain, nnx.Param)).keys()
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -358,14 +371,18 @@ def test_narrow_features_are_perturbed_in_the_models_own_type(name: str) -> None
 def test_one_modality_is_enough(name: str, modality: str) -> None:
     data = dataclasses.replace(DATA, features={modality: DATA.features[modality]})
     model = adversarial(models.create(name, data, embedding_dim=8), EPSILON, WEIGHT)
-    deltas = perturbation(model, first_batch())
-    assert deltas.keys() == set(model.tables)
-    assert [delta.shape for delta in deltas.values()] == [DATA.features[modality].shape]
+    graphdef, state = nnx.split(model)
+    deltas = jax.eval_shape(lambda state: perturbation_of(Structure(graphdef), state, first_batch()), state)
+    shapes = {".".join(map(str, path)): delta.get_value().shape for path, delta in nnx.to_flat_state(deltas)}
+    assert shapes.keys() == set(model.tables)
+    assert list(shapes.values()) == [DATA.features[modality].shape]
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_penalties_are_parts_of_the_loss(name: str) -> None:
-    assert set(models.model_class(name).penalties) <= create(name).loss(first_batch(), KEY)[1].keys()
+    model = create(name)
+    parts = jax.eval_shape(lambda batch: model.loss(batch, KEY)[1], first_batch())
+    assert set(models.model_class(name).penalties) <= parts.keys()
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 from flax import nnx
 
 from mgrad_jax import interop, mirror_gradient, models
-from mgrad_jax.data import Batch, Interactions, demo_interactions
+from mgrad_jax.data import Batch, demo_interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.training import fit
@@ -24,13 +26,18 @@ NAMES = models.names()
 DATA = demo_interactions(n_users=120, n_items=80, n_groups=4)
 
 
-def create(name: str, data: Interactions = DATA, **hyper_parameters: Any) -> models.Recommender:
-    return models.create(name, data, seed=1, embedding_dim=16, **hyper_parameters)
+@functools.cache
+def created(name: str) -> models.Recommender:
+    return models.create(name, DATA, seed=1, embedding_dim=16)
 
 
-def first_batch(data: Interactions = DATA, n: int = 64) -> Batch:
-    users, positives = data.train[:n].T
-    negatives = (positives + 1 + np.arange(n) % 7) % data.n_items
+def create(name: str) -> models.Recommender:
+    return nnx.clone(created(name))
+
+
+def first_batch(n: int = 64) -> Batch:
+    users, positives = DATA.train[:n].T
+    negatives = (positives + 1 + np.arange(n) % 7) % DATA.n_items
     return Batch(*(jnp.asarray(x, jnp.int32) for x in (users, positives, negatives)))
 
 
@@ -43,17 +50,21 @@ def loss_of(model: models.Recommender) -> tuple[Any, models.Recommender]:
     return loss, parts
 
 
+@functools.cache
+def loss_and_gradients(name: str) -> tuple[Any, models.Recommender]:
+    """Their program, and the model's parts."""
+    loss, parts = loss_of(created(name))
+    return jax.jit(jax.value_and_grad(loss)), parts
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_compilation
 def test_loss_and_gradients_are_finite_and_deterministic(name: str) -> None:
-    loss, parts = loss_of(create(name))
-    run = jax.jit(jax.value_and_grad(loss))
+    run, parts = loss_and_gradients(name)
     value, gradients = run(parts.params, first_batch(), jax.random.key(0))
     again, _ = run(parts.params, first_batch(), jax.random.key(0))
-    assert value.shape == ()
+    chex.assert_shape(value, ())
     assert value == again
-    for leaf in jax.tree.leaves(gradients):
-        assert np.isfinite(leaf).all()
+    chex.assert_tree_all_finite(gradients)
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
@@ -73,19 +84,17 @@ def test_the_planted_groups_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_compilation
 def test_scores_are_products_of_the_embeddings(name: str) -> None:
-    model = create(name)
+    chosen = jnp.asarray([3, 0, 3, 1, 2])
+    model = created(name)
     users, items = model.embed()
     assert users.shape == (DATA.n_users, items.shape[1])
     assert items.shape[0] == DATA.n_items
-    chosen = jnp.asarray([3, 0, 3])
     np.testing.assert_allclose(model.scores(chosen), users[chosen] @ items.T, rtol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_compilation
 def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
     first, parts = loss_of(create(name))
     other = jax.tree.map(lambda x: x * 1.1, parts.params)
@@ -100,10 +109,10 @@ def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_compilation
 def test_resampling_keeps_shapes_and_follows_its_key(name: str) -> None:
-    model = create(name)
-    first, again, other = (model.resample(jax.random.key(seed)) for seed in (1, 1, 2))
+    model = created(name)
+    resample = jax.jit(model.resample)
+    first, again, other = (resample(jax.random.key(seed)) for seed in (1, 1, 2))
     for attribute, value in first.items():
         before = getattr(model, attribute).get_value()
         assert jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, before)
@@ -114,20 +123,11 @@ def test_resampling_keeps_shapes_and_follows_its_key(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_compilation
 def test_a_second_call_does_not_compile_again(name: str) -> None:
-    loss, parts = loss_of(create(name))
-    traces = 0
-
-    @jax.jit
-    def counted(params: Any, batch: Batch, key: Any) -> Any:
-        nonlocal traces
-        traces += 1
-        return loss(params, batch, key)
-
+    run, parts = loss_and_gradients(name)
     for seed in range(3):
-        counted(jax.tree.map(lambda x, s=seed: x + s, parts.params), first_batch(), jax.random.key(seed))
-    assert traces == 1
+        run(jax.tree.map(lambda x, s=seed: x + s, parts.params), first_batch(), jax.random.key(seed))
+    assert run._cache_size() == 1
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_loss_gradients_and_embeddings_lower_for_a_gpu(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_published_names_go_out_and_come_back(name: str) -> None:
-    model, other = create(name), models.create(name, DATA, seed=2, embedding_dim=16)
+    model, other = created(name), models.create(name, DATA, seed=2, embedding_dim=16)
     state = interop.torch_state(model)
     assert set(state) <= set(model.published_names.values())
     interop.load_torch_state(other, state)
@@ -158,13 +158,13 @@ def test_published_names_go_out_and_come_back(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_hyper_parameter_lists_the_known_ones(name: str) -> None:
     with pytest.raises(UserError, match=r"no hyper-parameter 'n_laiers'; choose among embedding_dim"):
-        create(name, n_laiers=2)
+        models.create(name, DATA, n_laiers=2)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if models.model_class(n).needs])
 def test_missing_features_are_named(name: str) -> None:
     with pytest.raises(UserError, match=r"needs image (or|and) text features and there are none; add image_feat.npy"):
-        create(name, dataclasses.replace(DATA, features={}))
+        models.create(name, dataclasses.replace(DATA, features={}))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if models.model_class(n).compares_items])
@@ -173,7 +173,7 @@ def test_items_without_a_direction_are_named_with_modality_and_rows(name: str) -
     text[[3, 8]] = 0
     data = dataclasses.replace(DATA, features={**DATA.features, "text": text})
     with pytest.raises(UserError, match=r"2 rows \(3, 8\) of text_feat\.npy are all zero; .*--fill-features"):
-        create(name, data)
+        models.create(name, data)
     assert models.model_class("vbpr").obstacle(data, models.make_config("vbpr", {})) is None
 
 
@@ -186,8 +186,8 @@ def test_one_feature_suffices_where_the_words_say_or(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not models.model_class(n).needs])
 def test_models_without_features_train_without_them(name: str) -> None:
-    model = create(name, dataclasses.replace(DATA, features={}))
-    assert np.isfinite(model.loss(first_batch(), jax.random.key(0))[0])
+    model = models.create(name, dataclasses.replace(DATA, features={}), seed=1, embedding_dim=16)
+    assert np.isfinite(jax.jit(model.loss)(first_batch(), jax.random.key(0))[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,7 +206,7 @@ def test_the_configuration_explains_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "adversarial"])
 def test_a_model_says_whether_its_loss_stops_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adversarial(create("vbpr"), epsilon=0.1, weight=1.0) if name == "adversarial" else create(name)
+    model = adversarial(create("vbpr"), epsilon=0.1, weight=1.0) if name == "adversarial" else created(name)
     original, callers = jax.lax.stop_gradient, []
 
     def stop_gradient(x: Any) -> Any:

@@ -16,8 +16,6 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.training import fit
 from mgrad_jax.training.run import load_run
 
-pytestmark = pytest.mark.quick_compilation
-
 READERS = [name for name in models.names() if models.model_class(name).needs]
 SMALL = demo_interactions(n_users=60, n_items=40, n_groups=4)
 

@@ -13,8 +13,6 @@ from golden import batch_of, recorded, recorded_parameters, tiny
 from mgrad_jax import interop, models
 from mgrad_jax.models import Recommender
 
-pytestmark = pytest.mark.quick_compilation
-
 # model -> what its option is by default, which is what the recorded numbers were made with
 DEFAULTS = {
     "dualgnn": {"separate_modalities": False},

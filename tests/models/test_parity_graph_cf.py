@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import batch_of, dense_of, dotted, graph_of, loss_and_gradients, recorded, recorded_pruned_graph, tiny
+from golden import (
+    batch_of,
+    created,
+    dense_of,
+    dotted,
+    embedded,
+    graph_of,
+    loss_and_gradients,
+    recorded,
+    recorded_pruned_graph,
+    tiny,
+)
 
 from mgrad_jax import models
 from mgrad_jax.data import Batch
@@ -43,7 +54,7 @@ RECORDED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 def build(name: str, dtype: Any, **changes: Any) -> Recommender:
     """A model with the recorded parameters, on the graph it builds itself."""
     file, hyper_parameters, _ = RECORDED[name]
-    model = models.create(name, tiny(), dtype=dtype, embedding_dim=8, **(hyper_parameters | changes))
+    model = created(name, dtype=dtype, embedding_dim=8, **(hyper_parameters | changes))
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     assert {dotted(path) for path in parameters} == set(model.published_names)
     for path, parameter in parameters.items():
@@ -71,8 +82,7 @@ def assert_recorded(
 
 def assert_scores(name: str, model: Recommender, atol: float) -> None:
     numbers = recorded(RECORDED[name][0])
-    users, items = model.embed()
-    scores = np.asarray(model.scores(jnp.arange(model.n_users)))
+    users, items, scores = embedded(model)
     if name == "slmrec":  # the sigmoid that ranking does not need
         scores = np.asarray(jax.nn.sigmoid(scores))
     if name == "selfcf":
@@ -115,10 +125,10 @@ def test_layergcn_on_the_recorded_pruned_graph() -> None:
     np.testing.assert_allclose(dense_of(pruned), numbers["prune/masked_adj"], atol=1e-12)
     model.pruned_graph = EpochState(pruned)
     assert_recorded("layergcn", model, *loss_and_gradients(model, batch_of(numbers)), prefix="prune/", atol=1e-9)
-    user_vectors, item_vectors = model._refine(pruned)
+    user_vectors, item_vectors = jax.jit(model._refine)(pruned)
     np.testing.assert_allclose(user_vectors, numbers["prune/user_emb"], atol=1e-9)
     np.testing.assert_allclose(item_vectors, numbers["prune/item_emb"], atol=1e-9)
-    np.testing.assert_allclose(model.embed()[0], numbers["out/user_emb"], atol=1e-6)  # scores: the whole graph
+    np.testing.assert_allclose(embedded(model)[0], numbers["out/user_emb"], atol=1e-6)  # scores: the whole graph
 
 
 def test_layergcn_alternates_weighted_and_uniform_pruning() -> None:
@@ -178,8 +188,9 @@ def test_selfcf_drops_each_entry_by_itself_and_scales_the_rest() -> None:
     model = build("selfcf", jnp.float32, edge_dropout=True)
     full = dense_of(model.graph.get_value())
     rates = []
+    training_graph = jax.jit(model._training_graph)
     for seed in range(20):
-        dense = dense_of(model._training_graph(jax.random.key(seed)))
+        dense = dense_of(training_graph(jax.random.key(seed)))
         kept = dense > 0
         scale = dense[kept] / full[kept]
         np.testing.assert_allclose(scale, scale[0], rtol=1e-5)  # one factor for all, 1 / (1 - rate)
@@ -210,7 +221,8 @@ def test_selfcf_loss_follows_its_key() -> None:
         ({"edge_dropout": False, "dropout": 0.0}, False),
     ):
         model = build("selfcf", jnp.float32, **changes)
-        first, second = (float(model.loss(batch, jax.random.key(seed))[0]) for seed in (0, 1))
+        loss = jax.jit(model.loss)
+        first, second = (float(loss(batch, jax.random.key(seed))[0]) for seed in (0, 1))
         assert (first != second) == depends, changes
 
 
@@ -256,9 +268,8 @@ def lightgcn_reference(
 @pytest.mark.parametrize("n_layers", [0, 1, 3])
 @pytest.mark.usefixtures("x64")
 def test_lightgcn_equals_dense_numpy(n_layers: int, original: bool) -> None:
-    model = models.create(
+    model = created(
         "lightgcn",
-        tiny(),
         dtype=jnp.float64,
         embedding_dim=8,
         n_layers=n_layers,
@@ -275,9 +286,8 @@ def test_lightgcn_equals_dense_numpy(n_layers: int, original: bool) -> None:
     gradient = np.concatenate([gradients["user_embedding"], gradients["item_embedding"]])
     np.testing.assert_allclose(gradient, expected["gradient"], atol=1e-12)
     users, items = np.split(expected["nodes"], [model.n_users])
-    np.testing.assert_allclose(model.embed()[0], users, atol=1e-12)
-    np.testing.assert_allclose(model.embed()[1], items, atol=1e-12)
-    np.testing.assert_allclose(model.scores(jnp.arange(model.n_users)), users @ items.T, atol=1e-12)
+    for ours, theirs in zip(embedded(model), (users, items, users @ items.T), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
 def test_lightgcn_in_float32() -> None:

@@ -16,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import batch_of, dense_of, graph_of, loss_and_gradients, recorded, recorded_parameters, tiny
+from golden import (
+    batch_of,
+    created,
+    dense_of,
+    embedded,
+    graph_of,
+    loss_and_gradients,
+    recorded,
+    recorded_parameters,
+    tiny,
+)
 
 from mgrad_jax import interop, models
 from mgrad_jax.data import Interactions
@@ -36,7 +46,7 @@ TABLES = {"ids": "id_embedding", "image": "v_gcn.preference", "text": "t_gcn.pre
 
 def build(name: str, dtype: Any, *, recorded_graph: bool = False, **changes: Any) -> Recommender:
     """A model with the recorded parameters, on its own graph or on the recorded one."""
-    model = models.create(name, tiny(), dtype=dtype, **(SETTINGS[name] | changes))
+    model = created(name, dtype=dtype, **(SETTINGS[name] | changes))
     if name == "mmgcn" and recorded_graph:
         model.graph = Constant(graph_of(recorded(name)["graph/mean_adj"], dtype, symmetric=False))
     if name == "mmgcn":
@@ -58,10 +68,8 @@ def compare(name: str, model: Recommender, atol: float, rtol: float = 0.0, store
         key = f"grad/{model.published_names[path]}"
         bound = max(atol, stored_float32) if key in rounded else atol
         np.testing.assert_allclose(gradient, numbers[key], atol=bound, rtol=rtol, err_msg=path)
-    users, items = model.embed()
-    np.testing.assert_allclose(users, numbers["out/user_emb"], atol=atol, rtol=rtol)
-    np.testing.assert_allclose(items, numbers["out/item_emb"], atol=atol, rtol=rtol)
-    np.testing.assert_allclose(model.scores(jnp.arange(model.n_users)), numbers["out/scores"], atol=atol, rtol=rtol)
+    for ours, key in zip(embedded(model), ("out/user_emb", "out/item_emb", "out/scores"), strict=True):
+        np.testing.assert_allclose(ours, numbers[key], atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("recorded_graph", [True, False])
@@ -81,7 +89,6 @@ def test_equals_the_published_numbers_in_float32_on_our_graph(name: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.quick_compilation
 @pytest.mark.usefixtures("x64")
 def test_every_float_has_the_models_dtype(name: str, dtype: Any) -> None:
     model = models.create(name, tiny(), dtype=dtype, embedding_dim=8)
@@ -102,7 +109,7 @@ def test_one_modality_suffices(name: str, modality: str) -> None:
     loss, gradients = loss_and_gradients(model, batch_of(recorded(name)))
     assert np.isfinite(loss)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
-    users, items = model.embed()
+    users, items, _ = embedded(model)
     assert users.shape[1] == items.shape[1] == (8 if name == "mmgcn" else 16)
 
 
@@ -208,13 +215,13 @@ def test_grcn_routing_from_items_to_users_equals_dense_numpy(n_layers: int) -> N
         weights = np.where(linked, np.exp(users @ items.T), 0.0)
         users = unit(users + weights / weights.sum(axis=1, keepdims=True) @ items)
     np.testing.assert_allclose(routed, users, atol=1e-12)
-    default = build("grcn", jnp.float64).embed()[0]
-    assert np.allclose(model.embed()[0], default) == (n_layers == 0)
+    default = embedded(build("grcn", jnp.float64))[0]
+    assert np.allclose(embedded(model)[0], default) == (n_layers == 0)
 
 
 @pytest.mark.usefixtures("x64")
 def test_grcn_number_of_routing_steps_changes_nothing_as_published() -> None:
-    first, other = (build("grcn", jnp.float64, n_layers=n_layers).embed() for n_layers in (1, 4))
+    first, other = (embedded(build("grcn", jnp.float64, n_layers=n_layers)) for n_layers in (1, 4))
     assert all(map(np.array_equal, first, other))
 
 

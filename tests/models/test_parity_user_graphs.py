@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import batch_of, dense_of, graph_of, loss_and_gradients, recorded, recorded_parameters, tiny
+from golden import (
+    batch_of,
+    created,
+    dense_of,
+    embedded,
+    graph_of,
+    loss_and_gradients,
+    recorded,
+    recorded_parameters,
+    tiny,
+)
 
 from mgrad_jax import interop, models
 from mgrad_jax.data import Interactions
@@ -29,7 +39,7 @@ NAMES = ("dualgnn", "dragon")
 def build(name: str, dtype: Any, *, recorded_graph: bool = False, **changes: Any) -> Recommender:
     """A model with the recorded parameters and draws, on its own graphs or on the recorded ones."""
     numbers = recorded(name)
-    model = models.create(name, tiny(), dtype=dtype, **({"reg_weight": 0.01} | changes))
+    model = created(name, dtype=dtype, **({"reg_weight": 0.01} | changes))
     if recorded_graph:
         model.graph = Constant(graph_of(numbers["graph/conv_adj"], dtype))
         if name == "dragon":
@@ -54,10 +64,8 @@ def compare(name: str, model: Recommender, atol: float, rtol: float = 0.0, store
     assert len(gradients) == len(recorded_parameters(name)) - len(without)
     for path, gradient in gradients.items():
         close(gradient, f"grad/{model.published_names[path]}")
-    users, items = model.embed()
-    close(users, "out/user_emb")
-    close(items, "out/item_emb")
-    close(model.scores(jnp.arange(model.n_users)), "out/scores")
+    for ours, key in zip(embedded(model), ("out/user_emb", "out/item_emb", "out/scores"), strict=True):
+        close(ours, key)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +93,7 @@ def test_equals_the_published_numbers_in_float32_on_our_graphs(name: str) -> Non
 @pytest.mark.usefixtures("x64")
 def test_the_users_neighbours_are_the_published_ones(name: str) -> None:
     """The same users with the same numbers; the order among equals is not published."""
-    numbers, graph = recorded(name), build(name, jnp.float64).user_graph.get_value()
+    numbers, graph = recorded(name), jax.device_get(build(name, jnp.float64).user_graph.get_value())
     starts = numbers["graph/user_neighbours_indptr"]
     for user in range(tiny().n_users):
         rows = slice(starts[user], starts[user + 1])
@@ -103,12 +111,12 @@ def test_the_users_neighbours_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_published_draws_can_come_from_our_rule(name: str) -> None:
     """Recorded lists begin with all neighbours and then repeat them; weights are the softmax over the list."""
-    numbers, graph = recorded(name), build(name, jnp.float32).user_graph.get_value()
+    numbers, graph = recorded(name), jax.device_get(build(name, jnp.float32).user_graph.get_value())
     for user, (ids, weights) in enumerate(
         zip(numbers["graph/epoch_user_graph"], numbers["graph/user_weight_matrix"], strict=True)
     ):
         n = np.count_nonzero(graph.shared[user])
-        assert set(ids) == set(ids[:n]) == set(np.asarray(graph.neighbours[user, :n]).tolist())
+        assert set(ids) == set(ids[:n]) == set(graph.neighbours[user, :n].tolist())
         counts = np.exp(numbers["graph/user_cooccurrence"][user, ids])
         np.testing.assert_allclose(weights, counts / counts.sum(), atol=1e-7)
 
@@ -118,17 +126,16 @@ def test_the_published_draws_can_come_from_our_rule(name: str) -> None:
 def test_batch_users_see_the_same_neighbours_as_all_users(name: str) -> None:
     """The loss, which smooths the batch's users only, ranks by the differences of `scores`."""
     model, batch = build(name, jnp.float64), batch_of(recorded(name))
-    scores = model.scores(batch.users)
-    rows = jnp.arange(len(batch.users))
-    differences = scores[rows, batch.positives] - scores[rows, batch.negatives]
-    parts = model.loss(batch, jax.random.key(0))[1]
-    np.testing.assert_allclose(parts["bpr"], jnp.mean(jnp.logaddexp(0.0, -differences)) / np.log(2), rtol=1e-12)
+    users, positives, negatives = map(np.asarray, batch)
+    scores = embedded(model)[2]
+    differences = scores[users, positives] - scores[users, negatives]
+    parts = jax.jit(model.loss)(batch, jax.random.key(0))[1]
+    np.testing.assert_allclose(parts["bpr"], np.mean(np.logaddexp(0.0, -differences)) / np.log(2), rtol=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.quick_compilation
 @pytest.mark.usefixtures("x64")
 def test_every_float_has_the_models_dtype(name: str, dtype: Any) -> None:
     model = models.create(name, tiny(), dtype=dtype, embedding_dim=8)
@@ -149,13 +156,13 @@ def test_one_modality_suffices(name: str, modality: str) -> None:
     loss, gradients = loss_and_gradients(model, batch_of(recorded(name)))
     assert np.isfinite(loss)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
-    users, items = model.embed()
+    users, items, _ = embedded(model)
     assert users.shape[1] == items.shape[1] == 8
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_initial_modality_weights_add_up_to_one(name: str) -> None:
-    model = models.create(name, tiny(), embedding_dim=8)
+    model = created(name, embedding_dim=8)
     weights = model.user_weights[...]
     np.testing.assert_allclose(jnp.sum(weights, axis=1), 1.0, atol=1e-6)
     assert 0 < np.std(weights) < 0.2
@@ -163,18 +170,19 @@ def test_initial_modality_weights_add_up_to_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_epoch_draws_the_user_graph_anew(name: str) -> None:
-    model = models.create(name, tiny(), embedding_dim=8)
-    first, other = (model.resample(jax.random.key(seed))["user_sample"] for seed in (1, 2))
-    assert not np.array_equal(first.neighbours, other.neighbours)
-    n = jnp.count_nonzero(model.user_graph.get_value().shared, axis=1)
+    model = created(name, embedding_dim=8)
+    resample = jax.jit(model.resample)
+    first, other = (np.asarray(resample(jax.random.key(seed))["user_sample"].neighbours) for seed in (1, 2))
+    assert not np.array_equal(first, other)
+    graph = model.user_graph.get_value()
+    neighbours, n = np.asarray(graph.neighbours), np.count_nonzero(graph.shared, axis=1)
     for sample in (first, other):
         for user in range(model.n_users):
-            own = model.user_graph.get_value().neighbours[user, : n[user]]
-            np.testing.assert_array_equal(sample.neighbours[user, : n[user]], own)
+            np.testing.assert_array_equal(sample[user, : n[user]], neighbours[user, : n[user]])
 
 
 def test_another_user_graph_takes_effect() -> None:
-    model = models.create("dualgnn", tiny(), embedding_dim=8)
+    model = created("dualgnn", embedding_dim=8)
     alone = UserGraph(*np.zeros((2, tiny().n_users, 40), np.int32))
     before, _ = model.embed()
     model.use_user_graph(alone, jax.random.key(0))
@@ -188,7 +196,7 @@ def test_another_user_graph_takes_effect() -> None:
 @pytest.mark.usefixtures("x64")
 def test_dualgnn_separate_modalities_equals_dense_numpy() -> None:
     numbers = recorded("dualgnn")
-    users, items = build("dualgnn", jnp.float64, separate_modalities=True).embed()
+    users, items, _ = embedded(build("dualgnn", jnp.float64, separate_modalities=True))
     parts = {key.removeprefix("param/"): np.float64(x) for key, x in numbers.items() if key.startswith("param/")}
     views = []
     for branch, modality in (("v_gcn", "image"), ("t_gcn", "text")):
@@ -207,15 +215,15 @@ def test_dualgnn_separate_modalities_equals_dense_numpy() -> None:
 
 def test_dragon_steps_over_the_item_graph() -> None:
     """Without steps an item counts twice, as in the published sum h0 + M^n h0."""
-    items = {n: build("dragon", jnp.float32, n_mm_layers=n).embed()[1] for n in (0, 1, 2)}
+    items = {n: embedded(build("dragon", jnp.float32, n_mm_layers=n))[1] for n in (0, 1, 2)}
     graph = recorded("dragon")["graph/mm_adj"]
-    own = np.asarray(items[0]) / 2
+    own = items[0] / 2
     np.testing.assert_allclose(items[1], own + graph @ own, atol=1e-5)
     np.testing.assert_allclose(items[2], own + graph @ graph @ own, atol=1e-5)
 
 
 def test_resampling_compiles() -> None:
-    model = models.create("dragon", tiny(), embedding_dim=8)
+    model = created("dragon", embedding_dim=8)
     graph = model.user_graph.get_value()
     ours, compiled = (run(jax.random.key(3), graph) for run in (sample_user_graph, jax.jit(sample_user_graph)))
     np.testing.assert_array_equal(ours.neighbours, compiled.neighbours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden import graph_of, recorded, recorded_parameters, tiny
+from golden import created, graph_of, recorded, recorded_parameters
 
-from mgrad_jax import interop, mirror_gradient, mirror_step, mirrored, models
+from mgrad_jax import interop, mirror_gradient, mirror_step, mirrored
 from mgrad_jax.data import Batch
 from mgrad_jax.mirror import pass_schedule, restart_epoch
 from mgrad_jax.models import Constant, Recommender
@@ -34,7 +35,7 @@ RUNS = [
 
 def build(name: str, dtype: Any) -> Recommender:
     numbers = recorded(f"mg_{name}")
-    model = models.create(name, tiny(), dtype=dtype, embedding_dim=8, **SETTINGS[name])
+    model = created(name, dtype=dtype, embedding_dim=8, **SETTINGS[name])
     if name == "freedom":
         model.graph = Constant(graph_of(numbers["graph/norm_adj"], dtype))
         model.item_graph = Constant(graph_of(numbers["graph/mm_adj"], dtype, symmetric=False))
@@ -56,23 +57,30 @@ def transformation(name: str, run: str, form: str = "chain") -> optax.GradientTr
 
 def batches(name: str) -> Batch:
     numbers = recorded(f"mg_{name}")
-    return Batch(*(jnp.asarray(numbers[f"batch/{key}"], jnp.int32) for key in ("users", "pos_items", "neg_items")))
+    return Batch(*(numbers[f"batch/{key}"].astype(np.int32) for key in ("users", "pos_items", "neg_items")))
+
+
+@functools.cache
+def loss_and_gradients(name: str, dtype: Any) -> Any:
+    """Of parameters and a batch: one program for all runs of a model."""
+    graphdef, _, rest = nnx.split(build(name, dtype), nnx.Param, ...)
+    return jax.jit(jax.value_and_grad(lambda p, batch: nnx.merge(graphdef, p, rest).loss(batch, jax.random.key(0))[0]))
 
 
 def train(name: str, tx: optax.GradientTransformation, dtype: Any) -> tuple[list[Any], list[list[float]]]:
     """Parameters after every batch, and the losses of every batch's passes, by the loop a user would write."""
-    graphdef, params, rest = nnx.split(build(name, dtype), nnx.Param, ...)
+    params = nnx.state(build(name, dtype), nnx.Param)
     state = tx.init(params)
     every = batches(name)
 
     @jax.jit
-    def one_pass(params: Any, state: Any, batch: Batch) -> tuple[Any, Any, Any]:
-        def loss_fn(params: Any) -> Any:
-            return nnx.merge(graphdef, params, rest).loss(batch, jax.random.key(0))[0]
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
+    def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        return optax.apply_updates(params, updates), state
+
+    def one_pass(params: Any, state: Any, batch: Batch) -> tuple[Any, Any, Any]:
+        loss, grads = loss_and_gradients(name, dtype)(params, batch)
+        return *update(params, state, grads), loss
 
     trajectory, losses = [], []
     for epoch in range(2):

@@ -21,9 +21,6 @@ from mgrad_jax.training.diagnosis import Diagnosis
 from mgrad_jax.training.epoch import TrainState
 from mgrad_jax.training.grid import no_advice
 
-# Equations are asked for and no more.
-pytestmark = pytest.mark.quick_compilation
-
 DATA = demo_interactions(n_users=60, n_items=40)
 
 

@@ -25,8 +25,6 @@ from mgrad_jax.training.identity import identity
 from mgrad_jax.training.kept import KeptParams
 from mgrad_jax.training.run import LoadedRun, load_run, train_run
 
-pytestmark = pytest.mark.quick_compilation
-
 
 def config(out: Path, **changes: Any) -> RunConfig:
     values = {"model": "lightgcn", "data": "demo", "training": "plain", "epochs": 6, "seed": 7, "out": str(out)}

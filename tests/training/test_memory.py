@@ -17,9 +17,6 @@ from mgrad_jax.training import memory
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.memory import available_bytes, check_memory, estimate
 
-# Sizes are asked for, and no numbers.
-pytestmark = pytest.mark.quick_compilation
-
 DATA = demo_interactions(n_users=60, n_items=45, n_groups=3)
 
 

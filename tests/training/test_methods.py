@@ -159,25 +159,25 @@ def test_a_registered_optimizer_is_known_by_name(coupled: bool, monkeypatch: pyt
     monkeypatch.setattr(optimizers, "_COUPLED", dict(optimizers._COUPLED))
     monkeypatch.setattr(optimizers, "_OPTAX", dict(optimizers._OPTAX))
 
-    @register_optimizer("slow-sgd", coupled=coupled)
+    @register_optimizer("gentle-sgd", coupled=coupled)
     def slow_sgd(learning_rate: Any, divisor: float = 2.0) -> optax.GradientTransformation:
         return optax.sgd(learning_rate / divisor)
 
-    run = config(training="plain", optimizer="slow-sgd", learning_rate=1.0, optimizer_args={"divisor": 4.0})
+    run = config(training="plain", optimizer="gentle-sgd", learning_rate=1.0, optimizer_args={"divisor": 4.0})
     tx = run.transformation()
     step, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))
     np.testing.assert_allclose(step, [-0.25])
-    with pytest.raises(UserError, match="slow-sgd has no argument 'devisor'; choose among divisor"):
-        config(training="plain", optimizer="slow-sgd", optimizer_args={"devisor": 2.0})
-    with pytest.raises(ValueError, match="There is an optimizer 'slow-sgd' already"):
-        register_optimizer("slow-sgd")
+    with pytest.raises(UserError, match="gentle-sgd has no argument 'devisor'; choose among divisor"):
+        config(training="plain", optimizer="gentle-sgd", optimizer_args={"devisor": 2.0})
+    with pytest.raises(ValueError, match="There is an optimizer 'gentle-sgd' already"):
+        register_optimizer("gentle-sgd")
     if coupled:
-        tx = make_optimizer("slow-sgd", 1.0, weight_decay=0.5)
+        tx = make_optimizer("gentle-sgd", 1.0, weight_decay=0.5)
         step, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))
         np.testing.assert_allclose(step, [-0.75])
     else:
-        with pytest.raises(UserError, match="slow-sgd has no weight decay"):
-            make_optimizer("slow-sgd", 1.0, weight_decay=0.5)
+        with pytest.raises(UserError, match="gentle-sgd has no weight decay"):
+            make_optimizer("gentle-sgd", 1.0, weight_decay=0.5)
 
 
 # --- the table and the command line -----------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import split_model
 from mgrad_jax.training.sweep import sweep
 
-pytestmark = pytest.mark.quick_compilation
-
 SETTINGS = {"epochs": 2, "batch_size": 3000, "hyper_parameters": {"embedding_dim": 8}}
 
 

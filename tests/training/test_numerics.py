@@ -15,7 +15,7 @@ import yaml
 
 from mgrad_jax.data import demo_interactions
 from mgrad_jax.errors import UserError
-from mgrad_jax.training import numerics
+from mgrad_jax.training import FitResult, numerics
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import group_members
 from mgrad_jax.training.identity import differences, run_settings
@@ -95,8 +95,7 @@ def test_the_command_line_sets_the_flag_before_jax_computes_and_records_both() -
 def test_the_result_says_how_it_was_computed() -> None:
     config = RunConfig("vbpr", "demo", matmul_precision="high", deterministic=True)
     data = demo_interactions()
-    ends = {"epochs_run": 1, "best_epoch": 1, "valid": {}, "test": {}, "seconds": {}}
-    record = result_record(config, data, run_settings(config, data), **ends)
+    record = result_record(config, data, run_settings(config, data), FitResult(1, 1, {}, {}), {})
     assert (record["matmul_precision"], record["deterministic"]) == ("high", True)
 
 

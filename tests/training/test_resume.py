@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import load_run, train_run
 
-EPOCHS = 14
+EPOCHS = 9
+SMALL = {"embedding_dim": 8}
 
 
 def config(out: Path, **changes: Any) -> RunConfig:
     values = {"model": "freedom", "data": "demo", "epochs": EPOCHS, "batch_size": 1000, "seed": 3, "out": str(out)}
-    return RunConfig(**{**values, **changes})
+    return RunConfig(**{"hyper_parameters": SMALL, **values, **changes})
 
 
 def history(out: Path) -> pd.DataFrame:
@@ -45,13 +47,23 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of fewer epochs, to be copied."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    train_run(config(out, epochs=4))
+    assert len(history(out)) == 4
+    return out
+
+
 def start(out: Path) -> subprocess.Popen[bytes]:
     """The same run in another process, which does not come to its end before it is killed."""
     program = textwrap.dedent(f"""
         import time
         from mgrad_jax.training.config import RunConfig
         from mgrad_jax.training.run import train_run
-        config = RunConfig("freedom", "demo", epochs={EPOCHS}, batch_size=1000, seed=3, out={str(out)!r})
+        options = dict(epochs={EPOCHS}, batch_size=1000, seed=3, hyper_parameters={SMALL})
+        config = RunConfig("freedom", "demo", out={str(out)!r}, **options)
         train_run(config, progress=lambda report: time.sleep(0.1 if report.epoch < {EPOCHS - 2} else 3600))
     """)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -94,10 +106,8 @@ def test_killed_twice_and_resumed(unbroken: Path, tmp_path: Path) -> None:
     assert (best.model.scores([0, 5]) == expected.model.scores([0, 5])).all()
 
 
-def test_stopping_between_epochs_and_resuming(unbroken: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train_run(config(out, epochs=6))
-    assert len(history(out)) == 6
+def test_stopping_between_epochs_and_resuming(unbroken: Path, stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
     train_run(config(out), resume=True)
     pd.testing.assert_frame_equal(history(out), history(unbroken))
     assert result(out) == result(unbroken)
@@ -110,9 +120,8 @@ def test_resuming_a_finished_run_changes_nothing(unbroken: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()} == before
 
 
-def test_a_checkpoint_without_its_row_is_set_aside(unbroken: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train_run(config(out, epochs=6))
+def test_a_checkpoint_without_its_row_is_set_aside(unbroken: Path, stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
     path = out / "history.csv"
     rows = path.read_text().splitlines(keepends=True)
     path.write_text("".join(rows[:-1]) + rows[-1][:20])  # the last row is cut short
@@ -149,7 +158,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     [
         ({"alpha2": 0.1}, ["alpha2"]),
         ({"training": "plain", "seed": 4}, ["training", "seed"]),
-        ({"hyper_parameters": {"dropout": 0.5}}, ["dropout"]),
+        ({"hyper_parameters": {**SMALL, "dropout": 0.5}}, ["dropout"]),
         ({"optimizer": "sgd", "learning_rate": 0.1}, ["optimizer", "learning_rate"]),
     ],
 )

@@ -23,7 +23,6 @@ from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import TrainingDiverged
 from mgrad_jax.training.run import load_run, train_run
 
-pytestmark = pytest.mark.quick_compilation
 EPOCHS = 6
 
 

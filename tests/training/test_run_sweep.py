@@ -15,8 +15,6 @@ from mgrad_jax.training import sweep_run
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.sweep_run import SweepConfig, train_sweep
 
-pytestmark = pytest.mark.quick_compilation
-
 
 def config(out: Path, seeds: tuple[int, ...] = (1, 2), **changes: Any) -> SweepConfig:
     values = {"model": "lightgcn", "data": "demo", "training": "plain", "epochs": 1, **changes}
@@ -50,6 +48,17 @@ def test_everything_but_the_members_is_made_again(finished: Path, swept: Path) -
     (swept / ".best.json.12.tmp").write_text("half")
     train_sweep(config(swept), resume=True)
     assert content(swept) == content(finished)
+
+
+def test_a_sweep_is_resumed_on_another_number_of_devices(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    train_sweep(config(out), devices=2)
+    shutil.rmtree(out / "members" / "0001")
+    train_sweep(config(out), devices=1, resume=True)
+    for name in ("summary.csv", "best.json", "config.yaml"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    with pytest.raises(UserError, match="9 devices were asked for, and there are 8 cpu devices"):
+        train_sweep(config(out), devices=9, resume=True)
 
 
 def test_members_of_another_sweep_are_refused_by_name(swept: Path) -> None:
