@@ -51,13 +51,6 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     """
     # JAX's own notice of a preemption takes SIGTERM away from whoever handles it.
     jax.config.update("jax_enable_preemption_service", False)
-<<<<<<< HEAD
-    timeouts: dict[str, Any] = {
-        "initialization_timeout": CONNECTING_SECONDS + 60,
-        "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
-    }
-=======
->>>>>>> dist
     try:
         jax.distributed.initialize(
             coordinator,

@@ -15,13 +15,9 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.config import RunConfig
-<<<<<<< HEAD
 from mgrad_jax.training.fit import FitResult
-from mgrad_jax.training.identity import identity, machine
-from mgrad_jax.training.sweep import MemberResult
-=======
 from mgrad_jax.training.identity import identity, machine, spread
->>>>>>> dist
+from mgrad_jax.training.sweep import MemberResult
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 

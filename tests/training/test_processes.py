@@ -165,7 +165,6 @@ def assert_within_rounding(left: Path, right: Path) -> None:
             np.testing.assert_allclose(value, theirs[name][leaf], rtol=0, atol=1e-10, err_msg=leaf)
 
 
-@pytest.mark.quick_compilation
 def test_two_processes_train_the_run_of_one(unbroken: tuple[Path, list[Ended]], tmp_path: Path, float64: None) -> None:
     out, (first, second) = unbroken
     assert [first.code, second.code] == [0, 0], first.error + second.error
@@ -182,7 +181,6 @@ def test_two_processes_train_the_run_of_one(unbroken: tuple[Path, list[Ended]], 
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compilation
 def test_a_run_goes_on_after_a_process_is_killed_and_after_one_is_stopped(
     unbroken: tuple[Path, list[Ended]], tmp_path: Path, cache: Path, float64: None
 ) -> None:
@@ -313,7 +311,7 @@ def test_devices_are_shared_by_processes_evenly_or_not_at_all(monkeypatch: pytes
         platform: str = "cpu"
 
     there = [Device(number, number // 5) for number in range(8)]
-    monkeypatch.setattr(jax, "devices", lambda: there)
+    monkeypatch.setattr(jax, "devices", lambda platform=None: there)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "make_mesh", lambda shape, names, axis_types, devices: [device.id for device in devices])
     assert devices.mesh(4) == [0, 1, 5, 6]
