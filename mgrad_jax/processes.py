@@ -147,7 +147,8 @@ def check_shared(directory: Path) -> None:
     """Raise a `UserError` in all processes where one does not see what the first one writes to a directory."""
     if not several():
         return
-    token = directory / f".shared-{by_first(lambda: os.urandom(8).hex())}"
+    # A name of its kind is removed from a directory that somebody holds, should this process be killed here.
+    token = directory / f".shared.{by_first(lambda: int.from_bytes(os.urandom(7), 'big'))}.tmp"
     try:
         together(lambda: token.touch() if is_first() else None)
         together(lambda: _await(token))

@@ -112,7 +112,8 @@ def fit(
             lost is trained again.
         on_epoch: called after every epoch, before its checkpoint is written; signals wait for both.
         mesh: of several devices, from `mgrad_jax.devices.mesh`; the run is the same but for the order of sums, that is
-            for last digits. The model then holds arrays that are split over them.
+            for last digits. The model then holds arrays that are split over them. Where the devices are those of
+            several processes (`mgrad_jax.processes`), all of them make this call.
         **named: settings by name, in place of those in `settings`, such as `epochs=3`. A learning rate decay also
             reaches into opaque forms; a `tx` that brings the same decay along stays as it is.
 
