@@ -47,8 +47,10 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
         process: the number of this one, from 0.
 
     Raises:
-        UserError: there is no launcher that JAX knows, or a device was used before.
+        UserError: there is no launcher that JAX knows, the port is in use, or a device was used before.
     """
+    if coordinator is not None and process == 0:
+        _check_free(int(coordinator.rpartition(":")[2]))
     # JAX's own notice of a preemption takes SIGTERM away from whoever handles it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -67,6 +69,18 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
                 "use a launcher that JAX knows (Slurm, Open MPI, ...), or give --coordinator, --processes and --process"
             )
         raise UserError(f"the processes could not be connected ({shown(reason, 160)}); {remedy}.") from None
+
+
+def _check_free(port: int) -> None:
+    """Refuse a port that is in use: some versions of JAX crash on it."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} cannot be used on this host ({error.strerror}); choose another one."
+            ) from None
 
 
 def several() -> bool:

@@ -294,6 +294,16 @@ def test_options_of_processes_that_do_not_go_together_are_refused(crew: Crew, pa
         crew.is_asked_for()
 
 
+def test_a_port_that_is_in_use_is_refused() -> None:
+    with socket.socket() as used:
+        used.bind(("", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} cannot be used on this host .*; choose another one"):
+            processes._check_free(port)
+    processes._check_free(port)
+
+
 def test_one_process_needs_no_options_and_no_others() -> None:
     assert not Crew(False, None, None, None).is_asked_for()
     assert Crew(True, None, None, None).is_asked_for()
