@@ -51,9 +51,14 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     """
     # JAX's own notice of a preemption takes SIGTERM away from whoever handles it.
     jax.config.update("jax_enable_preemption_service", False)
-    timeouts = {"initialization_timeout": CONNECTING_SECONDS + 60, "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
     try:
-        jax.distributed.initialize(coordinator, processes, process, **timeouts)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=CONNECTING_SECONDS + 60,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         remedy = "see that every process was started and reaches that address"

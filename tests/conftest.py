@@ -29,7 +29,17 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", 
 # Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
 # answer a hyper-parameter of the wrong type before the configuration's own sentence does. So do sparse structures,
 # their products, histories and splits, which JAX fills with placeholders.
-CHECKED = ["models.losses", "dropout", "selection", "evaluation.metrics", "evaluation.candidates", "graph.items"]
+CHECKED = [
+    "models.losses",
+    "dropout",
+    "selection",
+    "evaluation.metrics",
+    "evaluation.candidates",
+    "graph.items",
+    "graph.users",
+    "analysis.perturb",
+    "analysis.flatness",
+]
 install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

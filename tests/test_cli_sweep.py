@@ -262,7 +262,7 @@ def test_an_axis_by_name_replaces_the_published_one() -> None:
 def test_sweep_takes_the_options_of_train() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     train, sweep = ({p.opts[0] for p in commands[name].params} for name in ("train", "sweep"))
-    of_machines = {"--coordinator", "--devices", "--distributed", "--plan", "--process", "--processes"}
+    of_machines = {"--coordinator", "--distributed", "--plan", "--process", "--processes"}
     assert train - sweep == {"--config", "--keep-every", "--start-from", *of_machines}
     assert sweep - train == {"--grid", "--seeds", "--slots"}
 

@@ -76,8 +76,8 @@ def identity(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def machine(devices: int = 1) -> dict[str, Any]:
-    """What the last bits of a number may depend on besides its run, which is split over so many devices."""
+def machine() -> dict[str, Any]:
+    """What the last bits of a number may depend on besides its run."""
     device = jax.devices()[0]
     try:
         threads = len(os.sched_getaffinity(0))
@@ -89,15 +89,18 @@ def machine(devices: int = 1) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
-        # Said where they are several.
-        **({"devices": devices, "processes": jax.process_count()} if devices > 1 else {}),
     }
+
+
+def spread(devices: int) -> dict[str, int]:
+    """Over how many devices of how many processes a run is split; one of each goes without saying."""
+    return {"devices": devices, "processes": jax.process_count()} if devices > 1 else {}
 
 
 def differing_machine(before: Mapping[str, Any], devices: int = 1) -> str:
     """In what the machine of a run differs from this one, in words; empty where it does not."""
     one = {"devices": 1, "processes": 1}
-    before, here = {**one, **before}, {**one, **machine(devices)}
+    before, here = {**one, **before}, {**one, **machine(), **spread(devices)}
     return ", ".join(f"{k} was {shown(before.get(k))} and is {shown(v)}" for k, v in here.items() if before.get(k) != v)
 
 

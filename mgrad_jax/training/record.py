@@ -16,7 +16,7 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import FitResult
-from mgrad_jax.training.identity import identity, machine
+from mgrad_jax.training.identity import identity, machine, spread
 from mgrad_jax.training.sweep import MemberResult
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
@@ -34,7 +34,7 @@ def result_record(
 
     `run` is the digest of `settings` (`mgrad_jax.training.identity.run_settings`).
     """
-    here, method = machine(devices), config.method
+    here, method = machine(), config.method
     numbers = method.numbers(config.values)
     return {
         "run": identity(settings),
@@ -74,7 +74,7 @@ def result_record(
         "device": here["device"],
         "platform": here["device"].partition(" ")[0],
         "devices": devices,
-        "processes": here.get("processes", 1),
+        "processes": spread(devices).get("processes", 1),
         "threads": here["threads"],
         "xla_flags": here["xla_flags"],
         "versions": versions(),

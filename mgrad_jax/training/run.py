@@ -48,6 +48,7 @@ from mgrad_jax.training.identity import (
     is_digest_of,
     machine,
     run_settings,
+    spread,
 )
 from mgrad_jax.training.kept import KeptParams
 from mgrad_jax.training.numerics import as_configured
@@ -274,7 +275,7 @@ class _Run:
 
     def _fit(self, model: Recommender, progress: Callable[[EpochReport], None] | None) -> FitResult:
         """Train; whatever ends it, the checkpoints are complete afterwards."""
-        config, notes = self.config, {"run": self.settings, "machine": machine(self.n_devices)}
+        config, notes = self.config, {"run": self.settings, "machine": {**machine(), **spread(self.n_devices)}}
         self.checkpoints.notes = {**notes, "history": self.history.text}
 
         def on_epoch(report: EpochReport) -> None:

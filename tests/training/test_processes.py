@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -32,7 +33,7 @@ from mgrad_jax.training.run import train_run
 
 SETTINGS: dict[str, Any] = {"model": "vbpr", "data": "demo", "epochs": 3, "batch_size": 2400}
 SETTINGS |= {"hyper_parameters": {"embedding_dim": 4}}
-TRAIN = "train --model vbpr --data demo --epochs 3 --batch-size 2400 --set embedding_dim=4".split()
+TRAIN = shlex.split("train --model vbpr --data demo --epochs 3 --batch-size 2400 --set embedding_dim=4")
 
 IN_FLOAT64 = """
 from functools import partial
