@@ -174,6 +174,45 @@ def _curves() -> str:
     return markdown(["epoch", *sides], lines)
 
 
+def _cost(data: str) -> str:
+    """What each model takes of each of eight devices, beside one."""
+    rows = {(row["model"], row["devices"]): row for row in _programs() if row["size"] == data}
+    lines = []
+    for model in sorted({model for model, _ in rows}):
+        if (model, 8) not in rows:
+            continue
+        one, eight = rows[model, 1], rows[model, 8]
+        sent = [_megabytes(eight[f"sent_{what}"]) for what in ("per_pass", "per_epoch", "per_evaluation")]
+        ratio = f"{one['argument_bytes'] / eight['argument_bytes']:.1f}"
+        evaluation = f"{eight['evaluation_temporary_bytes'] / 1e6:,.0f}"
+        lines.append(
+            [model, _memory(one), _memory(eight), ratio, str(eight["collectives_per_pass"]), *sent, evaluation]
+        )
+    held = ["1 device, MB", "each of 8, MB", "arguments, times less"]
+    sent = ["collectives a pass", "MB a pass", "MB an epoch besides", "MB an evaluation", "evaluation's arrays, MB"]
+    return markdown(["model", *held, *sent], lines)
+
+
+def _devices(data: str) -> str:
+    """Memory by the number of devices."""
+    rows = [row for row in _programs() if row["size"] == data]
+    many = {row["model"] for row in rows if row["devices"] > 8}
+    rows = sorted((row for row in rows if row["model"] in many), key=lambda row: (row["model"], row["devices"]))
+    return markdown(*pivot(rows, ("model",), "devices", _memory))
+
+
+def _programs() -> list[Row]:
+    return [row for row in results("sharding") if row["how"] == "program"]
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f}" if size >= 1e8 else f"{size / 1e6:.3g}"
+
+
+def _memory(row: Row) -> str:
+    return " + ".join(f"{row[f'{what}_bytes'] / 1e6:,.0f}" for what in ("argument", "temporary"))
+
+
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
         "gpu": partial(summary, RESULTS / "gpu"),
@@ -189,6 +228,9 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "devices.md": {
         "same_run": _same_run,
+        "electronics": partial(_cost, "electronics"),
+        "electronics x 10": partial(_cost, "electronics x 10"),
+        "devices": partial(_devices, "electronics x 10"),
     },
     "results.md": {
         "tiktok, means": partial(_means, "tiktok", METRICS, "reference_tiktok.csv"),

@@ -12,8 +12,11 @@ from mgrad_jax.devices import COLUMNS, loaded, mesh, tables_of
 DATA = demo_interactions(n_users=60, n_items=40)
 
 
+SLOW = [pytest.param("freedom", 0, marks=pytest.mark.slow), pytest.param("grcn", 1, marks=pytest.mark.slow)]
+
+
 # Draws from a normal distribution may differ in the last place; no others do, nor features and graphs.
-@pytest.mark.parametrize(("name", "digits"), [("vbpr", 1), ("freedom", 0), ("grcn", 1)])
+@pytest.mark.parametrize(("name", "digits"), [("vbpr", 1), ("lightgcn", 0), *SLOW])
 def test_a_model_made_over_eight_devices_is_that_of_one(name, digits):
     one, several = (nnx.state(models.create(name, DATA, mesh=m)) for m in (None, mesh(8)))
     for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(several), strict=True):
