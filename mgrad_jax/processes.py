@@ -47,7 +47,8 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
         process: the number of this one, from 0.
 
     Raises:
-        UserError: there is no launcher that JAX knows, the port is in use, or a device was used before.
+        UserError: there is no launcher that JAX knows, the port is in use, a device was used before, or the processes
+            have unequally many.
     """
     if coordinator is not None and process == 0:
         _check_free(int(coordinator.rpartition(":")[2]))
@@ -69,6 +70,9 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
                 "use a launcher that JAX knows (Slurm, Open MPI, ...), or give --coordinator, --processes and --process"
             )
         raise UserError(f"the processes could not be connected ({shown(reason, 160)}); {remedy}.") from None
+    counts = [sum(device.process_index == number for device in jax.devices()) for number in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise UserError(f"the processes have {', '.join(map(str, counts))} devices; let all have equally many.")
 
 
 def _check_free(port: int) -> None:

@@ -299,7 +299,7 @@ def test_a_port_that_is_in_use_is_refused() -> None:
         used.bind(("", 0))
         used.listen()
         port = used.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} cannot be used on this host .*; choose another one"):
+        with pytest.raises(UserError, match=f"port {port} cannot be used on this host .*; choose another"):
             processes._check_free(port)
     processes._check_free(port)
 
