@@ -63,16 +63,16 @@ class Programs(NamedTuple):
 
     Attributes:
         train, evaluate: of an epoch and of its evaluation.
-        passes: of an epoch.
+        passes: of an epoch; with stale evaluation the last of them is no turn of the loop.
+        turns: of its loop.
         best_bytes: of the best epoch's parameters, on each device.
-        n_devices: for how many.
     """
 
     train: jax.stages.Lowered
     evaluate: jax.stages.Lowered
     passes: int
+    turns: int
     best_bytes: int
-    n_devices: int
 
 
 class Plan(NamedTuple):
@@ -117,7 +117,8 @@ def make_plan(
     train, evaluation = (p.compile(_UNOPTIMISED) for p in (programs.train, programs.evaluate))
     text = _text(train, mesh.size)
     total = text.traffic()
-    per_pass = text.of_loop(programs.passes) if programs.passes > 1 else total
+    # A loop of one turn is none.
+    per_pass = text.of_loop(programs.turns) if programs.turns > 1 else total.shared_by(programs.passes)
     return Plan(
         _memory(train),
         _memory(evaluation),
@@ -144,7 +145,8 @@ def lower(
     state = engine.placed(jax.eval_shape(lambda: state))
     train, evaluation = engine.lower((state, engine.own(parts, 0, {})), 1)
     best_bytes = sum(_bytes_of(x) for x in jax.tree.leaves(state.params))
-    return Programs(train, evaluation, len(engine.plan.schedule), best_bytes, mesh.size)
+    passes = len(engine.plan.schedule)
+    return Programs(train, evaluation, passes, passes - int(engine.plan.keep_stale), best_bytes)
 
 
 def _first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainState:

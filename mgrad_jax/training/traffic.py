@@ -33,6 +33,10 @@ class Traffic(NamedTuple):
         """The same so many times over."""
         return Traffic(n * self.collectives, n * self.sent)
 
+    def shared_by(self, n: int) -> Traffic:
+        """Of one of so many parts."""
+        return Traffic(self.collectives // n, self.sent / n)
+
     def and_also(self, other: Traffic) -> Traffic:
         """Both."""
         return Traffic(self.collectives + other.collectives, self.sent + other.sent)

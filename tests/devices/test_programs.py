@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def compiled(name: str, devices: int = DEVICES) -> jax.stages.Compiled:
 @pytest.mark.parametrize("name", SENT)
 def test_a_pass_sends_products_and_sums_of_its_batch_only(name: str) -> None:
     text = ProgramText(compiled(name).as_text(), DEVICES)
-    in_a_pass = text.of_loop(programs_of(name).passes)
+    in_a_pass = text.of_loop(programs_of(name).turns)
     assert 0 < in_a_pass.sent <= SENT[name] * RING * 4
     assert in_a_pass.collectives <= 22
     assert text.traffic().sent == programs_of(name).passes * in_a_pass.sent
@@ -153,8 +154,12 @@ def test_the_text_of_a_program_tells_what_each_device_sends() -> None:
 
 def test_a_plan_is_shown_and_nothing_is_written(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--model", "lightgcn", "--data", "demo", "--devices", "2", "--plan"]) == 0
+    options = ["--batch-size", "512", "--evaluate", "stale", "--devices", "2", "--plan"]
+    assert main(["train", "--model", "lightgcn", "--data", "demo", *options]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "on 2 cpu devices: nothing was trained" in told
-    assert "sent in a pass over a batch" in told
+    sent = re.search(r"sent in a pass over a batch │ ([\d.]+) kB in (\d+) collectives", told)
+    assert sent is not None
+    assert (0 < float(sent[1]) < 10, int(sent[2])) == (True, 1)
+    assert "sent once an epoch besides │ 0 bytes in 0 collectives" in told
     assert list(tmp_path.iterdir()) == []
