@@ -16,14 +16,12 @@ import gc
 import json
 import math
 import os
-import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +29,26 @@ import numpy as np
 
 from mgrad_jax.devices import put
 from mgrad_jax.errors import UserError, shown
-from mgrad_jax.files import Damaged, sync_directory, sync_tree, unreadable, unwritable, write_whole
+from mgrad_jax.files import Damaged, sync_directory, sync_tree, unwritable, write_whole
 from mgrad_jax.processes import any_of, by_first, together
 from mgrad_jax.signals import held_back
+from mgrad_jax.training.checkpoint_directory import (
+    CheckpointLost,
+    Entry,
+    Which,
+    damaged,
+    entries_of,
+    entry_at,
+    find,
+    move,
+    name_of,
+    remove,
+    remove_unfinished,
+)
 from mgrad_jax.training.entries import entries_digest, is_entries_digest, spans_processes
 from mgrad_jax.training.identity import digest
 from mgrad_jax.training.stored_state import (
     SIDECAR,
-    is_intact,
     read_leaves,
     read_parts,
     read_sidecar,
@@ -46,28 +56,9 @@ from mgrad_jax.training.stored_state import (
     write_leaves,
 )
 
-_NAME = re.compile(r"(\d+)-best-(\d+)")
 # What a power loss may cost besides the epoch under way.
 _SECONDS_WITHOUT_DISK = 1.0
-_Which = Literal["latest", "best"]
 _Read = TypeVar("_Read")
-
-
-class CheckpointLost(UserError):
-    """A checkpoint is not there, or does not hold what was written."""
-
-
-class _Entry(NamedTuple):
-    """A complete checkpoint: its epoch, the best epoch as of then, and its directory."""
-
-    epoch: int
-    best_epoch: int
-    path: Path
-
-
-def _entry_at(path: Path) -> _Entry | None:
-    match = _NAME.fullmatch(path.name)
-    return _Entry(int(match[1]), int(match[2]), path) if match else None
 
 
 class Checkpoints:
@@ -123,10 +114,10 @@ class Checkpoints:
             if self._thread is None:
                 self._open()
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            name = f"{epoch:06d}-best-{self._best:06d}"
+            name = name_of(epoch, self._best)
             self._pending = self._thread.submit(self._write, epoch, self.directory / name, leaves, notes)
 
-    def restore(self, like: Any, which: _Which = "latest") -> tuple[int, Any]:
+    def restore(self, like: Any, which: Which = "latest") -> tuple[int, Any]:
         """Read a checkpoint back.
 
         Args:
@@ -162,7 +153,7 @@ class Checkpoints:
         ]
         return entry.epoch, jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def read_notes(self, which: _Which = "latest") -> tuple[Path, dict[str, Any]]:
+    def read_notes(self, which: Which = "latest") -> tuple[Path, dict[str, Any]]:
         """A checkpoint's path and what was noted in it; nothing in those of earlier versions.
 
         Raises:
@@ -182,12 +173,12 @@ class Checkpoints:
 
     def latest_epoch(self) -> int | None:
         """The epoch of the latest complete checkpoint, None where there is none."""
-        entries = self._entries()
+        entries = entries_of(self.directory)
         return entries[-1].epoch if entries else None
 
     def best_epoch(self) -> int | None:
         """The epoch of the best checkpoint as of the latest, None where there is none; that one may be lost."""
-        entries = self._entries()
+        entries = entries_of(self.directory)
         return entries[-1].best_epoch if entries else None
 
     def check_space(self, n_bytes: int, besides: int = 0) -> None:
@@ -200,7 +191,7 @@ class Checkpoints:
         with contextlib.suppress(OSError, AttributeError):  # not every system tells
             status = os.statvfs(place)
             free = status.f_bavail * status.f_frsize
-            needed = n_bytes * max(1, 2 - len(self._entries())) + besides
+            needed = n_bytes * max(1, 2 - len(entries_of(self.directory))) + besides
             if free < needed:
                 raise UserError(
                     f"{place} has {free / 2**20:.1f} MiB of free space, and the run's checkpoints need "
@@ -225,7 +216,7 @@ class Checkpoints:
         with held_back():
             try:
                 self.wait()
-                for entry in self._entries():
+                for entry in entries_of(self.directory):
                     sync_tree(entry.path)
                 sync_directory(self.directory)
                 self._safe = 0
@@ -239,11 +230,11 @@ class Checkpoints:
     def tidy(self) -> None:
         """Remove what a killed process left unfinished, and what is neither the latest nor the best."""
         if self.directory.is_dir():
-            self._remove_unfinished()
-            entries = self._entries()
+            remove_unfinished(self.directory)
+            entries = entries_of(self.directory)
             for entry in entries[:-1]:
                 if entry.epoch not in (entries[-1].best_epoch, self._safe):
-                    _remove(entry.path)
+                    remove(entry.path)
 
     def _open(self) -> None:
         try:
@@ -276,7 +267,7 @@ class Checkpoints:
         if is_due := time.monotonic() - self._safe_since >= _SECONDS_WITHOUT_DISK:
             sync_tree(unfinished)
         self._check_place()
-        _move(unfinished, path)
+        move(unfinished, path)
         if is_due:
             sync_directory(self.directory)
             self._safe, self._safe_since = epoch, time.monotonic()
@@ -303,8 +294,8 @@ class Checkpoints:
         if self._place is None:
             self._open()
         self._check_place()
-        self._remove_unfinished()
-        return f"{epoch:06d}-best-{self._best:06d}"
+        remove_unfinished(self.directory)
+        return name_of(epoch, self._best)
 
     def _on_disk(self, unfinished: Path) -> None:
         """Have what this process wrote reach the disk."""
@@ -319,7 +310,7 @@ class Checkpoints:
             self._write_sidecar(unfinished, state, notes)
             sync_tree(unfinished)
             self._check_place()
-            _move(unfinished, path)
+            move(unfinished, path)
             sync_directory(self.directory)
             self.tidy()
         except OSError as error:
@@ -350,7 +341,7 @@ class Checkpoints:
         except UserError as removed:
             return removed
         if self._place is not None:
-            self._remove_unfinished()
+            remove_unfinished(self.directory)
         if isinstance(error, UserError):
             return error
         if isinstance(error, OSError) and error.errno is not None:
@@ -361,56 +352,23 @@ class Checkpoints:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return unwritable(self.directory, OSError(shown(reason)))
 
-    def _remove_unfinished(self) -> None:
-        for path in self.directory.iterdir():
-            if _NAME.match(path.name) and not _NAME.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _entries(self) -> list[_Entry]:
-        """Complete checkpoints, by epoch.
-
-        Raises:
-            UserError: the directory cannot be read.
-        """
-        try:
-            entries = [_entry_at(path) for path in self.directory.iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise unreadable(self.directory, error) from None
-        return sorted(filter(None, entries))
-
-    def _entry(self, which: _Which) -> _Entry:
-        entries = self._entries()
-        if not entries:
-            raise CheckpointLost(f"{self.directory} holds no {which} checkpoint; train the run without --resume first.")
-        if which == "latest":
-            return entries[-1]
-        for entry in entries:
-            if entry.epoch == entries[-1].best_epoch:
-                return entry
-        raise CheckpointLost(
-            f"{self.directory} lacks the checkpoint of epoch {entries[-1].best_epoch}, its best; resume the run, which "
-            "trains that epoch again."
-        )
-
-    def _stable(self, which: _Which, read: Callable[[Path], _Read]) -> tuple[_Entry, _Read]:
+    def _stable(self, which: Which, read: Callable[[Path], _Read]) -> tuple[Entry, _Read]:
         """A checkpoint and what is read from it, the next one where a run under way removes it meanwhile."""
         self.wait()
         while True:
-            entry = self._entry(which)
+            entry = find(self.directory, which)
             try:
                 return entry, read(entry.path)
             except Damaged:
-                if entry in self._entries():
-                    raise self._damaged(entry) from None
+                if entry in entries_of(self.directory):
+                    raise damaged(entry) from None
 
-    def _read_together(self, which: _Which, like: Mapping[str, Any]) -> tuple[_Entry, dict[str, Any]]:
+    def _read_together(self, which: Which, like: Mapping[str, Any]) -> tuple[Entry, dict[str, Any]]:
         """A checkpoint and its leaves, split over all processes as in `like`; what there is, the first one tells."""
         told = by_first(lambda: self._told(which))
         if "lost" in told:
             raise CheckpointLost(told["lost"])
-        entry, state = _entry_at(self.directory / told["name"]), told["state"]
+        entry, state = entry_at(self.directory / told["name"]), told["state"]
         assert entry is not None
         saved = together(lambda: _read_parts(entry.path, like, state))
         is_damaged = any_of(saved is None)
@@ -418,30 +376,16 @@ class Checkpoints:
             is_all_there = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in saved.values())
             is_damaged = is_all_there and entries_digest(saved) != state
         if saved is None or is_damaged:
-            raise CheckpointLost(by_first(lambda: str(self._damaged(entry))))
+            raise CheckpointLost(by_first(lambda: str(damaged(entry))))
         return entry, saved
 
-    def _told(self, which: _Which) -> dict[str, Any]:
+    def _told(self, which: Which) -> dict[str, Any]:
         """The name of a checkpoint and the digest of its state, or why there is none."""
         try:
             entry, sidecar = self._stable(which, read_sidecar)
         except CheckpointLost as lost:
             return {"lost": str(lost)}
         return {"name": entry.path.name, "state": None if sidecar is None else sidecar["state"]}
-
-    def _damaged(self, entry: _Entry) -> CheckpointLost:
-        """The sentence for a damaged checkpoint; what it advises depends on the others, which are read for it."""
-        intact = [other for other in self._entries() if other != entry and is_intact(other.path)]
-        if not intact:
-            remedy = (
-                "delete it and start anew, for the run has no other checkpoint that is intact, or restore it from a "
-                "copy of yours"
-            )
-        elif intact[-1].epoch > entry.epoch:
-            remedy = f"resume the run, which goes on from epoch {intact[-1].epoch} and trains this one again"
-        else:
-            remedy = f"delete it to go on from epoch {intact[-1].epoch}, whose checkpoint is intact"
-        return CheckpointLost(f"{entry.path} is damaged; {remedy}.")
 
 
 def _read_parts(path: Path, like: Mapping[str, Any], state: str | None) -> dict[str, Any] | None:
@@ -478,19 +422,6 @@ def _without_complaints() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def _move(unfinished: Path, path: Path) -> None:
-    """Give a complete checkpoint its name."""
-    if path.exists():  # a damaged one that was trained again
-        _remove(path)
-    unfinished.rename(path)
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: half removed under its own name it would look like a damaged checkpoint.
-    discarded = path.rename(path.with_name(f"{path.name}.discarded"))
-    shutil.rmtree(discarded) if discarded.is_dir() else discarded.unlink()
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

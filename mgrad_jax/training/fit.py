@@ -24,7 +24,8 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.models import Recommender
 from mgrad_jax.processes import any_of, by_first, several, together
 from mgrad_jax.signals import held_back, is_waiting, let_through
-from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
+from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.training.checkpoint_directory import CheckpointLost
 from mgrad_jax.training.decay import with_decay
 from mgrad_jax.training.diagnosis import Diagnosis
 from mgrad_jax.training.early_stopping import EarlyStopping

@@ -35,7 +35,8 @@ from mgrad_jax.files import Damaged, Lock, locked, read_mapping, write_whole
 from mgrad_jax.models import Recommender
 from mgrad_jax.processes import by_first, check_same, check_shared, is_first, lost, several, together
 from mgrad_jax.signals import held_back
-from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
+from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.training.checkpoint_directory import CheckpointLost
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.epoch import split_model
 from mgrad_jax.training.fit import EpochReport, FitResult, TrainingDiverged, fit, restore_best

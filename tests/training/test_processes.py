@@ -27,7 +27,8 @@ from mgrad_jax import devices, models, processes
 from mgrad_jax.cli.distributed import Crew
 from mgrad_jax.errors import UserError
 from mgrad_jax.training import entries, stored_state
-from mgrad_jax.training.checkpoint import CheckpointLost, Checkpoints
+from mgrad_jax.training.checkpoint import Checkpoints
+from mgrad_jax.training.checkpoint_directory import CheckpointLost
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.run import train_run
 
