@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
+
 from mgrad_jax import models
 from mgrad_jax.data import Interactions, load_interactions, synthetic, synthetic_interactions
 
@@ -26,9 +28,9 @@ def dataset(source: str) -> Interactions:
     return synthetic_interactions(SIZES[source], name=source) if source in SIZES else load_interactions(source)
 
 
-def make_model(name: str, data: Interactions) -> Any:
+def make_model(name: str, data: Interactions, dtype: Any = jnp.float32) -> Any:
     """A model at its setting."""
-    return models.create(name, data, **SETTINGS[name].hyper_parameters)
+    return models.create(name, data, dtype=dtype, **SETTINGS[name].hyper_parameters)
 
 
 @dataclass(frozen=True)

@@ -144,12 +144,13 @@ def results(name: str) -> list[Row]:
 
 TABLES: dict[str, Table] = {
     "same_run": Table(
-        ("model", "data", "devices", "epochs"),
+        ("model", "data", "devices", "epochs", "precision"),
         {
             "data": "data",
             "model": "model",
             "devices": "devices",
             "epochs": "epochs",
+            "precision": "precision",
             "losses": small("split.losses"),
             "metrics": small("split.metrics"),
             "losses, one device nudged": small("nudged.losses"),

@@ -38,10 +38,12 @@ def _options(parser: Parser) -> None:
     parser.option("--models", MODELS, "models", ["vbpr"], choices=models.names())
     parser.number("--devices", [8], "numbers of devices", [2], least=2)
     parser.number("--epochs", 5, "epochs of each run", 1)
+    parser.option("--precision", "float32", "type of all numbers", choices=("float32", "float64"))
 
 
 def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
     data = dataset(options.data)
+    jax.config.update("jax_enable_x64", options.precision == "float64")
     for name in options.models:
         say(name)
         one = _trained(name, data, options.epochs)
@@ -52,11 +54,12 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Row]]:
             draws = _draws(name, data), _draws(name, data, mesh)
             is_equal = jax.tree.all(jax.tree.map(np.array_equal, *draws))
             row = {"model": name, "data": data.name, "devices": n, "epochs": options.epochs}
+            row["precision"] = options.precision
             yield [{**row, "split": split, "nudged": nudged, "draws": "equal bits" if is_equal else "differ"}]
 
 
 def _trained(name: str, data: Interactions, epochs: int, *, nudge: float = 0.0, mesh: Any = None) -> FitResult:
-    model = make_model(name, data)
+    model = make_model(name, data, dtype=jnp.result_type(float))
     if nudge:
         params = nnx.state(model, nnx.Param)
         nnx.update(model, jax.tree.map(lambda x: x * jnp.asarray(1 + nudge, x.dtype), params))
@@ -73,7 +76,7 @@ def _apart(found: FitResult, expected: FitResult) -> dict[str, float]:
 
 def _draws(name: str, data: Interactions, mesh: Any = None) -> Any:
     """The order, the negatives and the resampled graphs of one key, on the host."""
-    graphdef, state = nnx.split(make_model(name, data))
+    graphdef, state = nnx.split(make_model(name, data, dtype=jnp.result_type(float)))
     history, users = user_history(data), jnp.asarray(data.train[:, 0])
 
     def drawn(key: jax.Array, state: nnx.State) -> Any:
