@@ -237,7 +237,7 @@ class Layout:
             UserError: no table can be split over so many devices.
         """
         layout = cls(mesh, frozenset(rows), frozenset(), in_pass == "rows")
-        widths = {x.shape[-1] for x in jax.tree.leaves(tables) if layout._is_table(x)}
+        widths = layout._widths_of(tables)
         split = frozenset(width for width in widths if width % mesh.size == 0)
         if widths and not split:
             most = math.gcd(*widths)
@@ -252,8 +252,7 @@ class Layout:
 
         A table that is narrower than that is small, and not among them.
         """
-        found = {x.shape[-1] for x in jax.tree.leaves(tables) if self._is_table(x)} - self.widths
-        return sorted(width for width in found if width > self.mesh.size)
+        return sorted(width for width in self._widths_of(tables) - self.widths if width > self.mesh.size)
 
     def place(self, tree: _Tree) -> _Tree:
         """Put arrays where they belong; shapes are told where that is."""
@@ -272,6 +271,9 @@ class Layout:
         """Trace for this layout."""
         with jax.set_mesh(self.mesh), tables_by_rows(self.by_rows):
             yield
+
+    def _widths_of(self, tables: Any) -> set[int]:
+        return {x.shape[-1] for x in jax.tree.leaves(tables) if self._is_table(x)}
 
     def _is_table(self, x: Any) -> bool:
         return x.ndim >= 2 and x.shape[0] in self.rows and jnp.issubdtype(x.dtype, jnp.floating)

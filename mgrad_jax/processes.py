@@ -146,11 +146,11 @@ def on_host(array: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True) if is_split else array)
 
 
-def check_same(values: Mapping[str, Any]) -> None:
-    """Raise a `UserError` in all processes where one has another of these values than the first."""
+def check_same(values: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise a `UserError` in all processes where one has another of these values, by name, than the first."""
     if not several():
         return
-    first, *others = (json.loads(text) for text in _exchange(json.dumps([_whereabouts(), dict(values)], default=str)))
+    first, *others = (json.loads(text) for text in _exchange(json.dumps([_whereabouts(), dict(values())], default=str)))
     for whereabouts, theirs in others:
         for name in {**first[1], **theirs}:
             value, other = first[1].get(name), theirs.get(name)

@@ -12,7 +12,7 @@ from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import HyperParameters
 from mgrad_jax.cli.console import print_table, progress
-from mgrad_jax.cli.options import Part, names, pairs, scalar, takes_settings
+from mgrad_jax.cli.options import Part, names, numbers, pairs, scalar, takes_settings
 from mgrad_jax.cli.train import how_to_go_on
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.methods import METHODS
@@ -89,7 +89,7 @@ def compare(
         out=out,
         methods=names("--methods", methods),
         optimizers=names("--optimizers", optimizers),
-        intervals=whole_numbers("--intervals", intervals),
+        intervals=numbers("--intervals", intervals, int),
         seeds=seeds_of(seeds, seed),
         hyper_parameters=pairs("--set", hyper or ()),
         settings=settings,
@@ -114,33 +114,25 @@ def values_by_name(option: str, arguments: Sequence[str]) -> dict[str, tuple[flo
     found: dict[str, tuple[float, ...]] = {}
     for argument in arguments:
         name, separator, values = (part.strip() for part in argument.partition("="))
-        numbers = tuple(scalar(value.strip()) for value in values.split(","))
-        if not separator or not name or not all(type(number) in (int, float) for number in numbers):
+        given = tuple(scalar(value.strip()) for value in values.split(","))
+        if not separator or not name or not all(type(number) in (int, float) for number in given):
             raise UserError(
                 f"{option} {argument} is not of the form name=number,number; write for example {option} alpha2=0.1,0.2."
             )
         if name in found:
             raise UserError(f"{option} {name} is given twice; write all its values in one list.")
-        found[name] = numbers
+        found[name] = given
     return found
-
-
-def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """The whole numbers in a list with commas."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text} is no list of whole numbers; write for example {option} 1,3,5.") from None
 
 
 def seeds_of(text: str, first: int) -> tuple[int, ...]:
     """The seeds that `--seeds` names: so many from the first on, or a list."""
-    numbers = whole_numbers("--seeds", text)
-    if len(numbers) > 1:
-        return numbers
-    if numbers[0] < 1:
-        raise UserError(f"--seeds is {numbers[0]}; it must be at least 1, and 5 for a test to go by.")
-    return tuple(range(first, first + numbers[0]))
+    found = numbers("--seeds", text, int)
+    if len(found) > 1:
+        return found
+    if found[0] < 1:
+        raise UserError(f"--seeds is {found[0]}; it must be at least 1, and 5 for a test to go by.")
+    return tuple(range(first, first + found[0]))
 
 
 def train_outcome(study: Study, resume: bool) -> Outcome:

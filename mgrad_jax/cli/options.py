@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, get_origin, get_type_hints
 
 import typer
 
@@ -17,6 +17,8 @@ from mgrad_jax.training.settings import RunSettings, Settings
 
 if TYPE_CHECKING:
     from mgrad_jax.training.config import RunConfig
+
+_Number = TypeVar("_Number", int, float)
 
 # What `--flat-minima` takes, from before there was `--method`.
 _FLAT_MINIMA = ("mirror", *(name for name, method in METHODS.items() if method.record == "flat_minima"))
@@ -129,7 +131,8 @@ def _given(values: Mapping[str, Any], group: Any) -> dict[str, Any]:
         if kind is dict:
             value = pairs(spelling(field), value.split(",") if isinstance(value, str) else value)
         elif is_list(field):
-            value = (numbers if kind is float else names)(spelling(field), value)
+            option = spelling(field)
+            value = numbers(option, value, kind) if kind in (int, float) else names(option, value)
         given[field.name] = value
     return given
 
@@ -167,12 +170,13 @@ def names(option: str, text: str) -> tuple[str, ...]:
     return found
 
 
-def numbers(option: str, text: str) -> tuple[float, ...]:
-    """The numbers in a list with commas."""
+def numbers(option: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:
+    """The numbers of a type in a list with commas."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"{option} {text} is no list of numbers; write for example {option} 0,0.5,1.") from None
+        what, example = ("whole numbers", "1,3,5") if kind is int else ("numbers", "0,0.5,1")
+        raise UserError(f"{option} {text} is no list of {what}; write for example {option} {example}.") from None
 
 
 def pairs(option: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -161,11 +161,9 @@ def _by_columns(
     """The product, of its own columns on each of several devices: nothing is sent, and no sum is split."""
     if mesh is None:
         return multiply(kernel, shape, values, indices, indptr, x)
-    own = partial(multiply, kernel, shape)
-    specs = (WHOLE, WHOLE, WHOLE, COLUMNS)
-    return over_devices(mesh, own, specs, COLUMNS, values, indices, indptr, padded_columns(x, mesh.size))[
-        :, : x.shape[1]
-    ]
+    own, specs = partial(multiply, kernel, shape), (WHOLE, WHOLE, WHOLE, COLUMNS)
+    wide = padded_columns(x, mesh.size)
+    return over_devices(mesh, own, specs, COLUMNS, values, indices, indptr, wide)[:, : x.shape[1]]
 
 
 def _halves(

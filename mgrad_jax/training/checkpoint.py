@@ -110,11 +110,10 @@ class Checkpoints:
         notes = dict(self.notes)
         with held_back():
             self.wait()
-            self._best = epoch if is_best or self._best is None else self._best
+            name = self._next(epoch, is_best)
             if self._thread is None:
                 self._open()
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            name = name_of(epoch, self._best)
             self._pending = self._thread.submit(self._write, epoch, self.directory / name, leaves, notes)
 
     def restore(self, like: Any, which: Which = "latest") -> tuple[int, Any]:
@@ -236,6 +235,12 @@ class Checkpoints:
                 if entry.epoch not in (entries[-1].best_epoch, self._safe):
                     remove(entry.path)
 
+    def _next(self, epoch: int, is_best: bool) -> str:
+        """The name of the next checkpoint, which may be the best from now on; the first one is."""
+        if is_best or self._best is None:
+            self._best = epoch
+        return name_of(epoch, self._best)
+
     def _open(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -290,12 +295,12 @@ class Checkpoints:
 
     def _begin_together(self, epoch: int, is_best: bool) -> str:
         """The name of a checkpoint, for which the directory is ready."""
-        self._best = epoch if is_best or self._best is None else self._best
+        name = self._next(epoch, is_best)
         if self._place is None:
             self._open()
         self._check_place()
         remove_unfinished(self.directory)
-        return name_of(epoch, self._best)
+        return name
 
     def _on_disk(self, unfinished: Path) -> None:
         """Have what this process wrote reach the disk."""

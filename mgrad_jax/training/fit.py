@@ -127,8 +127,7 @@ def fit(
     settings = settings or FitSettings()
     settings = dataclasses.replace(settings, **named) if named else settings
     check_splits(data)
-    base, scale = settings.learning_rate_decay
-    tx = with_decay(tx, (base, scale), nnx.state(model, nnx.Param))
+    tx = with_decay(tx, settings.learning_rate_decay, nnx.state(model, nnx.Param))
     with _interruptible():
         run = _start(model, data, tx, settings, layout_of(model, mesh))
     run.diagnosis.checkpoints = None if checkpoints is None else checkpoints.directory

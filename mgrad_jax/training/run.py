@@ -77,8 +77,7 @@ class LoadedRun(NamedTuple):
     @property
     def kept(self) -> KeptParams:
         """The parameters that the run kept of some of its epochs."""
-        run = identity(run_settings(self.config, self.data))
-        return KeptParams(self.config.directory, self.config.keep_every, run)
+        return _kept(self.config, run_settings(self.config, self.data))
 
     def vectors(self) -> tuple[jax.Array, jax.Array]:
         """Users (n_users, dim) and items (n_items, dim), whose products are the scores, at the run's precision."""
@@ -114,7 +113,9 @@ def train_run(
         ProcessLost: another of several processes that make this call is gone.
     """
     try:
-        check_same({**config.values, "resume": resume, "devices": devices, **versions(), "out": None, "data": None})
+        check_same(
+            lambda: {**config.values, "resume": resume, "devices": devices, **versions(), "out": None, "data": None}
+        )
         return _train_run(config, resume, progress, devices)
     except (jax.errors.JaxRuntimeError, ProcessLost) as error:
         if not several() or "RESOURCE_EXHAUSTED" in str(error):
@@ -138,6 +139,10 @@ def _train_run(
             return run.train(progress)
         except KeyboardInterrupt:
             raise RunInterrupted(config.directory, run.checkpoints.latest_epoch() or 0) from None
+
+
+def _kept(config: RunConfig, settings: Mapping[str, Any]) -> KeptParams:
+    return KeptParams(config.directory, config.keep_every, identity(settings))
 
 
 def _check_there(directory: Path) -> None:
@@ -184,7 +189,7 @@ class _Run:
 
     @functools.cached_property
     def kept(self) -> KeptParams:
-        return KeptParams(self.path, self.config.keep_every, identity(self.settings))
+        return _kept(self.config, self.settings)
 
     def is_begun(self) -> bool:
         """Whether there is anything that took an epoch to compute."""
@@ -195,7 +200,8 @@ class _Run:
     def train(self, progress: Callable[[EpochReport], None] | None) -> dict[str, Any]:
         """Bring the run to its end from wherever it stands; returns what `result.json` holds."""
         model = together(lambda: self.config.create_model(self.data, mesh=self.mesh))
-        check_same({"data with the digest": together(lambda: self.settings)["data_digest"]})
+        digest = together(lambda: self.settings)["data_digest"]
+        check_same(lambda: {"data with the digest": digest})
         if by_first(self.is_begun):
             by_first(self._take_up)
             finished = by_first(self._finished)

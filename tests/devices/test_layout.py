@@ -72,7 +72,7 @@ def test_devices_that_can_share_nothing_are_refused():
         layout(5)
 
 
-def test_the_command_line_of_a_model_tells_what_stays_whole():
+def test_what_stays_whole_is_told():
     data = load_interactions("demo")
     model = models.create("vbpr", data, embedding_dim=20)
     with pytest.warns(UserWarning, match=r"tables of width 20 are kept whole on each of 8 devices"):
