@@ -24,8 +24,8 @@ def by_tiles(table: Float[Array, "n dim"], tile: int) -> Float[Array, "whole_til
 
     def own(columns: Array) -> Array:
         def exchanged(number: Array) -> Array:
-            tiles = jnp.arange(mesh.size)[:, None] * each + number
-            rows = columns.at[tiles * tile + jnp.arange(tile)].get(mode="fill", fill_value=0)
+            starts = (jnp.arange(mesh.size) * each + number) * tile
+            rows = columns.at[starts[:, None] + jnp.arange(tile)[None]].get(mode="fill", fill_value=0)
             return jax.lax.all_to_all(rows, AXIS, 0, 2, tiled=True)[0]
 
         return jax.lax.map(exchanged, jnp.arange(each)).reshape(-1, dim)
@@ -85,7 +85,7 @@ _Found = tuple[Array, Array]
 def _nearer(found: _Found, tile: Array, visitor: Array, ids: Array, n: int) -> _Found:
     """The nearest of those found and of a visiting tile, whose rows have these indices."""
     similarity = jnp.matmul(_directions(tile), visitor.T, precision=jax.lax.Precision.HIGHEST)
-    similarity = jnp.where(ids < n, similarity, -jnp.inf)
+    similarity = jnp.where(ids[None] < n, similarity, -jnp.inf)
     k = found[0].shape[1]
     new, places = jax.lax.top_k(similarity, min(k, len(ids)))
     both = jnp.concatenate([found[0], new], axis=1), jnp.concatenate([found[1], ids.astype(jnp.int32)[places]], axis=1)
