@@ -407,7 +407,7 @@ def _read_parts(path: Path, like: Mapping[str, Any], state: str | None) -> dict[
     return {name: _put_as(leaf, like.get(name)) for name, leaf in leaves.items()}
 
 
-def _on_devices(leaf: np.ndarray, like: Any) -> jax.Array:
+def _on_devices(leaf: np.ndarray, like: Any) -> Any:
     is_split = isinstance(like, jax.Array) and len(like.sharding.device_set) > 1
     return put(leaf, like.sharding) if is_split else jnp.asarray(leaf)
 
