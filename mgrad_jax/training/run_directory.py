@@ -79,7 +79,8 @@ class RunDirectory:
     """
 
     def __init__(self, config: RunConfig, data: Interactions, check: Callable[[], None], devices: int) -> None:
-        self.path, self.config, self.data, self._check, self._devices = config.directory, config, data, check, devices
+        self.config, self.data, self.path = config, data, config.directory
+        self._check, self._devices = check, devices
         self.settings = run_settings(config, data)
         self._run = identity(self.settings)
         self.kept = KeptParams(self.path, config.keep_every, self._run)
