@@ -72,6 +72,21 @@ def flatness(study: str, at: str, numbers: Sequence[str]) -> str:
     return markdown([f"at {at}", *methods], lines)
 
 
+def half_steps(*studies: str) -> str:
+    """The second half-step beside the first and the gradient, after some batches; of Adam also the ascending one."""
+    rows = [(study.partition("-")[0], row) for study in studies for row in read(study, "half-steps.csv")]
+    lines = []
+    for data, row in rows:
+        ascends = row["second_half-step"] == "ascent"
+        if row["state"] == "running" and (row["optimizer"] == "adam" or not ascends):
+            projection, cosine, length = (float(row[name]) for name in ("projection", "cosine_with_-g", "length"))
+            optimizer = row["optimizer"] + (", mirror-ascent" if ascends else "")
+            numbers = [f"{projection:+.2f}", f"{cosine:+.2f}", f"{length:.2f}"]
+            lines.append([f"{row['model']}, {data}", optimizer, *numbers])
+    columns = ["projection of d2 on d1", "cosine of d2 with -g", "length beside a plain step"]
+    return markdown(["model, data", "optimizer", *columns], lines)
+
+
 def _tests(rows: Iterable[_Line], metric: str) -> dict[tuple[str, str], _Line]:
     """The tests at one metric, by model and comparison."""
     return {(row["model"], row["comparison"]): row for row in rows if row["metric"] == metric}

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from _gpu_summary import summary
-from _studies import compared, equal, flatness, kept
+from _studies import compared, equal, flatness, half_steps, kept
 from _tables import RESULTS, TABLES, Row, latest, markdown, number, pivot, results
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -232,6 +232,9 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "electronics": partial(_cost, "electronics"),
         "electronics x 10": partial(_cost, "electronics x 10"),
         "devices": partial(_devices, "electronics x 10"),
+    },
+    "experiments.md": {
+        "half-steps": partial(half_steps, "tiktok-theory", "lfm2k-theory"),
     },
     "results.md": {
         "tiktok, means": partial(_means, "tiktok", METRICS, "reference_tiktok.csv"),

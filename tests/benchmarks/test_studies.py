@@ -87,3 +87,17 @@ def test_small_numbers_of_flatness_share_an_exponent_and_raw_ones_are_left_out(s
         ["training loss", "0.250 ± 0.000", "0.250 ± 0.000"],
         ["trace, 1e-4", "1.200 ± 0.100", "3.400 ± 0.200"],
     ]
+
+
+def test_half_steps_are_those_under_way_and_of_the_ascending_ones_adams(study: Path) -> None:
+    import _studies
+
+    (study / "half-steps.csv").write_text(
+        "model,optimizer,second_half-step,state,projection,cosine_with_-g,length\n"
+        "vbpr,adam,own,zero,1,1,1\nvbpr,adam,own,running,0.5,0.25,1.5\n"
+        "vbpr,adam,ascent,running,-0.2,-1,0.8\nvbpr,sgd,ascent,running,1,1,1\n"
+    )
+    assert _cells(_studies.half_steps("s")) == [
+        ["vbpr, s", "adam", "+0.50", "+0.25", "1.50"],
+        ["vbpr, s", "adam, mirror-ascent", "-0.20", "-1.00", "0.80"],
+    ]
