@@ -199,16 +199,16 @@ class _Run:
 
     def train(self, progress: Callable[[EpochReport], None] | None) -> dict[str, Any]:
         """Bring the run to its end from wherever it stands; returns what `result.json` holds."""
-        model = together(lambda: self.config.create_model(self.data, mesh=self.mesh))
         digest = together(lambda: self.settings)["data_digest"]
         check_same(lambda: {"data with the digest": digest})
+        model = self.config.create_model(self.data, mesh=self.mesh)
         if by_first(self.is_begun):
             by_first(self._take_up)
             finished = by_first(self._finished)
             if finished is not None:
                 return finished
         if by_first(self._begins_elsewhere):
-            together(lambda: self._start(model))
+            self._start(model)
         with held_back(deliver=False):
             by_first(lambda: self._prepare(model))
             outcome = self._fit(model, progress)
@@ -224,7 +224,7 @@ class _Run:
 
     def _start(self, model: Recommender) -> None:
         start = str(self.config.start_from)
-        start_from(model, load_run(start, self.config.data).model, start)
+        start_from(model, load_run(start, self.config.data, self.mesh).model, start)
 
     def _take_up(self) -> None:
         """Check that the run that is there is this one, and read its history.
@@ -380,23 +380,31 @@ def _is_png(path: Path) -> bool:
     return content.startswith(b"\x89PNG") and b"IEND" in content[-12:]
 
 
-def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
+def load_run(directory: str | Path, data: str | None = None, mesh: Mesh | None = None) -> LoadedRun:
     """Read a run back with its best parameters; it may be under way.
 
     Args:
         directory: of the run.
         data: where its data lie now, if not where the run found them.
+        mesh: of several devices that are to share the model; where they are those of several processes, all of these
+            make this call.
 
     Raises:
         UserError: no run there, its checkpoint is damaged or another run's, or the data have changed since.
     """
-    directory = Path(directory)
+    config, interactions, checkpoints = together(lambda: _read_back(Path(directory), data))
+    model = config.create_model(interactions, training=False, mesh=mesh)
+    epoch = restore_best(model, config.transformation(interactions), checkpoints, config)
+    return LoadedRun(config, interactions, model, epoch)
+
+
+def _read_back(directory: Path, data: str | None) -> tuple[RunConfig, Interactions, Checkpoints]:
+    """What there is of a run but its parameters, checked."""
     settings = _read_settings(directory)
     config = _configuration(directory, settings, data)
     interactions = load_interactions(config.data)
     if not is_digest_of(settings.get("data_digest"), interactions):
         raise UserError(f"{config.data} is not the data of {directory}; give the ones it was trained on with --data.")
-    model = config.create_model(interactions, training=False)
     checkpoints = Checkpoints(directory / "checkpoint")
     place, notes = checkpoints.read_notes("best")
     if notes:
@@ -405,8 +413,7 @@ def load_run(directory: str | Path, data: str | None = None) -> LoadedRun:
             changes = "on other data"
         if changes:
             raise UserError(f"{place} belongs to another run than {directory / 'config.yaml'} ({changes}); restore it.")
-    epoch = restore_best(model, config.transformation(interactions), checkpoints, config)
-    return LoadedRun(config, interactions, model, epoch)
+    return config, interactions, checkpoints
 
 
 def _no_run(directory: Path) -> UserError:
