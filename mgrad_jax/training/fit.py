@@ -237,6 +237,8 @@ class _Run:
         state, own = self.lane
         stale = state.params if self.engine.plan.keep_stale else None
         like = _blank_checkpoint(state._replace(stale_params=stale), self.settings)
+        if self.engine.plan.layout is not None and not several():  # no whole table on one of the devices
+            like = _on_host(like)
         _, latest = checkpoints.restore(like, "latest")
         self.lane = self.engine.placed(latest["state"]._replace(stale_params=None)), own
         self.progress = EarlyStopping.from_arrays(latest["progress"], self.settings.metric_names)
@@ -314,15 +316,15 @@ def restore_best(
     state = jax.eval_shape(lambda: first_state(parts, tx))
     stale = state.params if settings.evaluate == "stale" else None
     like = _blank_checkpoint(state._replace(stale_params=stale), settings)
-    # On the host, and nothing is as large as it looks.
-    like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
-    epoch, best = checkpoints.restore(like, "best")
-    if layout is None:
-        found = jax.tree.map(jnp.asarray, scoring(best["state"]))
-    else:
-        found = jax.jit(scoring, in_shardings=(layout.shardings(best["state"]),))(best["state"])
-    nnx.update(model, *found)
+    epoch, best = together(lambda: checkpoints.restore(_on_host(like), "best"))
+    found = scoring(best["state"])
+    nnx.update(model, *(jax.tree.map(jnp.asarray, found) if layout is None else layout.place(found)))
     return epoch
+
+
+def _on_host(like: Any) -> Any:
+    """The structure of a checkpoint as arrays of the host, which are not as large as they look."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
 
 
 def _start(

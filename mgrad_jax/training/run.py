@@ -132,10 +132,10 @@ def _train(
     progress: Callable[[EpochReport], None] | None,
 ) -> dict[str, Any]:
     """Bring a run to its end from wherever it stands; whatever ends it, the checkpoints are complete afterwards."""
-    model, tx = together(lambda: config.create_model(data, mesh=over)), config.transformation(data)
+    model, tx = config.create_model(data, mesh=over), config.transformation(data)
     if files.needs_start():
         start = str(config.start_from)
-        together(lambda: start_from(model, load_run(start, config.data).model, start))
+        start_from(model, load_run(start, config.data, over).model, start)
 
     def on_epoch(report: EpochReport) -> None:
         files.add(report)
@@ -162,19 +162,27 @@ def load_run(directory: str | Path, data: str | None = None, mesh: Mesh | None =
         data: where its data lie now, if not where the run found them.
         mesh: of several devices, from `mgrad_jax.devices.mesh`, over which the model is split; by default it is on one,
             on however many it was trained. What is computed with it then stands under `in_force(loaded.layout)`
-            (`mgrad_jax.devices`).
+            (`mgrad_jax.devices`). Where the devices are those of several processes, all of these make this call.
 
     Raises:
         UserError: no run there, its checkpoint is damaged or another run's, the data have changed since, or the model
             cannot be split over so many devices.
     """
-    directory = Path(directory)
+    config, interactions, checkpoints = together(lambda: _read_back(Path(directory), data))
+    model = config.create_model(interactions, training=False, mesh=mesh)
+    if (layout := layout_of(model, mesh)) is not None:
+        nnx.update(model, layout.place(nnx.state(model)))
+    epoch = restore_best(model, config.transformation(interactions), checkpoints, config, layout)
+    return LoadedRun(config, interactions, model, epoch, layout)
+
+
+def _read_back(directory: Path, data: str | None) -> tuple[RunConfig, Interactions, Checkpoints]:
+    """What there is of a run but its parameters, checked."""
     settings = read_settings(directory)
     config = _configuration(directory, settings, data)
     interactions = load_interactions(config.data)
     if not is_digest_of(settings.get("data_digest"), interactions):
         raise UserError(f"{config.data} is not the data of {directory}; give the ones it was trained on with --data.")
-    model = config.create_model(interactions, training=False, mesh=mesh)
     checkpoints = Checkpoints(directory / "checkpoint")
     place, notes = checkpoints.read_notes("best")
     if notes:
@@ -183,10 +191,7 @@ def load_run(directory: str | Path, data: str | None = None, mesh: Mesh | None =
             changes = "on other data"
         if changes:
             raise UserError(f"{place} belongs to another run than {directory / 'config.yaml'} ({changes}); restore it.")
-    if (layout := layout_of(model, mesh)) is not None:
-        nnx.update(model, layout.place(nnx.state(model)))
-    epoch = restore_best(model, config.transformation(interactions), checkpoints, config, layout)
-    return LoadedRun(config, interactions, model, epoch, layout)
+    return config, interactions, checkpoints
 
 
 def _configuration(directory: Path, settings: Mapping[str, Any], data: str | None) -> RunConfig:
