@@ -74,12 +74,13 @@ class SweepDirectory:
     def add(self, index: int, result: MemberResult) -> None:
         """Write the result of a member that has stopped."""
         record = result_record(result.config, self._data, self._run(result.config), result, result.seconds)
+        record["diverged"] = result.diverged
         with held_back():  # a member that is finished is written down
             self._check()
             place = self._member(index)
             remove_leftovers(place)
-            self.records[index] = {**record, "diverged": result.diverged}
-            write_whole(place / "result.json", json.dumps(self.records[index], indent=2) + "\n")
+            write_whole(place / "result.json", json.dumps(record, indent=2) + "\n")
+            self.records[index] = record
 
     def conclude(self) -> SweepOutcome:
         """Write the tables, the best setting and the heat map, once all members have stopped."""
