@@ -121,7 +121,7 @@ class Checkpoints:
 
         Args:
             like: a pytree of the saved one's structure, shapes and dtypes. Where it holds numpy arrays, numpy arrays
-                come back, otherwise JAX arrays; where it is split over several devices, as it is split.
+                come back, otherwise JAX arrays; where it is split over several processes, as it is split.
             which: the latest or the best.
 
         Returns:
@@ -147,7 +147,7 @@ class Checkpoints:
             )
         # In the order of the names, which is that of the leaves.
         leaves = [
-            saved[name] if isinstance(leaf, np.ndarray) or is_split else _on_devices(saved[name], leaf)
+            saved[name] if isinstance(leaf, np.ndarray) or is_split else jnp.asarray(saved[name])
             for name, leaf in expected.items()
         ]
         return entry.epoch, jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -405,11 +405,6 @@ def _read_parts(path: Path, like: Mapping[str, Any], state: str | None) -> dict[
     except Damaged:
         return None
     return {name: _put_as(leaf, like.get(name)) for name, leaf in leaves.items()}
-
-
-def _on_devices(leaf: np.ndarray, like: Any) -> Any:
-    is_split = isinstance(like, jax.Array) and len(like.sharding.device_set) > 1
-    return put(leaf, like.sharding) if is_split else jnp.asarray(leaf)
 
 
 def _put_as(leaf: np.ndarray, like: Any) -> Any:
