@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from _gpu_summary import summary
+from _studies import compared, equal, flatness, half_steps, kept
 from _tables import RESULTS, TABLES, Row, latest, markdown, number, pivot, results
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -232,12 +233,29 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "electronics x 10": partial(_cost, "electronics x 10"),
         "devices": partial(_devices, "electronics x 10"),
     },
+    "experiments.md": {
+        "half-steps": partial(half_steps, "tiktok-theory", "lfm2k-theory"),
+    },
     "results.md": {
         "tiktok, means": partial(_means, "tiktok", METRICS, "reference_tiktok.csv"),
         "tiktok, epochs": _curves,
         "tiktok, paired": partial(_paired, "tiktok"),
         "baby, means": partial(_means, "baby", ("recall@5", "map@5", "ndcg@5", "recall@20"), "paper_baby_table9.csv"),
         "baby, paired": partial(_paired, "baby"),
+        "lfm2k, five seeds": partial(compared, "lfm2k"),
+        "lfm2k, equal updates": partial(equal, "lfm2k", "freedom"),
+        "lfm2k, changes": partial(kept, "lfm2k-noise", "lfm2k-swap"),
+        "tiktok, five seeds": partial(compared, "tiktok"),
+        "tiktok, changes": partial(kept, "tiktok-noise", "tiktok-swap"),
+        "tiktok, bm3's flatness": partial(
+            flatness, "tiktok-bm3-landscape", "best epoch", ("trace", "smoothed rise 0.25", "worst rise")
+        ),
+        "tiktok, freedom's flatness": partial(
+            flatness,
+            "tiktok-freedom-landscape",
+            "equal loss",
+            ("trace", "smoothed rise 0.25", "worst rise", "largest eigenvalue"),
+        ),
     },
 }
 

@@ -124,12 +124,12 @@ def padded_columns(x: Float[Array, "rows dim"], n: int) -> Float[Array, "rows wi
 
 def held_by_rows(x: _Tree) -> _Tree:
     """Tables of a model that keeps them by rows within a pass, kept so; other models' as they are."""
-    return _held(x, ROWS) if tables_by_rows.value else x
+    return held(x, ROWS) if tables_by_rows.value else x
 
 
 def turned_to_columns(x: _Tree) -> _Tree:
     """The same tables by columns, where what comes next needs no exchange then: propagation, rows of a batch."""
-    return _held(x, COLUMNS) if tables_by_rows.value else x
+    return held(x, COLUMNS) if tables_by_rows.value else x
 
 
 def by_rows(function: Callable[[Array], Array], table: Float[Array, "rows dim"]) -> Float[Array, "rows mapped"]:
@@ -137,7 +137,7 @@ def by_rows(function: Callable[[Array], Array], table: Float[Array, "rows dim"])
 
     By columns each device would make a part of every sum, an array as large as the whole result.
     """
-    return _held(function(_held(table, ROWS)), ROWS)
+    return held(function(held(table, ROWS)), ROWS)
 
 
 def side_by_side(*tables: Float[Array, "rows _"]) -> Float[Array, "rows all"]:
@@ -157,23 +157,22 @@ def side_by_side(*tables: Float[Array, "rows _"]) -> Float[Array, "rows all"]:
     return over_devices(mesh, own, tuple(COLUMNS for _ in wide), COLUMNS, *wide)
 
 
-def _held(tree: _Tree, spec: P) -> _Tree:
+def held(tree: _Tree, spec: P) -> _Tree:
     """Arrays split so over the mesh in force, if there is one."""
     return tree if mesh_in_force() is None else jax.lax.with_sharding_constraint(tree, spec)
 
 
 def everywhere(tree: _Tree) -> _Tree:
     """Arrays computed alike on every device, where there are several."""
-    return _held(tree, WHOLE)
+    return held(tree, WHOLE)
 
 
 def tables_of(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """While a model is made: its tables are read and drawn by columns, each device's own.
+    """While a model is made: its tables are read and drawn by columns, each device's own; the rest is on all of them.
 
-    Over several processes they are made whole in each, for graphs are built by every process for itself.
+    Where the devices are those of several processes, all of these make the model, of equal data.
     """
-    is_one = mesh is None or mesh.size == 1 or jax.process_count() > 1
-    return nullcontext() if is_one else jax.set_mesh(mesh)
+    return nullcontext() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh)
 
 
 def _by_columns(width: int) -> NamedSharding | None:

@@ -1,8 +1,9 @@
-"""The one exception for mistakes a user can mend, and the one for a process that is gone."""
+"""The exceptions that are no mistakes in the program: what a user can mend, a process that is gone, a user's stop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -18,6 +19,19 @@ class UserError(ValueError):
 
 class ProcessLost(RuntimeError):
     """Another of the processes that train together is gone; the text says what there is to go on from."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a training; what it had finished is on disk.
+
+    Attributes:
+        directory: where it can be gone on with.
+        done: how far it came, in words.
+    """
+
+    def __init__(self, directory: Path, done: str) -> None:
+        super().__init__(f"{directory}: {done}")
+        self.directory, self.done = directory, done
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -31,7 +31,8 @@ ALLOWED = {
     "sharpness_aware": ("mirror", "selection", "sparse_masks"),
     "optimizers": ("declaration", "errors"),
     "graph": ("deprecation", "devices", "dropout", "errors", "selection"),
-    "data": ("deprecation", "errors", "files", "graph"),
+    "preparation": ("declaration",),
+    "data": ("deprecation", "errors", "files", "graph", "preparation"),
     "losses": ("deprecation",),
     "models": ("data", "declaration", "deprecation", "devices", "dropout", "errors", "graph"),
     "evaluation": ("data", "deprecation", "devices", "errors"),
@@ -46,7 +47,7 @@ ALLOWED = {
     ),
     "cli": (
         *("analysis", "data", "declaration", "devices", "errors", "evaluation", "files", "interop", "mirror"),
-        *("models", "optimizers", "processes", "sharpness_aware", "signals", "training"),
+        *("models", "optimizers", "preparation", "processes", "sharpness_aware", "signals", "training"),
     ),
     "__main__": ("cli",),
     # The public names.

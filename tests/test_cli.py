@@ -288,7 +288,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
-    "unknown option": (["--alpha3", "1"], "no option '--alpha3'; choose among --adversarial, --alpha1, --alpha2,"),
+    "unknown option": (["--alpha3", "1"], "no option '--alpha3' (did you mean --alpha1 or --alpha2?); see "),
     "unknown model": (["--model", "freedum"], "unknown model 'freedum'; choose one of bm3, dragon,"),
     "unknown --set key": (["--set", "droput=0.1"], "has no hyper-parameter 'droput'; choose among"),
     "--set without value": (["--set", "dropout"], "is not of the form key=value"),

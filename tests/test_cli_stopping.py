@@ -14,7 +14,7 @@ import pytest
 from command_lines import HANGS
 
 from mgrad_jax.cli import stopping
-from mgrad_jax.cli.train import how_to_go_on
+from mgrad_jax.cli.training import how_to_go_on
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 

@@ -28,7 +28,7 @@ from mgrad_jax.analysis.convergence import gradient_evaluations
 from mgrad_jax.analysis.study_plan import STRIDE, Cell, Key, Study
 from mgrad_jax.analysis.study_users import sampled_metrics, user_metrics
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.errors import UserError
+from mgrad_jax.errors import Interrupted, UserError
 from mgrad_jax.evaluation.candidates import Candidates, read_candidates
 from mgrad_jax.files import Damaged, locked, read_mapping, write_whole
 from mgrad_jax.training.config import RunConfig
@@ -53,12 +53,12 @@ STUDY_FILE = "study.yaml"
 _DIVERGED_FILE = "diverged.txt"
 
 
-class StudyInterrupted(KeyboardInterrupt):
+class StudyInterrupted(Interrupted):
     """The user stopped a study; what its runs had finished is on disk."""
 
-    def __init__(self, out: Path, finished: int, runs: int) -> None:
-        super().__init__(f"{out}: stopped with {finished} of {runs} runs finished")
-        self.out, self.finished, self.runs = out, finished, runs
+    def __init__(self, directory: Path, finished: int, runs: int) -> None:
+        super().__init__(directory, f"stopped with {finished} of {runs} runs finished")
+        self.finished, self.runs = finished, runs
 
 
 class Run(NamedTuple):

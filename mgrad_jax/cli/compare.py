@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
 from mgrad_jax.cli.common import HyperParameters
-from mgrad_jax.cli.console import print_table, progress
+from mgrad_jax.cli.console import print_table
 from mgrad_jax.cli.options import Part, names, numbers, pairs, scalar, takes_settings
-from mgrad_jax.cli.train import how_to_go_on
+from mgrad_jax.cli.training import told
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.methods import METHODS
 from mgrad_jax.training.settings import RunSettings
@@ -136,33 +134,17 @@ def seeds_of(text: str, first: int) -> tuple[int, ...]:
 
 
 def train_outcome(study: Study, resume: bool) -> Outcome:
-    """Train and tell how far it is; a signal to stop leaves every finished epoch on disk."""
-    from mgrad_jax.analysis.study import STUDY_FILE, StudyInterrupted, train_study
+    """Train and tell which run it is at, as it starts and after every epoch."""
+    from mgrad_jax.analysis.study import STUDY_FILE, train_study
 
-    early = "stopped before the first epoch was finished"
-    stopping.say(lambda: how_to_go_on(early, study.directory, STUDY_FILE))
-    try:
-        with _progress(study) as report:
-            return train_study(study, resume=resume, progress=report)
-    except StudyInterrupted as stop:
-        done = f"stopped with {stop.finished} of {stop.runs} runs finished"
-        raise stopping.Stopped(how_to_go_on(done, study.directory, STUDY_FILE)) from None
-
-
-@contextlib.contextmanager
-def _progress(study: Study) -> Iterator[Any]:
-    """Tell how far the runs are; yields what to call as a run starts and after every epoch."""
     total = len(study.configs())
-    with progress("compare") as tell:
 
-        def show(done: int, config: RunConfig, report: EpochReport | None) -> None:
-            stopping.complete_what_is_begun()
-            state = f"run {done + 1} of {total}  {config.directory.name}  "
-            state += "starting" if report is None else f"epoch {report.epoch}  best {report.best_epoch}"
-            tell(state, done, total)
-            stopping.repeat_if_lost()
+    def state(done: int, config: RunConfig, report: EpochReport | None) -> tuple[str, int, int]:
+        text = "starting" if report is None else f"epoch {report.epoch}  best {report.best_epoch}"
+        return f"run {done + 1} of {total}  {config.directory.name}  {text}", done, total
 
-        yield show
+    with told("compare", study.directory, state, begun=STUDY_FILE) as report:
+        return train_study(study, resume=resume, progress=report)
 
 
 def _print_estimate(study: Study) -> None:

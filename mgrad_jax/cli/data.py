@@ -11,21 +11,20 @@ import typer
 from rich.table import Table
 
 from mgrad_jax.cli.console import console
+from mgrad_jax.cli.options import takes_settings
 from mgrad_jax.errors import UserError
+from mgrad_jax.preparation import Preparation
 
 if TYPE_CHECKING:
     from mgrad_jax.data import Interactions
     from mgrad_jax.data.preprocess import Prepared
 
-_Features = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option(metavar="NPY IDS", help="Features (rows, dim), and a text file with the raw item id of each row."),
-]
 # What `prepare` reads where it makes the user graph only; the other options are of raw ratings.
 _OF_AMR = ("amr", "source", "destination", "name", "seed", "overwrite")
 _OF_USER_GRAPH = ("source", "user_graph", "user_k", "published_user_graph")
 
 
+@takes_settings(how=Preparation)
 def prepare(
     context: typer.Context,
     source: Annotated[
@@ -38,39 +37,8 @@ def prepare(
     destination: Annotated[
         Path | None, typer.Argument(help="Directory to write; leave it out to make only a dataset's user graph.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the dataset; the directory's name by default.")] = None,
-    user: Annotated[str | None, typer.Option(help="Column of the users; found by common names by default.")] = None,
-    item: Annotated[str | None, typer.Option(help="Column of the items.")] = None,
-    rating: Annotated[str | None, typer.Option(help="Column of the ratings.")] = None,
-    min_rating: Annotated[float | None, typer.Option(help="Leave lower ratings out.")] = None,
-    k_core: Annotated[
-        int | None, typer.Option(help="Fewest interactions of every user and item: 5, or 1 where a split is kept.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the shuffle before the split.")] = 999,
-    header: Annotated[
-        bool | None, typer.Option("--header/--no-header", help="Whether a table has a header line; told by its looks.")
-    ] = None,
-    separator: Annotated[
-        str | None,
-        typer.Option(help="Of a table's columns: ',', ';', '|', '::' or 'tab'; by the file's name by default."),
-    ] = None,
-    encoding: Annotated[str, typer.Option(help="Of the text, e.g. utf-16 or latin-1.")] = "utf-8",
-    columns: Annotated[
-        str | None,
-        typer.Option(help="What a table's columns hold, in order: item,user,rating,timestamp; '-' for others."),
-    ] = None,
-    new_split: Annotated[bool, typer.Option("--new-split", help="Draw a split although SOURCE has one.")] = False,
-    drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Of a pair in two splits, keep the row in training.")
-    ] = False,
-    image_features: _Features = None,
-    text_features: _Features = None,
-    fill_features: Annotated[
-        bool, typer.Option("--fill-features", help="Give items without a feature the mean of the others.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the dataset in DESTINATION as a whole.")
-    ] = False,
+    *,
+    how: Preparation,
     user_graph: Annotated[
         bool,
         typer.Option("--user-graph", help="Build the user graph of dualgnn and dragon and store it in the dataset."),
@@ -87,7 +55,7 @@ def prepare(
 ) -> None:
     """Filter, split and re-index raw ratings into a dataset directory; store its user graph."""
     if amr:
-        _prepare_amr(context, source, destination, name, seed, overwrite)
+        _prepare_amr(context, source, destination, how)
         return
     _check_preparation(context, source, destination, user_graph, published_user_graph)
     if destination is None:
@@ -95,35 +63,13 @@ def prepare(
         return
     from mgrad_jax.data import preprocess
 
-    given = {"image": image_features, "text": text_features}
-    prepared = preprocess.prepare(
-        source,
-        destination,
-        name=name,
-        user=user,
-        item=item,
-        rating=rating,
-        min_rating=min_rating,
-        k_core=k_core,
-        seed=seed,
-        header=header,
-        separator={"tab": "\t", "\\t": "\t"}.get(separator, separator) if separator is not None else None,
-        encoding=encoding,
-        columns=None if columns is None else columns.split(","),
-        new_split=new_split,
-        drop_duplicates=drop_duplicates,
-        features={modality: files for modality, files in given.items() if files is not None},
-        fill_features=fill_features,
-        overwrite=overwrite,
-    )
+    prepared = preprocess.prepare(source, destination, how)
     _print_values(str(destination), _told(prepared))
     if user_graph:
         _store_user_graph(prepared.file, user_k)
 
 
-def _prepare_amr(
-    context: typer.Context, source: Path, destination: Path | None, name: str | None, seed: int, overwrite: bool
-) -> None:
+def _prepare_amr(context: typer.Context, source: Path, destination: Path | None, how: Preparation) -> None:
     """`prepare --amr`: its dataset has ids, a test split and features already."""
     if destination is None:
         raise UserError("DESTINATION is missing; name the directory to write.")
@@ -133,7 +79,7 @@ def _prepare_amr(
             raise UserError(f"{option} is for raw ratings, and --amr reads none; leave {option} out.")
     from mgrad_jax.data.amr import prepare_amr
 
-    prepared = prepare_amr(source, destination, name=name, seed=seed, overwrite=overwrite)
+    prepared = prepare_amr(source, destination, name=how.name, seed=how.seed, overwrite=how.overwrite)
     candidates = prepared.file.with_name("candidates.npy")
     _print_values(str(destination), {**_told(prepared), "candidates": candidates})
 

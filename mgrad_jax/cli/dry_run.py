@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 def show_run(config: RunConfig, resume: bool) -> None:
     """What `train` would do with a configuration; what it would refuse is a `UserError`."""
     from mgrad_jax.data import load_interactions
+    from mgrad_jax.training.run_directory import is_begun
 
-    place = _place(config.directory, "run", resume)
+    place = _place(config.directory, "run", is_begun, resume)
     data = load_interactions(config.data)
     rows = {**_settings(config.to_dict()), **_of_data(config, data), **_of_model(config, data), "directory": place}
     _print(f"{config.summary}: nothing was trained", rows)
@@ -30,8 +32,9 @@ def show_sweep(config: SweepConfig, resume: bool, slots: int | None) -> None:
     from mgrad_jax.data import load_interactions
     from mgrad_jax.training.grid import group_members, no_advice
     from mgrad_jax.training.sweep import check_sweep
+    from mgrad_jax.training.sweep_directory import is_begun
 
-    place = _place(config.directory, "sweep", resume)
+    place = _place(config.directory, "sweep", is_begun, resume)
     data = load_interactions(config.base.data)
     members = config.members()
     check_sweep(data, members, slots)
@@ -44,17 +47,15 @@ def show_sweep(config: SweepConfig, resume: bool, slots: int | None) -> None:
     _print(f"{config.base.model} sweep: nothing was trained", {**rows, "directory": place})
 
 
-def _place(directory: Path, what: str, resume: bool) -> str:
+def _place(directory: Path, what: str, is_begun: Callable[[Path], bool], resume: bool) -> str:
     """The directory and whether it can be used, as training itself would find."""
-    begun = (directory / "config.yaml").exists() or (directory / "checkpoint").exists()
-    if begun and not resume:
-        raise UserError(f"{directory} already holds a {what}; add --resume to go on with it, or choose another --out.")
-    if resume and not begun:
-        raise UserError(f"{directory} holds no {what} (there is no config.yaml); leave --resume out.")
+    from mgrad_jax.training.directories import check_begun
+
+    check_begun(directory, what, is_begun, resume)
     existing = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{directory} cannot be written ({existing} is no directory one can write in); change --out.")
-    return f"{directory} ({'would be gone on with' if begun else 'free'})"
+    return f"{directory} ({'would be gone on with' if resume else 'free'})"
 
 
 def _settings(values: dict[str, Any]) -> dict[str, str]:

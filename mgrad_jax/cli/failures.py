@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import sys
@@ -95,12 +96,11 @@ def _usage(error: Any) -> str:
     # typer's own classes of usage errors are not public; an unknown option is told by what it brings.
     if hasattr(error, "possibilities"):
         offered = [p for p in context.command.params if not getattr(p, "hidden", False)]
-        # The first spelling of each: a longer sentence would be cut.
-        options = sorted(o for p in offered for o in (*p.opts[:1], *p.secondary_opts) if o.startswith("--"))
-        return (
-            f"{context.command_path} has no option {shown(error.option_name)}; choose among {', '.join(options)}, "
-            f"--help{did_you_mean(error.option_name, options)}."
-        )
+        options = [o for p in offered for o in (*p.opts, *p.secondary_opts) if o.startswith("--")]
+        near = " or ".join(sorted(difflib.get_close_matches(error.option_name, options, 3)))
+        meant = f" (did you mean {near}?)" if near else ""
+        path = context.command_path
+        return f"{path} has no option {shown(error.option_name)}{meant}; see {path} --help."
     if sentence.startswith("No such command"):
         commands = context.command.list_commands(context)
         given = sentence.partition("'")[2].partition("'")[0]

@@ -12,6 +12,7 @@ import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
+from mgrad_jax.cli.common import SharedBy, devices_of
 from mgrad_jax.cli.console import print_metrics, print_table
 from mgrad_jax.cli.train import train_and_tell
 from mgrad_jax.errors import UserError, shown
@@ -60,17 +61,24 @@ def evaluate(
             metavar="NPY", help="Also rank held-out items among these candidates; `prepare --amr` writes them."
         ),
     ] = None,
+    devices: SharedBy = None,
     internal_ids: _InternalIds = False,
 ) -> None:
     """Evaluate a run's best parameters, or a recommender without training, on validation and test."""
     if per_user is not None:
         _check_output("--per-user", per_user)
+    number = devices_of(devices)
     use_compilation_cache()
 
     from mgrad_jax.evaluation.candidates import CAPTION, candidate_metrics, read_candidates
 
     started = time.perf_counter()
-    evaluated = _evaluated_baseline(str(run), data) if _is_baseline(run) else _evaluated_run(run, data)
+    if not _is_baseline(run):
+        evaluated = _evaluated_run(run, data, number)
+    elif devices is None:
+        evaluated = _evaluated_baseline(str(run), data)
+    else:
+        raise UserError(f"{run} has no tables to be shared by devices; leave --devices out.")
     means = {
         split: {k: float(v.mean()) for k, v in metrics.items()} for split, (_, metrics) in evaluated.values.items()
     }
@@ -105,18 +113,25 @@ def _is_baseline(run: Path) -> bool:
     return str(run) in BASELINES and not run.exists()
 
 
-def _evaluated_run(run: Path, data: str | None) -> _Evaluated:
+def _evaluated_run(run: Path, data: str | None, devices: int | Literal["all"]) -> _Evaluated:
+    from mgrad_jax.devices import in_force
     from mgrad_jax.evaluation.candidates import scores_of
-    from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics
+    from mgrad_jax.evaluation.ranking import make_eval_split, per_user_metrics, split_over_devices
 
-    loaded, notes = _open(run, data)
-    vectors = loaded.vectors()
-    values = {
-        split: per_user_metrics(make_eval_split(loaded.data, split, loaded.config.ks), vectors[0], vectors[1])
-        for split in _SPLITS
-    }
+    loaded, notes = _open(run, data, devices)
+    vectors, layout = loaded.vectors(), loaded.layout
+    splits = {split: make_eval_split(loaded.data, split, loaded.config.ks) for split in _SPLITS}
+    if layout is not None:
+        splits = {name: split_over_devices(split, layout.mesh) for name, split in splits.items()}
+    with in_force(layout):
+        values = {name: per_user_metrics(split, *vectors) for name, split in splits.items()}
+
+    def scores(users: np.ndarray) -> np.ndarray:
+        with in_force(layout):
+            return scores_of(*vectors)(users)
+
     title, notes = f"{loaded.config.model} on {loaded.data.name}", [f"best epoch {loaded.epoch}", *notes, str(run)]
-    return _Evaluated(title, notes, loaded.data, loaded.config.data, values, scores_of(*vectors))
+    return _Evaluated(title, notes, loaded.data, loaded.config.data, values, scores)
 
 
 def _evaluated_baseline(name: str, data: str | None) -> _Evaluated:
@@ -166,6 +181,7 @@ def recommend(
         Path | None, typer.Option(help="File with one user id a line, raw ones where there are; all users by default.")
     ] = None,
     data: _RunData = None,
+    devices: SharedBy = None,
     internal_ids: _InternalIds = False,
 ) -> None:
     """Write the best new items of users, their training items left out; in raw ids where `prepare` left its maps."""
@@ -174,20 +190,22 @@ def recommend(
         raise UserError(f"--output {output} is the file of --users; choose another one.")
     if top_k < 1:
         raise UserError(f"--top-k is {shown(top_k)}; it must be at least 1.")
+    number = devices_of(devices)
     use_compilation_cache()
     import numpy as np
     import pandas as pd
 
+    from mgrad_jax.devices import in_force
     from mgrad_jax.evaluation.ranking import top_items
 
-    loaded, notes = _open(run, data)
+    loaded, notes = _open(run, data, number)
     n_users = loaded.data.n_users
     names = {
         kind: None if internal_ids else _raw_ids(loaded.config.data, loaded.data, kind) for kind in ("user", "item")
     }
     chosen = np.arange(n_users) if users is None else read_users(users, n_users, names["user"])
-    vectors = loaded.vectors()
-    items, scores = top_items(vectors[0], vectors[1], loaded.data.train, chosen, top_k)
+    with in_force(loaded.layout):
+        items, scores = top_items(*loaded.vectors(), loaded.data.train, chosen, top_k)
     columns = {"user": np.repeat(chosen, items.shape[1]), "item": items.ravel()}
     for kind, raw in names.items():
         columns[kind] = columns[kind] if raw is None else raw[columns[kind]]
@@ -211,27 +229,30 @@ def _count(lengths: np.ndarray, top_k: int) -> str:
     return f"{users}, {longest} {'item' if longest == 1 else 'items'} each{short}"
 
 
-def _open(directory: Path, data: str | None) -> tuple[LoadedRun, list[str]]:
+def _open(directory: Path, data: str | None, devices: int | Literal["all"]) -> tuple[LoadedRun, list[str]]:
     """A run with its best parameters, and what to say about it; a sweep's member is trained again the first time."""
+    from mgrad_jax.devices import mesh
     from mgrad_jax.training.member import differs, find_member
     from mgrad_jax.training.run import load_run
 
+    over = None if devices == 1 else mesh(devices)
     member = find_member(directory, data)
     if member is None:
         if not directory.is_dir():
             what = "is a file" if directory.exists() else "does not exist"
             raise UserError(f"{directory} {what}; give the directory of a run.")
-        loaded = load_run(directory, data)
+        loaded = load_run(directory, data, over)
         return loaded, [] if (directory / "result.json").exists() else ["its training is not finished"]
     notes = [member.description]
     place = member.config.directory
     if not (place / "result.json").exists():
         print(f"{member.description}: trained once more, kept in {place}", flush=True)
-        go_on = "stopped; repeat the command to go on"
-        result = train_and_tell(member.config, resume=(place / "config.yaml").exists(), go_on=lambda: f"{go_on}.")
+        go_on = "stopped; repeat the command to go on."
+        begun = (place / "config.yaml").exists()
+        result = train_and_tell(member.config, resume=begun, devices=devices, go_on=go_on)
         if differs(place.parent, result):
             notes.append("trained again, its metrics differ from those of the sweep")
-    return load_run(place, data), notes
+    return load_run(place, data, over), notes
 
 
 def _raw_ids(source: str, data: Interactions, kind: str) -> np.ndarray | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import DevicesOption
-from mgrad_jax.cli.console import plus_minus, print_table, progress
+from mgrad_jax.cli.common import DevicesOption, devices_of
+from mgrad_jax.cli.console import plus_minus, print_table
 from mgrad_jax.cli.options import scalar, takes_settings
-from mgrad_jax.cli.train import how_to_go_on
+from mgrad_jax.cli.training import told
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.settings import Settings
 
@@ -40,7 +38,7 @@ def sweep(
     slots: Annotated[
         int | None, typer.Option(help="The most members side by side on a device; 1 on a CPU, 16 else by default.")
     ] = None,
-    devices: DevicesOption = "1",
+    devices: DevicesOption = None,
     out: Annotated[str | None, typer.Option(help="The sweep's directory; sweeps/<model>-<data> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     dry_run: Annotated[
@@ -48,9 +46,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Train a grid of settings as one program and find the best on validation."""
-    from mgrad_jax.devices import mesh, parse_devices
-
-    number = parse_devices(devices)
+    number = devices_of(devices)
     if not dry_run:
         use_compilation_cache()
     from mgrad_jax.training.sweep_run import SweepConfig
@@ -58,6 +54,7 @@ def sweep(
     config = SweepConfig(base, read_grid(base.model, grid or ()), seeds, out)
     if dry_run:
         from mgrad_jax.cli.dry_run import show_sweep
+        from mgrad_jax.devices import mesh
 
         mesh(number)  # refuses more devices than there are
         show_sweep(config, resume, slots)
@@ -89,32 +86,16 @@ def read_grid(model: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _train(config: SweepConfig, resume: bool, slots: int | None, devices: int | Literal["all"]) -> SweepOutcome:
-    """Train and tell how far it is; a signal to stop leaves every finished member on disk."""
-    from mgrad_jax.training.sweep_run import SweepInterrupted, train_sweep
+    """Train and tell how many members are finished."""
+    from mgrad_jax.training.sweep_run import train_sweep
 
-    stopping.say(lambda: how_to_go_on("stopped before the first epoch was finished", config.directory))
-    try:
-        with _progress(config) as report:
-            return train_sweep(config, resume=resume, slots=slots, progress=report, devices=devices)
-    except SweepInterrupted as stop:
-        done = f"stopped with {stop.finished} of {stop.members} members finished"
-        raise stopping.Stopped(how_to_go_on(done, stop.directory)) from None
+    def state(sweep: SweepReport) -> tuple[str, int, int]:
+        epochs = ", ".join(map(str, sweep.running[:4])) + (" ..." if len(sweep.running) > 4 else "")
+        text = f"{sweep.finished} of {sweep.members} members  group {sweep.group} of {sweep.groups}"
+        return text + (f"  epoch {epochs}" if epochs else ""), sweep.finished, sweep.members
 
-
-@contextlib.contextmanager
-def _progress(config: SweepConfig) -> Iterator[Any]:
-    """Tell how many members are finished; yields what to call after every epoch."""
-    with progress(f"{config.base.model} sweep") as tell:
-
-        def report(sweep: SweepReport) -> None:
-            stopping.complete_what_is_begun()
-            epochs = ", ".join(map(str, sweep.running[:4])) + (" ..." if len(sweep.running) > 4 else "")
-            state = f"{sweep.finished} of {sweep.members} members  group {sweep.group} of {sweep.groups}"
-            state += f"  epoch {epochs}" if epochs else ""
-            tell(state, sweep.finished, sweep.members)
-            stopping.repeat_if_lost()
-
-        yield report
+    with told(f"{config.base.model} sweep", config.directory, state) as report:
+        return train_sweep(config, resume=resume, slots=slots, progress=report, devices=devices)
 
 
 def _print_outcome(outcome: SweepOutcome, config: SweepConfig) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from mgrad_jax.data.mmrec import interaction_file, split_rows
 from mgrad_jax.data.ratings import Ratings, Source, read_ratings, refuse_rows
 from mgrad_jax.data.tables import few, opened
 from mgrad_jax.errors import UserError, shown
+from mgrad_jax.preparation import Preparation
 
 _MAPS = ("user_map.tsv", "item_map.tsv")
 _CANDIDATES = "candidates.npy"
@@ -54,23 +57,10 @@ class Prepared:
 def prepare(
     source: str | Path,
     destination: str | Path,
+    how: Preparation | None = None,
     *,
-    name: str | None = None,
-    user: str | None = None,
-    item: str | None = None,
-    rating: str | None = None,
-    min_rating: float | None = None,
-    k_core: int | None = None,
-    seed: int = 999,
-    header: bool | None = None,
-    separator: str | None = None,
-    encoding: str = "utf-8",
-    columns: Sequence[str] | None = None,
-    new_split: bool = False,
-    drop_duplicates: bool = False,
     features: Mapping[str, tuple[str | Path, str | Path]] | None = None,
-    fill_features: bool = False,
-    overwrite: bool = False,
+    **named: Any,
 ) -> Prepared:
     """Filter, split and re-index raw ratings, and write them in MMRec format.
 
@@ -86,48 +76,37 @@ def prepare(
         source: CSV, TSV (`.csv`, `.tsv`, `.txt`, `.inter`) or JSON lines (`.json`, `.jsonl`), plain or `.gz`; or the
             directory of a dataset.
         destination: directory to write `<name>.inter`, `user_map.tsv` and `item_map.tsv` (raw id, new id) to.
-        name: of the dataset; the directory's name by default.
-        user, item, rating: columns; found by common names by default. A table without a header has them in this order.
-        min_rating: leave lower ratings out.
-        k_core: fewest interactions of every user and item; 5 by default, at least 3 where a split is drawn, and 1 by
-            default where it is kept.
-        seed: of the shuffle, not negative.
-        header: whether a table has a header line; by default it has one where its first line holds a known (or the
-            given) column name, and none where that line holds a number.
-        separator: of a table's columns; by default a comma in `.csv` and a tab elsewhere.
-        encoding: of the text.
-        columns: what a table's columns hold, in order, e.g. ("item", "user", "rating", "timestamp"); "-" for others.
-        new_split: draw a split although the source has one.
-        drop_duplicates: of a pair that stands in two splits keep the row in training (or validation) instead of
-            refusing.
+        how: what else is asked for; by default a `Preparation`, which tells of each. At least 3 interactions are
+            needed of every user where a split is drawn. A dataset that is overwritten is replaced as a whole; a process
+            killed on the way leaves the old one, the new one, or a directory that is refused until this is run again.
         features: "image" and "text": (array, ids) where `array` is an .npy file of shape (rows, dim) and `ids` a text
             file with the raw item id of each row, one a line. The rows of the items that are left are written, in the
-            new order, as `<modality>_feat.npy`.
-        fill_features: give items without a feature, no row or a row of zeros, the mean of the others.
-        overwrite: replace the dataset that is there, as a whole; a process killed on the way leaves the old one, the
-            new one, or a directory that is refused until the command is run again.
+            new order, as `<modality>_feat.npy`. Of a row of zeros nothing is known either.
+        **named: what is asked for by name, in place of that in `how`, such as `min_rating=4`.
 
     Raises:
         UserError: a missing or malformed file, an unknown column, nothing left, or a destination in use.
     """
     source, destination = Path(source), Path(destination)
-    _check_numbers(k_core, seed, min_rating)
-    file = destination / f"{checked_name(name, destination)}.inter"
-    features = dict(features or {})
+    how = dataclasses.replace(how or Preparation(), **named)
+    k_core = how.k_core
+    _check_numbers(k_core, how.seed, how.min_rating)
+    file = destination / f"{checked_name(how.name, destination)}.inter"
+    features = {**how.features, **(features or {})}
     _check_modalities(features)
     if source.is_dir():
         source = interaction_file(source, None)
     beside = [modality for modality in MODALITIES if (source.parent / f"{modality}_feat.npy").exists()]
     inputs = [source, *(Path(path) for pair in features.values() for path in pair)]
     inputs += [source.parent / f"{modality}_feat.npy" for modality in beside]
-    check_destination(file, [*features, *beside], inputs, overwrite)
+    check_destination(file, [*features, *beside], inputs, how.overwrite)
 
-    given = {
-        role: column for role, column in (("user", user), ("item", item), ("rating", rating)) if column is not None
-    }
-    ratings = read_ratings(Source(source, separator, encoding, header, columns, given))
-    kept = "label" in ratings.values and not new_split
-    rows, left_out = _select(source, ratings, min_rating, kept, drop_duplicates)
+    columns = {"user": how.user, "item": how.item, "rating": how.rating}
+    given = {role: column for role, column in columns.items() if column is not None}
+    separator = {"tab": "\t", "\\t": "\t"}.get(how.separator or "", how.separator)
+    ratings = read_ratings(Source(source, separator, how.encoding, how.header, how.columns or None, given))
+    kept = "label" in ratings.values and not how.new_split
+    rows, left_out = _select(source, ratings, how.min_rating, kept, how.drop_duplicates)
     k_core = k_core if k_core is not None else 1 if kept else 5
     if not kept and k_core < 3:
         raise UserError(f"k_core is {k_core}; it must be at least 3, so that every user has a row in each split.")
@@ -138,11 +117,11 @@ def prepare(
 
     users, user_names = _factorize(remaining["user"], kept)
     items, item_names = _factorize(remaining["item"], kept)
-    labels = remaining["label"].to_numpy() if kept else _split(users, np.random.default_rng(seed))
-    tables = {m: _align(Path(array), Path(ids), item_names, fill_features) for m, (array, ids) in features.items()}
+    labels = remaining["label"].to_numpy() if kept else _split(users, np.random.default_rng(how.seed))
+    tables = {m: _align(Path(array), Path(ids), item_names, how.fill_features) for m, (array, ids) in features.items()}
     if kept:
         tables = {**_carried(source, item_names), **tables}
-    if fill_features:
+    if how.fill_features:
         tables = {modality: fill_zero_rows(table) for modality, table in tables.items()}
     _check_dataset(source, users, items, labels, (len(user_names), len(item_names)), tables)
     if kept:
@@ -156,7 +135,7 @@ def prepare(
         contents[map_name] = partial(write_map, names)
     contents[file.name] = partial(table.to_csv, sep="\t", index=False)
     with writing(destination):
-        check_destination(file, tables, inputs, overwrite)
+        check_destination(file, tables, inputs, how.overwrite)
         replace_files(destination, contents, [path.name for path in dataset_files(destination)])
     return Prepared(
         users=len(user_names),

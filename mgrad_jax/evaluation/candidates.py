@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from mgrad_jax.data import Interactions
 from mgrad_jax.data.features import read_features
+from mgrad_jax.devices import everywhere
 from mgrad_jax.errors import UserError
 
 KS = (5, 10, 20)
@@ -122,4 +123,4 @@ def scores_of(
 
 @jax.jit
 def _products(users: Float[Array, "block dim"], items: Float[Array, "items dim"]) -> Float[Array, "block items"]:
-    return jnp.matmul(users, items.T, precision="highest")
+    return jnp.matmul(everywhere(users), everywhere(items).T, precision="highest")

@@ -102,6 +102,16 @@ class _Block(NamedTuple):
     training: BlockedPairs
 
 
+class _Asking(NamedTuple):
+    """Users who get a list, one block of them or all, and the pairs to leave out."""
+
+    users: Int[Array, "... block"]
+    training: BlockedPairs
+
+
+_AnyBlock = TypeVar("_AnyBlock", _Block, _Asking)
+
+
 def make_eval_split(
     data: Interactions,
     split: Literal["train", "valid", "test"],
@@ -165,17 +175,17 @@ def split_over_devices(eval_split: EvalSplit, mesh: Mesh) -> EvalSplit:
 
 
 def _by_block(
-    function: Callable[[_Block, Array, Array], _Result], eval_split: EvalSplit, user_vectors: Array, item_vectors: Array
+    function: Callable[[_AnyBlock, Array, Array], _Result], blocks: _AnyBlock, user_vectors: Array, item_vectors: Array
 ) -> _Result:
     """Results (blocks, ...) of `function(block, vectors of its users, item vectors)`, block after block.
 
     Each of several devices does its own blocks; for that the items' vectors come to all of them.
     """
-    blocks, mesh = _all_blocks(eval_split), mesh_in_force()
-    if mesh is None or eval_split.users.shape[0] % mesh.size:
+    mesh = mesh_in_force()
+    if mesh is None or blocks.users.shape[0] % mesh.size:
         return jax.lax.map(lambda block: function(block, user_vectors[block.users], item_vectors), blocks)
 
-    def own(blocks: _Block, vectors: Array, item_vectors: Array) -> _Result:
+    def own(blocks: _AnyBlock, vectors: Array, item_vectors: Array) -> _Result:
         return jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
 
     # By columns, of which rows are taken without any exchange; then these rows go where their blocks are.
@@ -225,7 +235,7 @@ def full_sort_metrics(
         values = ranking_metrics(hits, counts, eval_split.ks)
         return {name: jnp.sum(jnp.where(counts > 0, value, 0.0)) for name, value in values.items()}
 
-    sums = _by_block(of_block, eval_split, user_vectors, item_vectors)
+    sums = _by_block(of_block, _all_blocks(eval_split), user_vectors, item_vectors)
     n_users = jnp.maximum(jnp.sum(eval_split.positive_counts > 0), 1)
     return {name: jnp.sum(value[: eval_split.n_blocks]) / n_users.astype(value.dtype) for name, value in sums.items()}
 
@@ -275,7 +285,7 @@ def user_metrics(
         hits = _hits(block, _scores(block, vectors, item_vectors), eval_split.ks)
         return ranking_metrics(hits, block.positive_counts, eval_split.ks)
 
-    return _by_block(of_block, eval_split, user_vectors, item_vectors)
+    return _by_block(of_block, _all_blocks(eval_split), user_vectors, item_vectors)
 
 
 _user_metrics = jax.jit(user_metrics)
@@ -291,7 +301,7 @@ def user_metrics_and_lists(
         metrics = ranking_metrics(_hits(block, scores, eval_split.ks), block.positive_counts, eval_split.ks)
         return metrics, jax.lax.top_k(scores, length)[1]
 
-    return _by_block(of_block, eval_split, user_vectors, item_vectors)
+    return _by_block(of_block, _all_blocks(eval_split), user_vectors, item_vectors)
 
 
 def by_user(eval_split: EvalSplit, values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -366,21 +376,21 @@ def top_items(
     unique, inverse = np.unique(np.asarray(users), return_inverse=True)
     block = block or users_at_a_time(item_vectors.shape[0])
     n_blocks = max(1, -(-len(unique) // block))
+    if (mesh := mesh_in_force()) is not None:
+        n_blocks += -n_blocks % mesh.size
     padded = np.full(n_blocks * min(block, max(1, len(unique))), -1)
     padded[: len(unique)] = unique
     ids = padded.reshape(n_blocks, -1)
     pairs = _block_pairs(np.unique(training, axis=0), ids, user_vectors.shape[0])
-    blocks = jnp.asarray(np.maximum(ids, 0), jnp.int32)
+    blocks = _Asking(jnp.asarray(np.maximum(ids, 0), jnp.int32), pairs)
     k = min(k, item_vectors.shape[0])
-    scores, items = jax.device_get(_top(blocks, pairs, user_vectors, item_vectors, k))
+    scores, items = jax.device_get(_top(blocks, user_vectors, item_vectors, k))
     return items.reshape(-1, k)[inverse].astype(np.int32), scores.reshape(-1, k)[inverse]
 
 
 @partial(jax.jit, static_argnames="k")
-def _top(blocks: Array, pairs: BlockedPairs, user_vectors: Array, item_vectors: Array, k: int) -> Any:
-    def of_block(block: tuple[Array, BlockedPairs]) -> Any:
-        users, training = block
-        scores = _masked(_products(user_vectors[users], item_vectors), training)
-        return tuple(jax.lax.top_k(scores, k))
+def _top(blocks: _Asking, user_vectors: Array, item_vectors: Array, k: int) -> Any:
+    def of_block(block: _Asking, vectors: Array, item_vectors: Array) -> Any:
+        return tuple(jax.lax.top_k(_masked(_products(vectors, item_vectors), block.training), k))
 
-    return jax.lax.map(of_block, (blocks, pairs))
+    return _by_block(of_block, blocks, user_vectors, item_vectors)

@@ -11,16 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, mesh_in_force, over_devices
+from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, loaded, mesh_in_force, over_devices
 from mgrad_jax.errors import UserError
+from mgrad_jax.graph import ring
 from mgrad_jax.graph.sparse import SparseGraph, blank_graph, rows_on_host, shapes_only, sparse_graph
+
+# A table of at least so many bytes is not brought whole to each of several devices. Every smaller one, and its copy of
+# unit rows, fits a device beside its share of a model, and is compared as one device compares it.
+RING_BYTES = 1 << 30
 
 
 def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[Array, "n k"]:
     """The k nearest rows of every row by cosine similarity, itself included; ties go to the lower index.
 
     Exact, on the device, in blocks of rows: no (n, n) array in memory. Where a mesh is set (`jax.set_mesh`), each of
-    its devices has the whole table and does some of the blocks; these are the same, and so are the neighbours.
+    its devices has the whole table and does some of the blocks; these are the same, and so are the neighbours. A table
+    of `RING_BYTES` or more stays split by rows (`mgrad_jax.graph.ring`): its neighbours are the same on any number of
+    several devices, and those of one device but for ties in the last digit.
 
     Args:
         features: (n, dim), finite, no zero row.
@@ -30,15 +37,30 @@ def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[
     Raises:
         UserError: k above n, or a row that has no direction.
     """
-    table = jnp.asarray(features)
+    if isinstance(features, np.ndarray):
+        table = loaded([features], jax.dtypes.canonicalize_dtype(features.dtype))
+    else:
+        table = features
     n = table.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
+    if mesh_in_force() is not None and table.nbytes >= RING_BYTES:
+        rows = ring.by_tiles(table, block)
+        _check_directions(ring.norms(rows)[:n])
+        return ring.nearest(rows, n, k, block)
+    table = _everywhere(table)
     norms = jnp.linalg.norm(table, axis=1, keepdims=True)
-    bad = np.flatnonzero(~np.asarray((norms[:, 0] > 0) & jnp.isfinite(norms[:, 0])))
+    _check_directions(norms[:, 0])
+    return _knn(table / norms, k, min(block, n))
+
+
+_everywhere = jax.jit(everywhere)
+
+
+def _check_directions(norms: Array) -> None:
+    bad = np.flatnonzero(~np.asarray((norms > 0) & jnp.isfinite(norms)))
     if len(bad):
         raise UserError(f"feature row {bad[0]} is all zero or not finite, so it has no nearest items; fill it.")
-    return _knn(table / norms, k, min(block, n))
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -22,6 +22,7 @@ from mgrad_jax.declaration import is_a, plain
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
+from mgrad_jax.processes import together
 from mgrad_jax.training.decay import decayed, rate_factors
 from mgrad_jax.training.memory import Part, check_memory, estimate
 from mgrad_jax.training.settings import RunSettings
@@ -127,15 +128,17 @@ class RunConfig(RunSettings):
         Args:
             data: what it is built for.
             training: whether it will be trained, which takes more memory than the model.
-            mesh: of several devices that are to share it.
+            mesh: of several devices that are to share it. Where these are those of several processes, all of them make
+                this call, of equal data.
 
         Raises:
-            UserError: the data lack what the model needs, or the device has not the memory that it takes.
+            UserError: the data lack what the model needs, or a device has not the memory that it takes.
         """
         parts = self.memory(data, training=training)
         settings = {**dataclasses.asdict(self.model_config), "batch_size": self.batch_size, "ks": self.ks}
         parts = parts if training else {"parameters": parts["parameters"].shrunk(2)}
-        check_memory(parts, self.model, settings, devices=1 if mesh is None else mesh.size)
+        # The memory is each process's own; what the data lack, all of them find.
+        together(lambda: check_memory(parts, self.model, settings, devices=1 if mesh is None else mesh.size))
         how: dict[str, Any] = {"seed": self.seed, "feature_dtype": jnp.dtype(self.feature_dtype), "mesh": mesh}
         model = models.create(self.model, data, **how, **self.hyper_parameters)
         return model if self.adversarial is None else adversarial(model, **self.adversarial)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from mgrad_jax.training.checkpoint_directory import CheckpointLost
 from mgrad_jax.training.decay import with_decay
 from mgrad_jax.training.diagnosis import Diagnosis
 from mgrad_jax.training.early_stopping import EarlyStopping
-from mgrad_jax.training.engine import Engine, Lanes, Scoring, check_splits, first_state, scoring
+from mgrad_jax.training.engine import Engine, Lanes, Own, Scoring, check_splits, first_state, scoring
 from mgrad_jax.training.epoch import TrainState, split_model
 from mgrad_jax.training.kept import KeptParams
 from mgrad_jax.training.settings import FitSettings
@@ -135,19 +135,19 @@ def fit(
     if resume and checkpoints is not None and by_first(checkpoints.latest_epoch) is not None:
         best_is_lost = not run.restore(checkpoints)
     history: list[EpochReport] = []
-    while not run.progress.is_over(settings.epochs, settings.patience):
+    while not run.is_over:
         with _interruptible():
             report = run.epoch()
         with held_back():  # an epoch that is finished is written down
             history.append(report)
             if on_epoch is not None:
-                together(partial(on_epoch, report))
+                together(functools.partial(on_epoch, report))
             if kept is not None:
                 kept.save(report.epoch, scoring(run.lanes.state).params)
             if checkpoints is not None:
                 checkpoints.save(report.epoch, run.checkpoint(), report.is_best)
         best_is_lost &= not report.is_best
-        if several() and any_of(is_waiting()) and not run.progress.is_over(settings.epochs, settings.patience):
+        if several() and any_of(is_waiting()) and not run.is_over:
             raise KeyboardInterrupt
     if best_is_lost and checkpoints is not None:
         with _interruptible():
@@ -157,7 +157,7 @@ def fit(
     nnx.update(model, *run.best)
     progress = run.progress
     seconds = {
-        "compile": run.lanes.programs.seconds,
+        "compile": run.seconds,
         "train": sum(report.seconds_train for report in history),
         "evaluate": sum(report.seconds_evaluate for report in history),
     }
@@ -171,30 +171,51 @@ def _interruptible() -> AbstractContextManager[None]:
 
 @dataclass
 class _Run:
-    """A training run under way: its settings, its programs, its state and its best epoch so far."""
+    """A training run under way: its settings, what it begins with here, and how far it is.
+
+    Attributes:
+        engine, lane: its programs, and the state that they begin with; neither is needed where no epoch is left.
+        best: what to evaluate with as of the best epoch so far.
+        seconds: of compiling, in this process.
+    """
 
     settings: FitSettings
-    lanes: Lanes
+    engine: Engine
+    lane: tuple[TrainState, Own]
     best: Scoring
     diagnosis: Diagnosis
     progress: EarlyStopping = field(default_factory=EarlyStopping)
+    seconds: float = 0.0
+
+    @functools.cached_property
+    def lanes(self) -> Lanes:
+        """Its one lane, under programs that are compiled here."""
+        programs = self.engine.compile(self.lane, 1)
+        self.seconds = programs.seconds
+        return Lanes(self.engine, [self.lane], programs)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no epoch is left."""
+        return self.progress.is_over(self.settings.epochs, self.settings.patience)
 
     def epoch(self) -> EpochReport:
         """Train and evaluate one epoch; a value that is not finite ends the run before anything is overwritten."""
+        lanes = self.lanes
         started = time.perf_counter()
-        (log,) = self.lanes.train([self.progress.epoch])
+        (log,) = lanes.train([self.progress.epoch])
         trained = time.perf_counter()
         if len(bad := np.flatnonzero(~np.isfinite(log.losses))):
             raise TrainingDiverged(self._diverged("the loss", bad[0]))
-        (scores,) = self.lanes.evaluate()
+        (scores,) = lanes.evaluate()
         if not scores.finite:
             raise TrainingDiverged(self._diverged("the scores", -1))
         evaluated = time.perf_counter()
         valid, test = _floats(scores.valid), _floats(scores.test)
         is_best = self.progress.update(self.settings.metric, valid, test)
         if is_best:
-            self.best = jax.tree.map(jnp.copy, scoring(self.lanes.state))
-        loss = self.lanes.engine.plan.epoch_loss
+            self.best = jax.tree.map(jnp.copy, scoring(lanes.state))
+        loss = self.engine.plan.epoch_loss
         return EpochReport(
             epoch=self.progress.epoch,
             loss=loss(log.losses),
@@ -213,11 +234,13 @@ class _Run:
 
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Go on from the latest checkpoint; returns whether the best one is at hand as well."""
-        state = self.lanes.state
-        stale = state.params if self.lanes.engine.plan.keep_stale else None
+        state, own = self.lane
+        stale = state.params if self.engine.plan.keep_stale else None
         like = _blank_checkpoint(state._replace(stale_params=stale), self.settings)
+        if self.engine.plan.layout is not None and not several():  # no whole table on one of the devices
+            like = _on_host(like)
         _, latest = checkpoints.restore(like, "latest")
-        self.lanes.state = self.lanes.engine.placed(latest["state"])
+        self.lane = self.engine.placed(latest["state"]._replace(stale_params=None)), own
         self.progress = EarlyStopping.from_arrays(latest["progress"], self.settings.metric_names)
         try:
             _, best = checkpoints.restore(like, "best")
@@ -229,15 +252,14 @@ class _Run:
                 stacklevel=2,
             )
             return False
-        self.best = self.lanes.engine.placed(scoring(best["state"]))
+        self.best = self.engine.placed(scoring(best["state"]))
         return True
 
     def best_again(self, model: Recommender, tx: optax.GradientTransformation) -> _Run:
         """The run as it was after its best epoch, trained from the beginning once more: its seed gives the same."""
-        engine = self.lanes.engine
-        lane = (engine.placed(first_state(split_model(model), tx)), self.lanes.own)
-        lanes = Lanes(engine, [lane], self.lanes.programs)
-        again = dataclasses.replace(self, lanes=lanes, progress=EarlyStopping())
+        lane = self.engine.placed(first_state(split_model(model), tx)), self.lane[1]
+        again = dataclasses.replace(self, lane=lane, progress=EarlyStopping())
+        again.lanes = Lanes(self.engine, [lane], self.lanes.programs)
         while again.progress.epoch < self.progress.best_epoch:
             again.epoch()
         return again
@@ -246,7 +268,7 @@ class _Run:
         """What to say where a value is not finite after this pass of the epoch under way."""
         updated = number != 0 or self.progress.epoch > 0
         return (
-            f"epoch {self.progress.epoch + 1}, batch {self.lanes.engine.plan.schedule[number]}: {what} became NaN or "
+            f"epoch {self.progress.epoch + 1}, batch {self.engine.plan.schedule[number]}: {what} became NaN or "
             f"infinite; {self.diagnosis.cause(updated)}. "
             f"{self.diagnosis.kept(self.progress.epoch, self.progress.best_epoch)}"
         )
@@ -278,20 +300,31 @@ def restore_best(
     tx: optax.GradientTransformation,
     checkpoints: Checkpoints,
     settings: FitSettings,
+    layout: Layout | None = None,
 ) -> int:
     """Give the model the parameters of a run's best epoch, which is returned.
+
+    Of a checkpoint only these come to the devices, each part to its own.
 
     Args:
         model: created as in the run.
         tx: the run's transformation, for the shape of its state.
         checkpoints, settings: the run's.
+        layout: how the model is split over several devices; None on one.
     """
     parts = split_model(model)
-    stale = parts.params if settings.evaluate == "stale" else None
-    state = TrainState(parts.params, tx.init(parts.params), parts.epoch_state, stale)
-    epoch, best = checkpoints.restore(_blank_checkpoint(state, settings), "best")
-    nnx.update(model, *scoring(best["state"]))
+    state = jax.eval_shape(lambda: first_state(parts, tx))
+    stale = state.params if settings.evaluate == "stale" else None
+    like = _blank_checkpoint(state._replace(stale_params=stale), settings)
+    epoch, best = together(lambda: checkpoints.restore(_on_host(like), "best"))
+    found = scoring(best["state"])
+    nnx.update(model, *(jax.tree.map(jnp.asarray, found) if layout is None else layout.place(found)))
     return epoch
+
+
+def _on_host(like: Any) -> Any:
+    """The structure of a checkpoint as arrays of the host, which are not as large as they look."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
 
 
 def _start(
@@ -301,14 +334,13 @@ def _start(
     settings: FitSettings,
     layout: Layout | None,
 ) -> _Run:
-    """Put model and data on the devices and compile the two programs."""
+    """Put model and data on the devices."""
     parts = split_model(model)
     state = first_state(parts, tx)
     engine = Engine(parts, state, data, lambda _: tx, settings, layout=layout)
     state = engine.placed(state)
-    lane = (state, engine.own(parts, settings.seed, {}))
-    lanes = Lanes(engine, [lane], engine.compile(lane, 1))
-    return _Run(settings, lanes, jax.tree.map(jnp.copy, scoring(state)), Diagnosis.of(model, data))
+    lane = state, engine.own(parts, settings.seed, {})
+    return _Run(settings, engine, lane, jax.tree.map(jnp.copy, scoring(state)), Diagnosis.of(model, data))
 
 
 def _blank_checkpoint(state: TrainState, settings: FitSettings) -> dict[str, Any]:

@@ -121,14 +121,14 @@ def check_memory(
 
 
 def available_bytes(devices: int = 1) -> float:
-    """The bytes that this process may still take on so many devices; infinite where nothing tells.
+    """The bytes that a training may still take on so many devices; infinite where nothing tells.
 
-    Devices of a processor have its memory together.
+    Devices of a processor have its memory together, and each of several processes is taken to have as much of its own.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return devices * float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    return min(_free_memory(), _free_addresses(), _free_in_group())
+    return jax.process_count() * min(_free_memory(), _free_addresses(), _free_in_group())
 
 
 def in_words(size: float) -> str:

@@ -16,7 +16,7 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.files import Damaged, read_mapping
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.fit import FitResult
-from mgrad_jax.training.identity import identity, machine, spread
+from mgrad_jax.training.identity import machine, spread
 from mgrad_jax.training.sweep import MemberResult
 
 _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
@@ -25,19 +25,19 @@ _PACKAGES = ("mgrad-jax", "jax", "jaxlib", "optax", "flax", "numpy")
 def result_record(
     config: RunConfig,
     data: Interactions,
-    settings: Mapping[str, Any],
+    run: str,
     outcome: FitResult | MemberResult,
     seconds: Mapping[str, float],
     devices: int = 1,
 ) -> dict[str, Any]:
     """The content of `result.json`: settings, data, metrics of the best epoch, times, machine, versions.
 
-    `run` is the digest of `settings` (`mgrad_jax.training.identity.run_settings`).
+    `run` is the run's digest (`mgrad_jax.training.identity.identity`).
     """
     here, method = machine(), config.method
     numbers = method.numbers(config.values)
     return {
-        "run": identity(settings),
+        "run": run,
         "model": config.model,
         "data": {
             "name": data.name,
@@ -93,8 +93,8 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a `result.json` of the run with these settings, in which everything that is computed with is checked.
+def read_record(path: Path, run: str) -> dict[str, Any]:
+    """Read a `result.json` of the run with this digest, in which everything that is computed with is checked.
 
     Raises:
         FileNotFoundError: there is none.
@@ -102,13 +102,13 @@ def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         UserError: it cannot be read now, or it is the result of another run.
     """
     record = read_mapping(path, json.loads)
-    run, best = record.get("epochs_run"), record.get("best_epoch")
+    epochs, best = record.get("epochs_run"), record.get("best_epoch")
     numbers = [record.get(name) for name in ("valid", "test", "seconds")]
-    if not (type(run) is type(best) is int and 0 <= best <= run):
+    if not (type(epochs) is type(best) is int and 0 <= best <= epochs):
         raise Damaged("its epochs are no counts")
     if not all(isinstance(table, dict) and all(map(_is_number, table.values())) for table in numbers):
         raise Damaged("its metrics or times are no numbers")
-    if "run" in record and record["run"] != identity(settings):  # earlier versions do not say
+    if "run" in record and record["run"] != run:  # earlier versions do not say
         raise UserError(f"{path} is the result of another run; move it away, or choose another --out.")
     return record
 

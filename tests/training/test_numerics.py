@@ -18,7 +18,7 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.training import FitResult, numerics
 from mgrad_jax.training.config import RunConfig
 from mgrad_jax.training.grid import group_members
-from mgrad_jax.training.identity import differences, run_settings
+from mgrad_jax.training.identity import differences, identity, run_settings
 from mgrad_jax.training.numerics import as_configured, make_deterministic
 from mgrad_jax.training.record import result_record
 from mgrad_jax.training.settings import MATMUL_PRECISIONS
@@ -95,7 +95,7 @@ def test_the_command_line_sets_the_flag_before_jax_computes_and_records_both() -
 def test_the_result_says_how_it_was_computed() -> None:
     config = RunConfig("vbpr", "demo", matmul_precision="high", deterministic=True)
     data = demo_interactions()
-    record = result_record(config, data, run_settings(config, data), FitResult(1, 1, {}, {}), {})
+    record = result_record(config, data, identity(run_settings(config, data)), FitResult(1, 1, {}, {}), {})
     assert (record["matmul_precision"], record["deterministic"]) == ("high", True)
 
 
