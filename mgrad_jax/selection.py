@@ -11,6 +11,7 @@ from mgrad_jax.deprecation import renamed
 renamed(__name__, {"largest": "top_k_mask"})
 
 
+@jax.jit
 def top_k_mask(values: Float[Array, " n"], count: jax.typing.ArrayLike) -> Bool[Array, " n"]:
     """Mask of the `count` largest values, of equal ones the first; `count` may be traced, as `jax.lax.top_k`'s may not.
 

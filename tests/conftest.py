@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -21,6 +22,9 @@ _QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_spli
 if jax.__version_info__ < (0, 11):  # later versions know no other emitters, and end at a flag that they do not know
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
+
+# Tracing makes many objects and few cycles: looking for them after every few hundred took a tenth of the time.
+gc.disable()
 
 # What is printed is compared as it reads in a file, not as in whatever terminal or service the tests were started in.
 for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "GITHUB_ACTIONS"):
@@ -53,6 +57,14 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compile a program once, however many tests of this process ask for it."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage() -> Iterator[None]:
+    """Collect what a file leaves behind once, at its end; what survives it is not looked at again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, loaded, mesh_in_force, over_devices
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import ring
-from mgrad_jax.graph.sparse import SparseGraph, blank_graph, shapes_only, sparse_graph
+from mgrad_jax.graph.sparse import SparseGraph, blank_graph, rows_on_host, shapes_only, sparse_graph
 
 # A table of at least so many bytes is not brought whole to each of several devices. Every smaller one, and its copy of
 # unit rows, fits a device beside its share of a model, and is compared as one device compares it.
@@ -108,7 +108,7 @@ def blend_graphs(weighted: Sequence[tuple[float, SparseGraph]]) -> SparseGraph:
     shape, dtype = weighted[0][1].shape, weighted[0][1].data.dtype
     if shapes_only.value:
         return blank_graph(sum(graph.nnz for _, graph in weighted), shape, dtype=dtype)
-    rows = np.concatenate([np.asarray(graph.rows()) for _, graph in weighted])
+    rows = np.concatenate([rows_on_host(graph) for _, graph in weighted])
     columns = np.concatenate([np.asarray(graph.indices) for _, graph in weighted])
     values = np.concatenate([weight * np.asarray(graph.data, np.float64) for weight, graph in weighted])
     return sparse_graph(rows, columns, values, shape, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -156,8 +157,7 @@ def blank_graph(
 
 def _mirror_entries(graph: SparseGraph) -> Transpose:
     """The transpose of a structurally symmetric graph: same rows, entries exchanged with their mirror images."""
-    rows = np.repeat(np.arange(graph.shape[0]), np.diff(np.asarray(graph.indptr)))
-    order = np.lexsort((rows, np.asarray(graph.indices)))
+    order = np.lexsort((rows_on_host(graph), np.asarray(graph.indices)))
     return Transpose(graph.indices, graph.indptr, jnp.asarray(order, jnp.int32))
 
 
@@ -182,6 +182,12 @@ def structure_of(graph: SparseGraph) -> tuple[Any, ...]:
     return graph.indices, graph.indptr, graph.transpose
 
 
+def rows_on_host(graph: SparseGraph) -> np.ndarray:
+    """The row of every entry, (nnz,). Host side, where nothing is compiled for it."""
+    return np.repeat(np.arange(graph.shape[0]), np.diff(np.asarray(graph.indptr)))
+
+
+@partial(jax.jit, static_argnums=1)
 def row_ids(indptr: Array, nnz: int) -> Int[Array, " nnz"]:
     """The row of every entry, (nnz,)."""
     n_rows = indptr.shape[0] - 1

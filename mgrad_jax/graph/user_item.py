@@ -131,14 +131,19 @@ def keep_edges(edges: BipartiteEdges, kept: Bool[Array, " edges"], n_keep: int) 
         n_keep: static.
     """
     dtype, n_nodes = edges.log_weights.dtype, edges.n_users + edges.n_items
+    rows, indices, indptr = _entries_of(edges, kept, n_keep)
+    scale = jax.lax.rsqrt(jnp.diff(indptr).astype(dtype) + edges.eps)
+    return SparseGraph(scale[rows] * scale[indices], indices, indptr, (n_nodes, n_nodes), n_users=edges.n_users)
+
+
+@partial(jax.jit, static_argnums=2)  # one program, also where a model is made operation by operation
+def _entries_of(edges: BipartiteEdges, kept: Array, n_keep: int) -> tuple[Array, Array, Array]:
+    """Row and column of every entry of the edges that are kept, and where the rows begin."""
     keep = kept[edges.edge_ids]
     (places,) = jnp.nonzero(keep, size=2 * n_keep)
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(keep, dtype=jnp.int32)])
     indptr = before[edges.indptr]
-    indices = edges.indices[places]
-    scale = jax.lax.rsqrt(jnp.diff(indptr).astype(dtype) + edges.eps)
-    values = scale[row_ids(indptr, indices.shape[0])] * scale[indices]
-    return SparseGraph(values, indices, indptr, (n_nodes, n_nodes), n_users=edges.n_users)
+    return row_ids(indptr, 2 * n_keep), edges.indices[places], indptr
 
 
 def prune_edges(key: Array, edges: BipartiteEdges, n_keep: int, weighted: bool | Bool[Array, ""] = True) -> SparseGraph:

@@ -97,8 +97,9 @@ def draw_curves(history: History, path: Path, config: RunConfig) -> None:
 
     rows = history.rows()
     epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, metric = figure.subplots(1, 2)
+    figure = Figure(figsize=(10, 4))
+    # A constrained layout finds its margins by drawing all of it one more time.
+    loss, metric = figure.subplots(1, 2, gridspec_kw={"left": 0.1, "right": 0.98, "wspace": 0.25})
     loss.plot(epochs, [row["loss"] for row in rows], color="tab:gray")
     loss.set(xlabel="epoch", ylabel="training loss, summed over batches")
     recalls = {f"recall@{k}" for k in config.ks if k in (5, 20)} | {config.metric}

@@ -113,7 +113,7 @@ def test_a_width_that_the_devices_do_not_divide_gives_the_same_run(data):
 
 def test_a_run_goes_on_from_its_checkpoint_on_another_number_of_devices(tmp_path):
     def trained(name, epochs, devices=1, resume=False):
-        settings = {"model": "vbpr", "data": "demo", "batch_size": 4096, "epochs": epochs, "out": str(tmp_path / name)}
+        settings = {"model": "vbpr", "data": "demo", "batch_size": 3600, "epochs": epochs, "out": str(tmp_path / name)}
         return train_run(RunConfig(**settings), resume=resume, devices=devices)
 
     trained("spread", 1, devices=8)

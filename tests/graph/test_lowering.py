@@ -41,8 +41,8 @@ FORMS = {
 
 
 @functools.cache
-def model_of(name: str) -> models.Recommender:
-    return models.create(name, DATA, **SMALL)
+def model_of(name: str, **hyper_parameters: Any) -> models.Recommender:
+    return models.create(name, DATA, **SMALL, **hyper_parameters)
 
 
 class Lowered(Exception):
@@ -95,7 +95,7 @@ def test_the_epoch_and_the_evaluation_of_every_form(form: str, programs: Any) ->
 
 def test_the_epoch_of_a_graph_model_by_a_product_of_its_own(programs: Any) -> None:
     with gpu_product("split"):
-        texts = programs(lambda: fit(model_of("freedom"), DATA, FORMS["mirror"](), batch_size=256))
+        texts = programs(lambda: fit(model_of("freedom", n_ui_layers=1), DATA, FORMS["mirror"](), batch_size=256))
     assert all("xla.gpu.triton" in text for text in texts)
 
 
