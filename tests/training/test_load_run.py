@@ -124,3 +124,14 @@ def test_one_device_that_is_asked_for_is_not_taken_for_none(
     monkeypatch.setattr(command, "joined", lambda crew: nullcontext(False))
     assert main(["train", "--model", "vbpr", "--data", "demo", *options]) == 0
     assert asked == [devices]
+
+
+def test_a_directory_in_which_no_epoch_was_finished_is_free_to_begin(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("model: vbpr\n")
+    command = ["train", "--model", "lightgcn", "--data", "demo", "--dry-run", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert "(free)" in "".join(capfd.readouterr().out.split())
+    assert main([*command, "--resume"]) == 0
+    assert "wouldbegoneonwith" in "".join(capfd.readouterr().out.split())
