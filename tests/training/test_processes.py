@@ -96,7 +96,6 @@ def start_two(program: str, arguments: Sequence[Sequence[str]], cache: Path, bef
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     started = [
         subprocess.Popen(
