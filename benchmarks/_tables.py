@@ -158,6 +158,18 @@ TABLES: dict[str, Table] = {
             "order, negatives, graphs": "draws",
         },
     ),
+    "nearest_items": Table(
+        ("data", "features", "precision", "devices"),
+        {
+            "data": "data",
+            "features": "features",
+            "items": number("items", 0),
+            "columns": "columns",
+            "precision": "precision",
+            "devices": "devices",
+            "items with other neighbours": "differ",
+        },
+    ),
     "step_throughput": Table(
         ("model", "size", "source", "interval", "form", "batch_size"),
         {

@@ -83,6 +83,18 @@ def _same_run() -> str:
     return _whole("same_run", *headings)
 
 
+def _nearest_items() -> str:
+    """The numbers of devices side by side."""
+    return markdown(
+        *pivot(
+            results("nearest_items"),
+            ("data", "features", "items", "columns", "precision"),
+            "devices",
+            number("differ", 0),
+        )
+    )
+
+
 def _propagation() -> str:
     rows = [row for row in results("propagation") if row["what"] == "gradient"]
     return TABLES["propagation"].markdown(rows, ("graph", "case", "ms", "over propagate", "over the floor"))
@@ -232,6 +244,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "electronics": partial(_cost, "electronics"),
         "electronics x 10": partial(_cost, "electronics x 10"),
         "devices": partial(_devices, "electronics x 10"),
+        "nearest items": _nearest_items,
     },
     "experiments.md": {
         "half-steps": partial(half_steps, "tiktok-theory", "lfm2k-theory"),

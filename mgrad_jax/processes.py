@@ -63,13 +63,16 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
+        if coordinator is None and "coordinator_address" in str(error):
+            raise UserError(
+                "no launcher that JAX knows (Slurm, Open MPI 4, ...) has started this process; use one, or give "
+                "--coordinator, --processes and --process."
+            ) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        remedy = "see that every process was started and reaches that address"
-        if coordinator is None:
-            remedy = (
-                "use a launcher that JAX knows (Slurm, Open MPI, ...), or give --coordinator, --processes and --process"
-            )
-        raise UserError(f"the processes could not be connected ({shown(reason, 160)}); {remedy}.") from None
+        raise UserError(
+            f"the processes could not be connected ({shown(reason, 160)}); see that every process was started and "
+            "reaches that address."
+        ) from None
     counts = [sum(device.process_index == number for device in jax.devices()) for number in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise UserError(f"the processes have {', '.join(map(str, counts))} devices; let all have equally many.")
@@ -229,7 +232,14 @@ def lost(error: Exception) -> str:
     if isinstance(error, ProcessLost):
         return str(error)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rpartition("] ")[2]
-    return f"another process is gone, or a device has failed ({shown(reason)})"
+    return f"another process is gone, or a device has failed ({shown(reason)}){_unreachable(reason)}"
+
+
+def _unreachable(reason: str) -> str:
+    """What is wrong where a process was looked for on this host: its own host gave it that address."""
+    if "connecting" not in reason or "[127." not in reason:
+        return ""
+    return "; if it is on another host, have the name of every host lead to an address that others reach"
 
 
 def _gathered(text: str) -> list[str]:

@@ -73,7 +73,7 @@ class DRAGON(UserGraphRecommender):
         graphs = []
         for modality in self.modalities:
             share = shares[modality] if len(self.modalities) > 1 else 1.0
-            graphs.append((share, knn_graph(self.feature(data, modality), config.knn_k, dtype)))
+            graphs.append((share, knn_graph(getattr(self, f"{modality}_features")[...], config.knn_k, dtype)))
         self.item_graph = Constant(blend_graphs(graphs))
 
     def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:

@@ -18,12 +18,13 @@ MODALITIES = ("image", "text")
 MAPPED = 1 << 30
 
 
-def read_features(file: Path, n_rows: int | None) -> np.ndarray | None:
+def read_features(file: Path, n_rows: int | None, *, check_mapped: bool = True) -> np.ndarray | None:
     """One feature table as float32, or None where there is no file; a large one of that type stays in its file.
 
     Args:
         file: an `.npy` file of numbers, (rows, dim); objects are never unpickled.
         n_rows: how many rows there must be, one per item; None where any number will do.
+        check_mapped: whether to read what stays in its file in search of NaN and infinity; `Interactions` does so too.
 
     Raises:
         UserError: a damaged file, something else than an array, another shape or type, NaN or infinity.
@@ -43,8 +44,14 @@ def read_features(file: Path, n_rows: int | None) -> np.ndarray | None:
     check_shape(str(file), table, n_rows)
     with np.errstate(over="ignore", invalid="ignore"):
         table = np.ascontiguousarray(table, dtype=np.float32)
-    check_finite(str(file), table)
+    if check_mapped or not is_mapped(table):
+        check_finite(str(file), table)
     return table
+
+
+def is_mapped(table: np.ndarray) -> bool:
+    """Whether a table, or what it is a view of, stays in its file."""
+    return isinstance(table, np.memmap) or (isinstance(table.base, np.ndarray) and is_mapped(table.base))
 
 
 def check_shape(where: str, table: Any, n_rows: int | None) -> None:
@@ -66,9 +73,7 @@ def check_shape(where: str, table: Any, n_rows: int | None) -> None:
 
 def check_finite(where: str, table: np.ndarray) -> None:
     """Refuse NaN and infinity, and name the first."""
-    # One product instead of a look at every number: a fifth of the time, and finite only where all are.
-    flat = table.reshape(-1)
-    if table.dtype.kind != "f" or (table.dtype.itemsize >= 4 and np.isfinite(_square(flat))):
+    if looks_finite(table):
         return
     bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
     if len(bad):
@@ -77,6 +82,13 @@ def check_finite(where: str, table: np.ndarray) -> None:
             f"{where}: row {bad[0]}, column {column} is NaN or infinite (such rows: {len(bad)}); "
             "fill it, e.g. with the column's mean."
         )
+
+
+def looks_finite(table: np.ndarray) -> bool:
+    """Whether numbers, of any shape, are finite for sure; some that are do not look so."""
+    # One product instead of a look at every number: a fifth of the time, and finite only where all are.
+    flat = table.reshape(-1)
+    return table.dtype.kind != "f" or (table.dtype.itemsize >= 4 and bool(np.isfinite(_square(flat))))
 
 
 def zero_rows(table: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mgrad_jax.data.features import MODALITIES, check_finite, check_shape
+from mgrad_jax.data.digests import digest
+from mgrad_jax.data.features import MODALITIES, check_finite, check_shape, is_mapped, looks_finite
 from mgrad_jax.deprecation import renamed
 from mgrad_jax.errors import UserError, shown
 
@@ -73,11 +75,28 @@ class Interactions:
             raise UserError(f"{self.source}: the train split is empty; give it interactions.")
         self._check_overlap()
         object.__setattr__(self, "features", MappingProxyType(self._checked_features()))
+        if any(map(is_mapped, self.features.values())):
+            _ = self.digest
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy through the constructor: a mapping proxy itself cannot be pickled."""
         splits = (self.train, self.valid, self.test)
         return Interactions, (self.name, self.n_users, self.n_items, *splits, dict(self.features), self.source)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of sizes, interactions and features.
+
+        Tables that stay in their files are checked as they are read for it, which is once.
+        """
+        tables = {f"feature {modality}": table for modality, table in self.features.items()}
+
+        def look(name: str, block: np.ndarray) -> None:
+            if is_mapped(block) and not looks_finite(block) and not np.isfinite(block).all():
+                check_finite(self._where(name.removeprefix("feature ")), tables[name])
+
+        splits = {split: getattr(self, split) for split in SPLITS}
+        return digest(tables | splits, f"{self.n_users} {self.n_items}", look)
 
     def statistics(self) -> dict[str, Any]:
         """Counts as in the paper's Table 1, and more: sparsity, interactions per user and per item, cold items."""
@@ -139,11 +158,14 @@ class Interactions:
                 raise UserError(
                     f"{self.source}: there are no {shown(modality)} features; choose among {', '.join(MODALITIES)}."
                 )
-            where = f"{self.source}: the {modality} feature table"
-            check_shape(where, table, self.n_items)
-            check_finite(where, table)
+            check_shape(self._where(modality), table, self.n_items)
+            if not is_mapped(table):
+                check_finite(self._where(modality), table)
             features[modality] = _read_only(table)
         return features
+
+    def _where(self, modality: str) -> str:
+        return f"{self.source}: the {modality} feature table"
 
 
 def _count(source: str, what: str, value: Any) -> int:

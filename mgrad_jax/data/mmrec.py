@@ -59,7 +59,7 @@ def load_interactions(path: str | Path, name: str | None = None) -> Interactions
     for what, ids, count in (("user", users, n_users), ("item", items, n_items)):
         _check_density(file, what, ids, count)
     train, valid, test = split_rows(file, np.stack([users, items], axis=1).astype(np.int32), labels, n_users)
-    tables = {m: read_features(file.parent / f"{m}_feat.npy", n_items) for m in MODALITIES}
+    tables = {m: read_features(file.parent / f"{m}_feat.npy", n_items, check_mapped=False) for m in MODALITIES}
     features = {m: table for m, table in tables.items() if table is not None}
     try:
         data = Interactions(file.stem, n_users, n_items, train, valid, test, features, str(path))

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgrad_jax.data.digests import digest
 from mgrad_jax.devices import put
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import Damaged, sync_directory, sync_tree, unwritable, write_whole
@@ -46,7 +47,6 @@ from mgrad_jax.training.checkpoint_directory import (
     remove_unfinished,
 )
 from mgrad_jax.training.entries import entries_digest, is_entries_digest, spans_processes
-from mgrad_jax.training.identity import digest
 from mgrad_jax.training.stored_state import (
     SIDECAR,
     read_leaves,

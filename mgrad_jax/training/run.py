@@ -63,7 +63,10 @@ class LoadedRun(NamedTuple):
         return KeptParams(self.config.directory, self.config.keep_every, identity(settings))
 
     def vectors(self) -> tuple[jax.Array, jax.Array]:
-        """Users (n_users, dim) and items (n_items, dim), whose products are the scores, at the run's precision."""
+        """Users (n_users, dim) and items (n_items, dim), whose products are the scores, at the run's precision.
+
+        Over several devices their columns may stand in another order, those of both alike.
+        """
         hold = hold_of(self.layout)
         with as_configured(self.config), in_force(self.layout):
             return jax.jit(lambda model: hold(model).embed())(self.model)

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from mgrad_jax.data.digests import digest
 from mgrad_jax.files import Damaged, read_mapping, unreadable
 from mgrad_jax.training.entries import entries_digest, is_entries_digest
-from mgrad_jax.training.identity import digest
 
 SIDECAR = "run.json"
 # A leaf in checkpoints of earlier versions, which had no sidecar.

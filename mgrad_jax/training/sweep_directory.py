@@ -27,12 +27,12 @@ from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import Damaged, read_mapping, remove_leftovers, write_whole
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.config import RunConfig
-from mgrad_jax.training.identity import check_data, data_digest, identity
+from mgrad_jax.training.grid import SweepConfig
+from mgrad_jax.training.identity import check_data, identity
 from mgrad_jax.training.methods import unused
 from mgrad_jax.training.numerics import UNSAID
 from mgrad_jax.training.record import nothing_left, read_record, result_record
 from mgrad_jax.training.sweep import MemberResult
-from mgrad_jax.training.sweep_config import SweepConfig
 from mgrad_jax.training.sweep_tables import SweepOutcome, draw_heatmap, outcome_of
 
 
@@ -54,7 +54,7 @@ class SweepDirectory:
 
     def __init__(self, config: SweepConfig, data: Interactions, check: Callable[[], None]) -> None:
         self.path, self.config, self._data, self._check = config.directory, config, data, check
-        self._digest = data_digest(data)
+        self._digest = data.digest
         self.records: dict[int, dict[str, Any]] = {}
 
     def take_up(self) -> None:

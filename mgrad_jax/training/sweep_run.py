@@ -11,8 +11,8 @@ from mgrad_jax.devices import mesh
 from mgrad_jax.errors import Interrupted
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.directories import held
+from mgrad_jax.training.grid import SweepConfig
 from mgrad_jax.training.sweep import MemberResult, SweepReport, check_sweep, sweep
-from mgrad_jax.training.sweep_config import SweepConfig
 from mgrad_jax.training.sweep_directory import SweepDirectory, is_begun
 from mgrad_jax.training.sweep_tables import SweepOutcome
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mgrad_jax.files import written_whole
-from mgrad_jax.training.sweep_config import SweepConfig
+from mgrad_jax.training.grid import SweepConfig
 
 
 class SweepOutcome(NamedTuple):

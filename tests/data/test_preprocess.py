@@ -13,6 +13,7 @@ import pytest
 from mgrad_jax.data import load_interactions, prepare
 from mgrad_jax.data.preprocess import _split
 from mgrad_jax.errors import UserError
+from mgrad_jax.preparation import Preparation
 
 
 def ratings(n_users: int = 40, n_items: int = 25, seed: int = 0) -> pd.DataFrame:
@@ -48,6 +49,18 @@ def test_the_result_loads_and_keeps_every_interaction(tmp_path: Path) -> None:
     assert set(zip(users[pairs[:, 0]], items[pairs[:, 1]], strict=True)) == set(
         zip(raw["reviewerID"], raw["asin"], strict=True)
     )
+
+
+def test_what_is_asked_for_is_given_as_a_whole_or_by_name(tmp_path: Path) -> None:
+    file = write(ratings(), tmp_path / "r.tsv")
+    how = Preparation(seed=3, min_rating=2, separator="tab")
+    whole = prepare(file, tmp_path / "whole", how)
+    named = prepare(file, tmp_path / "named", Preparation(separator="\t"), seed=3, min_rating=2)
+    assert pd.read_csv(whole.file, sep="\t").equals(pd.read_csv(named.file, sep="\t"))
+    other = prepare(file, tmp_path / "other", how, seed=4)
+    assert not pd.read_csv(whole.file, sep="\t").equals(pd.read_csv(other.file, sep="\t"))
+    with pytest.raises(TypeError, match="min_ratng"):
+        prepare(file, tmp_path / "none", min_ratng=2)
 
 
 def test_ratings_without_a_header_and_a_minimum(tmp_path: Path) -> None:

@@ -8,9 +8,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-from command_lines import HANGS
 from jax.sharding import NamedSharding
+from two_processes import Ended, address, start_two
 
 from mgrad_jax import devices, models, processes
 from mgrad_jax.cli.distributed import Crew
@@ -79,48 +76,6 @@ with joined(Crew(False, address, 2, number)):
                 raise
             print(error)
 """
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    error: str
-
-
-def start_two(program: str, arguments: Sequence[Sequence[str]], cache: Path, before: str = "") -> list[Ended]:
-    """Two processes with two devices each, in float64, each with its arguments; `before` is run by the second one."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", text, *own],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for text, own in zip((program, before + program), arguments, strict=True)
-    ]
-    try:
-        texts = [process.communicate(timeout=HANGS) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-    return [Ended(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
-
-
-def address() -> str:
-    """Of a port that nobody uses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def train_two(out: Path, cache: Path, *options: str, before: str = "") -> list[Ended]:
