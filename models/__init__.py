@@ -77,8 +77,10 @@ def create(
         feature_dtype: type in which the tables of features are held, e.g. `jnp.bfloat16` for half of the memory;
             `dtype` unless given. Everything else, item graphs included, is made of the features as they are.
         mesh: of several devices, from `mgrad_jax.devices.mesh`, each of which then reads and draws the columns of the
-            tables that it holds, so that no device needs room for a whole one; an item graph alone is made of whole
-            tables of features. Parameters drawn from a normal distribution may differ in their last digit.
+            tables that it holds, so that no device needs room for a whole one; where they are those of several
+            processes, all of these make this call, of equal data. Only while an item graph is made each device has the
+            whole of a table below 1 GiB (`mgrad_jax.graph.items`). Parameters drawn from a normal distribution may
+            differ in their last digit.
         **hyper_parameters: names of the reference code, e.g. `reg_weight=1e-3`; the rest keep their defaults there.
 
     Raises:

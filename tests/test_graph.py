@@ -104,9 +104,9 @@ def test_derivatives_equal_the_dense_ones(case: str) -> None:
         return jnp.sum(jnp.sin(jnp.zeros(dense.shape).at[rows, columns].set(values) @ x))
 
     structure = (graph.indices, graph.indptr, graph.shape, graph.transpose)
-    for argument in (0, 1):
-        ours = jax.jit(jax.grad(sparse_loss, argument))(graph.data, x)
-        np.testing.assert_allclose(ours, jax.jit(jax.grad(dense_loss, argument))(graph.data, x), atol=1e-12)
+    ours, expected = (jax.jit(jax.grad(loss, (0, 1)))(graph.data, x) for loss in (sparse_loss, dense_loss))
+    for found, dense_one in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(found, dense_one, atol=1e-12)
 
 
 @pytest.mark.parametrize("batched", ["x", "values", "both"])
@@ -384,19 +384,19 @@ def test_bipartite_propagation_equals_propagation(kind: str) -> None:
     def whole(values: Any, users: Any, items: Any) -> Any:
         return propagate(dataclasses.replace(graph, data=values), jnp.concatenate([users, items]))
 
-    def squared(function: Any) -> Any:
-        return lambda *arguments: jnp.sum(jnp.sin(function(*arguments)))
+    def derivatives(function: Any) -> Any:
+        return jax.grad(lambda *arguments: jnp.sum(jnp.sin(function(*arguments))), (0, 1, 2))
 
-    for ours, dense in (
-        (apart, whole),
-        *((jax.grad(squared(apart), k), jax.grad(squared(whole), k)) for k in range(3)),
-    ):
+    def assert_close(found: Any, expected: Any) -> None:
+        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-14), found, expected)
+
+    for ours, dense in ((apart, whole), (derivatives(apart), derivatives(whole))):
         mapped = jax.jit(jax.vmap(ours, (None, 0, 0)))(graph.data, users, items)
         alone, expected_alone = jax.jit(ours), jax.jit(dense)
         for member in range(2):
             expected = expected_alone(graph.data, users[member], items[member])
-            np.testing.assert_allclose(alone(graph.data, users[member], items[member]), expected, atol=1e-14)
-            np.testing.assert_allclose(mapped[member], expected, atol=1e-14)
+            assert_close(alone(graph.data, users[member], items[member]), expected)
+            assert_close(jax.tree.map(lambda x, n=member: x[n], mapped), expected)
 
 
 def test_bipartite_graphs_keep_their_promise() -> None:

@@ -40,6 +40,8 @@ def _rows(plan: Plan) -> list[list[str]]:
         "the best epoch's parameters": in_words(plan.best_bytes),
         "evaluation's temporary arrays": in_words(plan.evaluation.temporaries),
     }
+    if plan.neighbour_bytes:
+        rows["before, while nearest items are found, about"] = in_words(plan.neighbour_bytes)
     for traffic, what in (
         (plan.per_pass, "sent in a pass over a batch"),
         (plan.per_epoch, "sent once an epoch besides"),

@@ -19,9 +19,10 @@ from mgrad_jax.graph.sparse import SparseGraph, blank_graph, rows_on_host, shape
 # A table of at least so many bytes is not brought whole to each of several devices. Every smaller one, and its copy of
 # unit rows, fits a device beside its share of a model, and is compared as one device compares it.
 RING_BYTES = 1 << 30
+BLOCK = 1024
 
 
-def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[Array, "n k"]:
+def knn_indices(features: np.ndarray | Array, k: int, block: int = BLOCK) -> Int[Array, "n k"]:
     """The k nearest rows of every row by cosine similarity, itself included; ties go to the lower index.
 
     Exact, on the device, in blocks of rows: no (n, n) array in memory. Where a mesh is set (`jax.set_mesh`), each of
@@ -52,6 +53,15 @@ def knn_indices(features: np.ndarray | Array, k: int, block: int = 1024) -> Int[
     norms = jnp.linalg.norm(table, axis=1, keepdims=True)
     _check_directions(norms[:, 0])
     return _knn(table / norms, k, min(block, n))
+
+
+def knn_bytes(n: int, dim: int, dtype: Any, devices: int) -> int:
+    """What each of so many devices has, about, while the nearest rows of an (n, dim) table are found."""
+    size = jnp.dtype(dtype).itemsize
+    if devices > 1 and n * dim * size >= RING_BYTES:
+        rows = -(-n // (BLOCK * devices)) * BLOCK
+        return (rows + 3 * BLOCK) * dim * size  # its rows, and of tiles one's own, the visitor and the next
+    return (2 * n * dim + BLOCK * n) * size  # the table, unit rows, and products of a block
 
 
 _everywhere = jax.jit(everywhere)

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.devices import AXIS, COLUMNS, ROWS, everywhere, held, mesh_in_force, over_devices
 
+# Similarities and indices of the nearest so far, (..., k) each, nearest first.
+_Found = tuple[Array, Array]
+
 
 @partial(jax.jit, static_argnums=1)
 def by_tiles(table: Float[Array, "n dim"], tile: int) -> Float[Array, "whole_tiles dim"]:
@@ -76,10 +79,6 @@ def nearest(rows: Float[Array, "whole_tiles dim"], n: int, k: int, tile: int) ->
         return ids.reshape(-1, k)
 
     return everywhere(over_devices(mesh, own, (ROWS,), ROWS, rows))[:n]
-
-
-# Similarities and indices of the nearest so far, (..., k) each, nearest first.
-_Found = tuple[Array, Array]
 
 
 def _nearer(found: _Found, tile: Array, visitor: Array, ids: Array, n: int) -> _Found:

@@ -65,7 +65,12 @@ class SparseGraph:
 
     def todense(self) -> Float[Array, "rows cols"]:
         """The dense matrix, (n_rows, n_cols); for tests and small graphs."""
-        return jnp.zeros(self.shape, self.data.dtype).at[self.rows(), self.indices].add(self.data)
+        return _dense(self)
+
+
+@jax.jit
+def _dense(graph: SparseGraph) -> Array:
+    return jnp.zeros(graph.shape, graph.data.dtype).at[graph.rows(), graph.indices].add(graph.data)
 
 
 # Within `with shapes_only(True):` graphs, and what else is built on the host, have shapes and no numbers, for programs

@@ -16,6 +16,7 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.data.sampling import UserHistory
 from mgrad_jax.devices import BLOCKS, Layout
 from mgrad_jax.evaluation.ranking import BlockedPairs, EvalSplit, blocks_of, users_at_a_time
+from mgrad_jax.graph.items import knn_bytes
 from mgrad_jax.graph.sparse import shapes_only
 from mgrad_jax.models import Recommender
 from mgrad_jax.training.engine import Engine, Inputs
@@ -66,6 +67,7 @@ class Programs(NamedTuple):
         passes: of an epoch; with stale evaluation the last of them is no turn of the loop.
         turns: of its loop.
         best_bytes: of the best epoch's parameters, on each device.
+        neighbour_bytes: while nearest items are found, before; 0 where the model has none.
     """
 
     train: jax.stages.Lowered
@@ -73,6 +75,7 @@ class Programs(NamedTuple):
     passes: int
     turns: int
     best_bytes: int
+    neighbour_bytes: int
 
 
 class Plan(NamedTuple):
@@ -81,6 +84,7 @@ class Plan(NamedTuple):
     Attributes:
         training, evaluation: memory of an epoch and of its evaluation.
         best_bytes: of the best epoch's parameters, which stay beside them.
+        neighbour_bytes: about what there is before, while nearest items are found; 0 where the model has none.
         per_pass, per_epoch, per_evaluation: what each device sends: in a pass over a batch, besides in an epoch, and in
             an evaluation on validation and test.
     """
@@ -88,6 +92,7 @@ class Plan(NamedTuple):
     training: Memory
     evaluation: Memory
     best_bytes: int
+    neighbour_bytes: int
     per_pass: Traffic
     per_epoch: Traffic
     per_evaluation: Traffic
@@ -123,6 +128,7 @@ def make_plan(
         _memory(train),
         _memory(evaluation),
         programs.best_bytes,
+        programs.neighbour_bytes,
         per_pass,
         total.without(per_pass.times(programs.passes)),
         _text(evaluation, mesh.size).traffic(),
@@ -146,7 +152,15 @@ def lower(
     train, evaluation = engine.lower((state, engine.own(parts, 0, {})), 1)
     best_bytes = sum(_bytes_of(x) for x in jax.tree.leaves(state.params))
     passes = len(engine.plan.schedule)
-    return Programs(train, evaluation, passes, passes - int(engine.plan.keep_stale), best_bytes)
+    turns = passes - int(engine.plan.keep_stale)
+    return Programs(train, evaluation, passes, turns, best_bytes, _neighbour_bytes(model, data, mesh.size))
+
+
+def _neighbour_bytes(model: Recommender, data: Interactions, devices: int) -> int:
+    if not model.compares_items:
+        return 0
+    widths = [data.features[modality].shape[1] for modality in model.features_given(data)]
+    return knn_bytes(data.n_items, max(widths), model.dtype, devices)
 
 
 def _first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainState:

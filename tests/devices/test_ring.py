@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 
@@ -13,6 +16,8 @@ from mgrad_jax.data import demo_interactions
 from mgrad_jax.devices import COLUMNS, ROWS, loaded, mesh, tables_of
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import items, knn_indices, ring
+from mgrad_jax.training.plan import Sizes, lower
+from mgrad_jax.training.settings import FitSettings
 from mgrad_jax.training.traffic import ProgramText
 
 K, TILE = 9, 16
@@ -105,4 +110,21 @@ def test_each_device_holds_its_rows_of_a_large_table_and_a_few_tiles() -> None:
         assert memory.argument_size_in_bytes <= whole / 8 + 8 * tile
         assert memory.temp_size_in_bytes < tiles * tile
         assert ProgramText(program.as_text(), 8).largest_array() <= rows.shape[0] * dim / 8
-    assert found.memory_analysis().argument_size_in_bytes + found.memory_analysis().temp_size_in_bytes < 0.14 * whole
+    memory = found.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert held < 0.14 * whole
+    assert items.knn_bytes(n, dim, jnp.float32, 8) == pytest.approx(held, rel=0.02)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_plan_knows_what_small_tables_take_while_they_are_compared(devices: int) -> None:
+    shape = 20_000, 512
+    data = Sizes("made up", 2_000, shape[0], (9_000, 100, 100), {"image": shape[1], "text": 128})
+    create = partial(models.create, "freedom", data)
+    programs = lower(create, data, optax.adam(1e-3), FitSettings(), mesh(devices))
+    with tables_of(mesh(devices)):
+        search = items._knn.lower(jax.ShapeDtypeStruct(shape, jnp.float32), 10, items.BLOCK)
+    memory = search.compile({"xla_backend_optimization_level": 0}).memory_analysis()
+    unit_rows_and_products = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    table = 4 * shape[0] * shape[1]
+    assert programs.neighbour_bytes == pytest.approx(table + unit_rows_and_products, rel=0.05)

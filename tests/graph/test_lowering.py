@@ -88,19 +88,19 @@ def programs(monkeypatch: pytest.MonkeyPatch, for_cuda: Callable[..., str]) -> C
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_epoch_and_the_evaluation_of_every_form(form: str, programs: Any) -> None:
-    train, evaluate = programs(lambda: fit(model_of("vbpr"), DATA, FORMS[form](), batch_size=256))
+    train, evaluate = programs(lambda: fit(model_of("vbpr"), DATA, FORMS[form](), batch_size=240))
     assert "stablehlo.while" in train
     assert "stablehlo.while" in evaluate
 
 
 def test_the_epoch_of_a_graph_model_by_a_product_of_its_own(programs: Any) -> None:
     with gpu_product("split"):
-        texts = programs(lambda: fit(model_of("freedom", n_ui_layers=1), DATA, FORMS["mirror"](), batch_size=256))
+        texts = programs(lambda: fit(model_of("freedom", n_ui_layers=1), DATA, FORMS["mirror"](), batch_size=240))
     assert all("xla.gpu.triton" in text for text in texts)
 
 
 def test_members_of_a_sweep_side_by_side(programs: Any) -> None:
-    members = [RunConfig("freedom", "demo", seed=seed, batch_size=256, hyper_parameters=SMALL) for seed in (1, 2)]
+    members = [RunConfig("freedom", "demo", seed=seed, batch_size=240, hyper_parameters=SMALL) for seed in (1, 2)]
     train, evaluate = programs(lambda: sweep(DATA, members, slots=2))
     assert f"tensor<2x{DATA.n_users}x4xf32>" in train
     assert f"tensor<2x{DATA.n_users}x4xf32>" in evaluate

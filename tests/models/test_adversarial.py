@@ -459,11 +459,11 @@ def test_a_sweep_trains_the_same_as_single_runs() -> None:
         adversarial={"epsilon": 0.1, "weight": 1.0},
         epochs=2,
         hyper_parameters={"embedding_dim": 8},
-        batch_size=256,
+        batch_size=240,
     )
     members = expand_grid(base, {"alpha2": [0.1, 0.3]})
     for member, result in zip(members, sweep(DATA, members, slots=2), strict=True):
-        alone = fit(member.create_model(DATA), DATA, member.transformation(DATA), epochs=2, batch_size=256)
+        alone = fit(member.create_model(DATA), DATA, member.transformation(DATA), epochs=2, batch_size=240)
         assert "adversarial" in alone.history[0].parts
         np.testing.assert_allclose(result.losses, [report.loss for report in alone.history], rtol=1e-5)
 

@@ -25,7 +25,7 @@ SMALL = {"embedding_dim": 8}
 
 
 def config(out: Path, **changes: Any) -> RunConfig:
-    values = {"model": "freedom", "data": "demo", "epochs": EPOCHS, "batch_size": 1000, "seed": 3, "out": str(out)}
+    values = {"model": "freedom", "data": "demo", "epochs": EPOCHS, "batch_size": 900, "seed": 3, "out": str(out)}
     return RunConfig(**{"hyper_parameters": SMALL, **values, **changes})
 
 
@@ -62,7 +62,7 @@ def start(out: Path) -> subprocess.Popen[bytes]:
         import time
         from mgrad_jax.training.config import RunConfig
         from mgrad_jax.training.run import train_run
-        options = dict(epochs={EPOCHS}, batch_size=1000, seed=3, hyper_parameters={SMALL})
+        options = dict(epochs={EPOCHS}, batch_size=900, seed=3, hyper_parameters={SMALL})
         config = RunConfig("freedom", "demo", out={str(out)!r}, **options)
         train_run(config, progress=lambda report: time.sleep(0.1 if report.epoch < {EPOCHS - 2} else 3600))
     """)

@@ -29,7 +29,8 @@ EPOCHS = 6
 
 def config(out: Path, **changes: Any) -> RunConfig:
     values = {"model": "lightgcn", "data": "demo", "training": "plain", "epochs": EPOCHS, "seed": 7, "out": str(out)}
-    return RunConfig(**{**values, "hyper_parameters": {"embedding_dim": 4}, "learning_rate": 0.02, **changes})
+    values |= {"hyper_parameters": {"embedding_dim": 4}, "learning_rate": 0.02}
+    return RunConfig(**{**values, "batch_size": 1800, **changes})  # four batches, none partial: one scan to compile
 
 
 @pytest.fixture(scope="module")
