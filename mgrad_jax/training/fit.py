@@ -107,7 +107,7 @@ def fit(
             optimizer means other parameters than the trained ones for evaluation (`mgrad_jax.evaluation_params`), those
             are evaluated and kept.
         settings: what else is asked for, such as a `RunConfig`; by default a `FitSettings`, which tells of each.
-        checkpoints: where the latest and the best state are kept.
+        checkpoints: where the latest and the best state are kept; both are complete on return.
         kept: where the parameters of some epochs are kept, those that evaluation reads.
         resume: go on from the latest checkpoint; the numbers equal those of an unbroken run. A best checkpoint that is
             lost is trained again.
@@ -154,6 +154,8 @@ def fit(
             again = run.best_again(model, tx)
         checkpoints.save(again.progress.epoch, again.checkpoint(), is_best=True)
         run.best = again.best
+    if checkpoints is not None:
+        checkpoints.wait()  # whoever resumes next finds the last one
     nnx.update(model, *run.best)
     progress = run.progress
     seconds = {

@@ -86,6 +86,9 @@ class Kept:
     def save(self, epoch: int, state: Any, is_best: bool) -> None:
         self.state = jax.tree.map(np.asarray, state["state"])
 
+    def wait(self) -> None:
+        """Nothing is on its way."""
+
 
 @pytest.mark.parametrize("evaluate", ["fresh", "stale"])
 def test_an_averaging_optimizer_is_evaluated_and_kept_with_its_average(evaluate: Any) -> None:
