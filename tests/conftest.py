@@ -23,7 +23,7 @@ if jax.__version_info__ < (0, 11):  # later versions know no other emitters, and
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
 
-# Tracing makes many objects and few cycles: looking for them after every few hundred took a tenth of the time.
+# Tracing makes many objects and few cycles; looking for these all the time took a seventeenth of it.
 gc.disable()
 
 # What is printed is compared as it reads in a file, not as in whatever terminal or service the tests were started in.

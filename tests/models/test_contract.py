@@ -86,17 +86,11 @@ def test_the_planted_groups_are_found(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_are_products_of_the_embeddings(name: str) -> None:
     chosen = jnp.asarray([3, 0, 3, 1, 2])
-    graphdef, state = nnx.split(created(name))
-
-    @jax.jit
-    def run(state: Any) -> Any:
-        model = nnx.merge(graphdef, state)
-        return *model.embed(), model.scores(chosen)
-
-    users, items, scores = run(state)
+    model = created(name)
+    users, items = model.embed()
     assert users.shape == (DATA.n_users, items.shape[1])
     assert items.shape[0] == DATA.n_items
-    np.testing.assert_allclose(scores, users[chosen] @ items.T, rtol=1e-6)
+    np.testing.assert_allclose(model.scores(chosen), users[chosen] @ items.T, rtol=1e-6)
 
 
 @pytest.mark.slow
