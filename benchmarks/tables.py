@@ -255,6 +255,8 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "tiktok, paired": partial(_paired, "tiktok"),
         "baby, means": partial(_means, "baby", ("recall@5", "map@5", "ndcg@5", "recall@20"), "paper_baby_table9.csv"),
         "baby, paired": partial(_paired, "baby"),
+        "baby, five seeds": partial(compared, "baby-layergcn"),
+        "baby, equal updates": partial(equal, "baby-layergcn", "layergcn"),
         "lfm2k, five seeds": partial(compared, "lfm2k"),
         "lfm2k, equal updates": partial(equal, "lfm2k", "freedom"),
         "lfm2k, changes": partial(kept, "lfm2k-noise", "lfm2k-swap"),
