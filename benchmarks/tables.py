@@ -257,9 +257,10 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "baby, paired": partial(_paired, "baby"),
         "baby, five seeds": partial(compared, "baby-layergcn"),
         "baby, equal updates": partial(equal, "baby-layergcn", "layergcn"),
-        "lfm2k, five seeds": partial(compared, "lfm2k"),
+        "lfm2k, five seeds": partial(compared, "lfm2k", "lfm2k-grcn"),
         "lfm2k, equal updates": partial(equal, "lfm2k", "freedom"),
-        "lfm2k, changes": partial(kept, "lfm2k-noise", "lfm2k-swap"),
+        "lfm2k, grcn at equal updates": partial(equal, "lfm2k-grcn", "grcn"),
+        "lfm2k, changes": partial(kept, "lfm2k-noise", "lfm2k-swap", "lfm2k-grcn-swap"),
         "tiktok, five seeds": partial(compared, "tiktok"),
         "tiktok, changes": partial(kept, "tiktok-noise", "tiktok-swap"),
         "tiktok, bm3's flatness": partial(
