@@ -45,11 +45,12 @@ def knn_indices(features: np.ndarray | Array, k: int, block: int = BLOCK) -> Int
     n = table.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
-    if mesh_in_force() is not None and table.nbytes >= RING_BYTES:
-        rows = ring.by_tiles(table, block)
-        _check_directions(ring.norms(rows)[:n])
-        return ring.nearest(rows, n, k, block)
-    table = _everywhere(table)
+    if mesh_in_force() is not None:
+        if table.nbytes >= RING_BYTES:
+            rows = ring.by_tiles(table, block)
+            _check_directions(ring.norms(rows)[:n])
+            return ring.nearest(rows, n, k, block)
+        table = _everywhere(table)
     norms = jnp.linalg.norm(table, axis=1, keepdims=True)
     _check_directions(norms[:, 0])
     return _knn(table / norms, k, min(block, n))
