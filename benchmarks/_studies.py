@@ -5,11 +5,10 @@ Needs nothing but Python, as `_tables.py`.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from _tables import RESULTS, markdown
+from _tables import markdown, read_csv
 
 METRIC = "recall@5"
 COMPARISONS = ("mirror - plain", "mirror - replay", "replay - plain")
@@ -18,14 +17,13 @@ _Line = dict[str, str]
 
 def read(study: str, file: str) -> list[_Line]:
     """The rows of a study's CSV file."""
-    with (RESULTS / "studies" / study / file).open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+    return read_csv(f"studies/{study}/{file}")
 
 
 def compared(*studies: str) -> str:
     """Metrics of every model and method, and relative differences at `METRIC` over seeds; first the best untrained."""
     rows = [row for study in studies for row in read(study, "table.csv")]
-    tests = _tests((row for study in studies for row in read(study, "tests.csv")), METRIC)
+    tests = _tests(row for study in studies for row in read(study, "tests.csv"))
     untrained = max((row for row in rows if row["method"] == "no training"), key=lambda row: float(row[METRIC]))
     lines = []
     for row in [untrained, *(row for row in rows if row["method"] != "no training")]:
@@ -37,7 +35,7 @@ def compared(*studies: str) -> str:
 def equal(study: str, model: str) -> str:
     """One model at equally many gradient evaluations: means of the last epochs, and their differences."""
     rows = [row for row in read(study, "equal.csv") if row["model"] == model]
-    tests = _tests((row for row in read(study, "equal_tests.csv") if row["rule"] == "last"), METRIC)
+    tests = _tests(row for row in read(study, "equal_tests.csv") if row["rule"] == "last")
     metric = f"{METRIC}_last"
     lines = [
         [row["method"], f"{float(row['epochs']):.0f}", _mean(row, metric), *_against(tests, row, _difference)]
@@ -50,9 +48,9 @@ def kept(*studies: str) -> str:
     """What is kept of `METRIC` under changes: differences of the areas under the curves, in percentage points."""
     lines = []
     for study in studies:
-        tests = _tests(read(study, "tests.csv"), METRIC)
-        found = dict.fromkeys((row["model"], row["change"]) for row in read(study, "tests.csv"))
-        for model, change in found:
+        rows = read(study, "tests.csv")
+        tests = _tests(rows)
+        for model, change in dict.fromkeys((row["model"], row["change"]) for row in rows):
             cells = [_points(tests[model, comparison]) for comparison in COMPARISONS]
             lines.append([f"{model}, {change}", *cells])
     return markdown(["model, change", *COMPARISONS], lines)
@@ -87,9 +85,9 @@ def half_steps(*studies: str) -> str:
     return markdown(["model, data", "optimizer", *columns], lines)
 
 
-def _tests(rows: Iterable[_Line], metric: str) -> dict[tuple[str, str], _Line]:
-    """The tests at one metric, by model and comparison."""
-    return {(row["model"], row["comparison"]): row for row in rows if row["metric"] == metric}
+def _tests(rows: Iterable[_Line]) -> dict[tuple[str, str], _Line]:
+    """The tests at `METRIC`, by model and comparison."""
+    return {(row["model"], row["comparison"]): row for row in rows if row["metric"] == METRIC}
 
 
 def _against(tests: dict[tuple[str, str], _Line], row: _Line, cell: Callable[[_Line], str]) -> list[str]:

@@ -5,6 +5,7 @@ Needs nothing but Python, so that `tables.py` can check the documentation on a m
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,12 @@ class Table:
         columns = self.columns or {name: name for name in rows[0] if name not in ("device", "versions")}
         origins = dict.fromkeys(f"{row['device']}, {row['versions']}" for row in rows)
         return "\n".join([markdown(list(columns), replace(self, columns=columns).cells(rows), padded=True), *origins])
+
+
+def read_csv(name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file of results."""
+    with (RESULTS / name).open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], padded: bool = False) -> str:

@@ -9,7 +9,6 @@ A table stands between two comments, `<!-- NAME: begin -->` and `<!-- NAME: end 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from _gpu_summary import summary
 from _studies import compared, equal, flatness, half_steps, kept
-from _tables import RESULTS, TABLES, Row, latest, markdown, number, pivot, results
+from _tables import RESULTS, TABLES, Row, latest, markdown, number, pivot, read_csv, results
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 METRICS = ("recall@5", "recall@20", "ndcg@20")
@@ -112,11 +111,6 @@ def _groups(rows: Iterable[Row], *fields: str) -> dict[tuple[str, ...], list[Row
     return found
 
 
-def _read(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name).open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def _mean(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
@@ -132,7 +126,7 @@ def _agree(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 def _means(data: str, metrics: Sequence[str], others: str) -> str:
     """Test metrics of every model and training, each beside that of another file's rows."""
     rows = [row for row in _runs(data) if row["feature_dtype"] == "float32"]
-    theirs, lines = _groups(_read(others), "model", "training"), []
+    theirs, lines = _groups(read_csv(others), "model", "training"), []
     for key, group in _groups(rows, "model", "training").items():
         other = theirs.get(key, [])
         line = [*key, f"{len(group)} / {len(other)}" if len(other) > 1 else f"{len(group)}"]
@@ -163,7 +157,7 @@ def _bfloat16() -> str:
 
 def _paired(data: str) -> str:
     """Differences per user and their p."""
-    rows = [row for row in _read("paired_tests.csv") if row["data"] == data]
+    rows = [row for row in read_csv("paired_tests.csv") if row["data"] == data]
     for row in rows:
         row |= {metric: f"{row[metric]} (p = {row[f'p, {metric}']})" for metric in ("recall@5", "recall@20")}
     headings = ("model", "difference", "seeds", "recall@5", "recall@20")
@@ -172,7 +166,7 @@ def _paired(data: str) -> str:
 
 def _curves() -> str:
     """VBPR, epoch by epoch: mean test recall@5 of the mirrored seeds still training, range of the plain seeds' loss."""
-    rows = _read("tiktok_vbpr_curves.csv")
+    rows = read_csv("tiktok_vbpr_curves.csv")
     lines = []
     for epoch in (1, 5, 12, 20, 25, 40, 60):
         line = [str(epoch)]

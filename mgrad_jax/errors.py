@@ -46,8 +46,8 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def did_you_mean(value: object, choices: Iterable[str]) -> str:
-    """What to append to a list of choices: the one that is probably meant, or nothing.
+def did_you_mean(value: object, choices: Iterable[str], most: int = 1) -> str:
+    """What to append to a list of choices: the one that is probably meant, or so many of them, or nothing.
 
     >>> did_you_mean("freedum", ["bm3", "freedom"])
     ' (did you mean freedom?)'
@@ -56,5 +56,5 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """
     import difflib  # on a mistake only
 
-    near = difflib.get_close_matches(str(value)[:80].lower(), list(choices), 1, cutoff=0.7)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = difflib.get_close_matches(str(value)[:80].lower(), list(choices), most, cutoff=0.7)
+    return f" (did you mean {' or '.join(sorted(near))}?)" if near else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import sys
@@ -97,9 +96,7 @@ def _usage(error: Any) -> str:
     if hasattr(error, "possibilities"):
         offered = [p for p in context.command.params if not getattr(p, "hidden", False)]
         options = [o for p in offered for o in (*p.opts, *p.secondary_opts) if o.startswith("--")]
-        near = " or ".join(sorted(difflib.get_close_matches(error.option_name, options, 3, 0.7)))
-        meant = f" (did you mean {near}?)" if near else ""
-        path = context.command_path
+        path, meant = context.command_path, did_you_mean(error.option_name, options, most=3)
         return f"{path} has no option {shown(error.option_name)}{meant}; see {path} --help."
     if sentence.startswith("No such command"):
         commands = context.command.list_commands(context)

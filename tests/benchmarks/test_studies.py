@@ -22,9 +22,9 @@ vbpr,mirror - replay,recall@5,0.1,-0.05,0.25,0.4,1.0
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of a study "s", which the tables are made of."""
-    import _studies
+    import _tables
 
-    monkeypatch.setattr(_studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(_tables, "RESULTS", tmp_path)
     (tmp_path / "studies" / "s").mkdir(parents=True)
     return tmp_path / "studies" / "s"
 
