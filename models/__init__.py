@@ -18,7 +18,15 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.declaration import check_choice, check_names
 from mgrad_jax.deprecation import renamed
 from mgrad_jax.devices import tables_of
-from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, TracedHyperParameter, cast_features
+from mgrad_jax.models.base import (
+    Constant,
+    EpochState,
+    ModelConfig,
+    Recommender,
+    TracedHyperParameter,
+    Variables,
+    cast_features,
+)
 
 renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
 
@@ -101,6 +109,7 @@ __all__ = [
     "ModelConfig",
     "Recommender",
     "TracedHyperParameter",
+    "Variables",
     "create",
     "make_config",
     "model_class",

@@ -29,7 +29,7 @@ from mgrad_jax.data import Batch
 from mgrad_jax.data.features import MODALITIES
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics
-from mgrad_jax.models import Recommender
+from mgrad_jax.models import Recommender, Variables
 
 
 class TableNumbers(NamedTuple):
@@ -130,10 +130,10 @@ def measure_inputs(
 @partial(jax.jit, static_argnums=0)
 def _gradients(
     tables: tuple[str, ...], model: Recommender, batch: Batch, key: Array
-) -> tuple[Float[Array, ""], nnx.State, dict[str, Array]]:
+) -> tuple[Float[Array, ""], Variables, dict[str, Array]]:
     """The loss and its gradients by the parameters and by every table."""
 
-    def by(chosen: Any) -> tuple[Float[Array, ""], nnx.State]:
+    def by(chosen: Any) -> tuple[Float[Array, ""], Variables]:
         parts: tuple[Any, ...] = nnx.split(model, chosen, ...)
         graphdef, variables, rest = parts
         return jax.value_and_grad(lambda x: nnx.merge(graphdef, x, rest).loss(batch, key)[0])(variables)

@@ -24,6 +24,7 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics, make_eval_split, split_over_devices
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
+from mgrad_jax.models import Variables
 from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainingData, TrainState, run_epoch, training_data
 from mgrad_jax.training.settings import FitSettings
 from mgrad_jax.training.side_by_side import by_device, put, spread, stack, take
@@ -49,8 +50,8 @@ class Inputs(NamedTuple):
 class Scoring(NamedTuple):
     """The variables evaluation reads."""
 
-    params: nnx.State
-    epoch_state: nnx.State
+    params: Variables
+    epoch_state: Variables
 
 
 class Scores(NamedTuple):
@@ -256,7 +257,7 @@ class Engine:
             )
         return Scores(valid, test, jnp.isfinite(users.sum() + items.sum()))
 
-    def _constants(self, own: Own, shared: Sequence[jax.Array | None]) -> nnx.State:
+    def _constants(self, own: Own, shared: Sequence[jax.Array | None]) -> Variables:
         mine = iter(own.constants)
         return jax.tree.unflatten(self._structure, [next(mine) if x is None else x for x in shared])
 
