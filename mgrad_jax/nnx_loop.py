@@ -58,8 +58,9 @@ def nnx_step(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[...
             graph, _, rest = parts
 
             def value_fn(params: Any) -> jax.Array:
-                value = loss_fn(nnx.merge(graph, params, rest), *args, **kwargs)
-                return value[0] if has_aux else value
+                out = loss_fn(nnx.merge(graph, params, rest), *args, **kwargs)
+                value: jax.Array = out[0] if has_aux else out
+                return value
 
             offered = {
                 "value": out[0] if has_aux else out,

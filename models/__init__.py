@@ -54,7 +54,8 @@ def model_class(name: str) -> type[Recommender]:
     """The class of a model; an unknown name is a `UserError` that lists the known ones."""
     check_choice("unknown model", name, names())
     module = importlib.import_module(f"mgrad_jax.models.{name}")
-    return getattr(module, _CLASSES[name])
+    found: type[Recommender] = getattr(module, _CLASSES[name])
+    return found
 
 
 def make_config(name: str, hyper_parameters: dict[str, Any]) -> ModelConfig:

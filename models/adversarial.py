@@ -80,7 +80,8 @@ class AdversarialRecommender(Recommender):
         tables, rest = jax.lax.stop_gradient(states)
         gradient = jax.grad(lambda tables: nnx.merge(graphdef, tables, rest)._unpenalised(batch, key))(tables)
         # In the model's type, also where the tables are held in a narrower one, which would round a small delta away.
-        return jax.tree.map(lambda g: self.epsilon[...] * losses.normalize(g.astype(self.dtype)), gradient)
+        delta: Variables = jax.tree.map(lambda g: self.epsilon[...] * losses.normalize(g.astype(self.dtype)), gradient)
+        return delta
 
     def _unpenalised(self, batch: Batch, key: Array) -> Float[Array, ""]:
         """L, of the features the variables hold now."""
@@ -128,6 +129,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
             "leave adversarial training out."
         )
     object.__setattr__(copy, "__class__", _adversarial_class(type(model)))
+    assert isinstance(copy, AdversarialRecommender)
     copy.tables = tables
     copy.epsilon = TracedHyperParameter(jnp.asarray(epsilon, model.dtype))
     copy.weight = TracedHyperParameter(jnp.asarray(weight, model.dtype))

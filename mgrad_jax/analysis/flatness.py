@@ -149,7 +149,8 @@ def losses_on_plane(
         moved = jax.tree.map(lambda x, p, q: (x + point[0] * p + point[1] * q).astype(x.dtype), params, first, second)
         return loss(moved, fixed)
 
-    return jax.lax.map(at, points, batch_size=batch_size)
+    losses: Array = jax.lax.map(at, points, batch_size=batch_size)
+    return losses
 
 
 def _rises(

@@ -155,7 +155,8 @@ def _constants(model: Recommender, table: str) -> Float[Array, " items"] | None:
 
 def lemma_constant(rows: Float[Array, "n width"], kernel: Float[Array, "width dim"]) -> Float[Array, " n"]:
     """(1 + |x|^2) / |W|^2 of every row x, with the spectral norm of W."""
-    return (1 + jnp.sum(rows**2, axis=1)) / jnp.linalg.norm(kernel, ord=2) ** 2
+    spectral: Array = jnp.linalg.norm(kernel, ord=2)
+    return (1 + jnp.sum(rows**2, axis=1)) / spectral**2
 
 
 @partial(jax.jit, static_argnums=0)
@@ -173,7 +174,8 @@ def _holding(tables: tuple[str, ...], model: Recommender, singles: Batch, key: A
                 found[path] = jnp.all(left <= right * (1 + 1e-5))
         return found
 
-    return jax.lax.map(example, singles)
+    holding: dict[str, Array] = jax.lax.map(example, singles)
+    return holding
 
 
 def worst_case_metrics(

@@ -94,7 +94,8 @@ def objective(model: Recommender, data: Interactions, n: int, key: Array) -> tup
 
 def parameters(model: Recommender) -> Variables:
     """The model's parameters in its own type: a narrower one, in which it may hold tables, loses small steps."""
-    return jax.tree.map(lambda x: jnp.asarray(x, model.dtype), nnx.state(model, nnx.Param))
+    params: Variables = jax.tree.map(lambda x: jnp.asarray(x, model.dtype), nnx.state(model, nnx.Param))
+    return params
 
 
 def norm(params: Params) -> float:

@@ -212,7 +212,8 @@ def _cases(
             return found, {}
         return found, _marks(fixed[0], eval_split, choose(values, len(items))[0], new_lists)
 
-    return jax.lax.map(case, cases)
+    results: tuple[dict[str, jax.Array], dict[str, jax.Array]] = jax.lax.map(case, cases)
+    return results
 
 
 def _metrics(

@@ -183,10 +183,12 @@ def _by_block(
     """
     mesh = mesh_in_force()
     if mesh is None or blocks.users.shape[0] % mesh.size:
-        return jax.lax.map(lambda block: function(block, user_vectors[block.users], item_vectors), blocks)
+        results: _Result = jax.lax.map(lambda block: function(block, user_vectors[block.users], item_vectors), blocks)
+        return results
 
     def own(blocks: _AnyBlock, vectors: Array, item_vectors: Array) -> _Result:
-        return jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
+        results: _Result = jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
+        return results
 
     # By columns, of which rows are taken without any exchange; then these rows go where their blocks are.
     vectors = jax.lax.with_sharding_constraint(user_vectors, COLUMNS)[blocks.users]

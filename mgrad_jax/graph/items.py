@@ -45,20 +45,22 @@ def knn_indices(features: np.ndarray | Array, k: int, block: int = BLOCK) -> Int
     n = table.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
-    if mesh_in_force() is not None:
-        if table.nbytes >= RING_BYTES:
-            rows = ring.by_tiles(table, block)
-            _check_directions(ring.norms(rows)[:n])
-            return ring.nearest(rows, n, k, block)
-        table = _everywhere(table)
-    norms = jnp.linalg.norm(table, axis=1, keepdims=True)
-    _check_directions(norms[:, 0])
-    return _knn(table / norms, k, min(block, n))
+    on_several = mesh_in_force() is not None
+    if on_several and table.nbytes >= RING_BYTES:
+        rows = ring.by_tiles(table, block)
+        _check_directions(ring.norms(rows)[:n])
+        nearest: Array = ring.nearest(rows, n, k, block)
+    else:
+        table = _everywhere(table) if on_several else table
+        norms = jnp.linalg.norm(table, axis=1, keepdims=True)
+        _check_directions(norms[:, 0])
+        nearest = _knn(table / norms, k, min(block, n))
+    return nearest
 
 
 def knn_bytes(n: int, dim: int, dtype: Any, devices: int) -> int:
     """What each of so many devices has, about, while the nearest rows of an (n, dim) table are found."""
-    size = jnp.dtype(dtype).itemsize
+    size: int = jnp.dtype(dtype).itemsize
     if devices > 1 and n * dim * size >= RING_BYTES:
         rows = -(-n // (BLOCK * devices)) * BLOCK
         return (rows + 3 * BLOCK) * dim * size  # its rows, and of tiles one's own, the visitor and the next
@@ -94,7 +96,8 @@ def _over_blocks(function: Callable[[Array, Array], Array], starts: Array, table
     """Results (blocks, ...) of `function(table, start)`, block after block; of several devices, each does its own."""
 
     def own(starts: Array, table: Array) -> Array:
-        return jax.lax.map(partial(function, table), starts)
+        results: Array = jax.lax.map(partial(function, table), starts)
+        return results
 
     if (mesh := mesh_in_force()) is None:
         return own(starts, table)

@@ -43,16 +43,18 @@ def multiply(kernel: str, shape: tuple[int, int], values: Array, indices: Array,
     if kernel not in PRODUCTS:
         raise ValueError(f"gpu_product is {kernel!r}; choose one of {', '.join(PRODUCTS)}.")
     others = {} if kernel == "segment" else {"cuda": partial(PRODUCTS[kernel], shape)}
-    return jax.lax.platform_dependent(
+    product: Array = jax.lax.platform_dependent(
         values, indices, indptr, x, cpu=partial(_bcsr, shape), default=partial(segment, shape), **others
     )
+    return product
 
 
 def _bcsr(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     # The kernel knows float32 and float64; half precision is summed in float32, which is better anyway.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     graph = sparse.BCSR((values.astype(wide), indices, indptr), shape=shape)
-    return (graph @ x.astype(wide)).astype(x.dtype)
+    product: Array = graph @ x.astype(wide)
+    return product.astype(x.dtype)
 
 
 def segment(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
@@ -64,7 +66,8 @@ def segment(shape: tuple[int, int], values: Array, indices: Array, indptr: Array
 def cusparse(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     """JAX's own compressed rows; half precision in float32, as on a CPU."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (sparse.CSR((values.astype(wide), indices, indptr), shape=shape) @ x.astype(wide)).astype(x.dtype)
+    product: Array = sparse.CSR((values.astype(wide), indices, indptr), shape=shape) @ x.astype(wide)
+    return product.astype(x.dtype)
 
 
 def rows(
@@ -125,7 +128,7 @@ def _sums(starts: Array, ends: Array, values: Array, indices: Array, x: Array, i
         return jnp.zeros(total.shape, total.dtype)
     width = min(_WIDTH, pl.next_power_of_2(dim))
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
+    sums: Array = pl.pallas_call(
         partial(_row_kernel, dim=dim, width=width),
         grid=(n_rows, pl.cdiv(dim, width)),
         in_specs=[whole] * 5,
@@ -135,6 +138,7 @@ def _sums(starts: Array, ends: Array, values: Array, indices: Array, x: Array, i
         compiler_params=triton.CompilerParams(num_warps=2),
         name="sparse_rows",
     )(starts, ends, values, indices, x)
+    return sums
 
 
 def _row_kernel(starts: Any, ends: Any, values: Any, indices: Any, x: Any, y: Any, *, dim: int, width: int) -> None:

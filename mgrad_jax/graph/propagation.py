@@ -277,7 +277,8 @@ def dots(mesh: Any, indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array,
         return _dots(indices, rows, a, b)
 
     def own(indices: Array, rows: Array, a: Array, b: Array) -> Array:
-        return jax.lax.psum(_dots(indices, rows, a, b), AXIS)
+        sums: Array = jax.lax.psum(_dots(indices, rows, a, b), AXIS)
+        return sums
 
     wide = padded_columns(a, mesh.size), padded_columns(b, mesh.size)
     return over_devices(mesh, own, (WHOLE, WHOLE, COLUMNS, COLUMNS), WHOLE, indices, rows, *wide)
@@ -285,7 +286,8 @@ def dots(mesh: Any, indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array,
 
 def _dots(indices: Array, rows: Array, a: Array, b: Array) -> Array:
     products = a[rows] * b[indices]
-    return jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
+    sums: Array = jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
+    return sums
 
 
 def _sum_by_halves(x: Array) -> Array:

@@ -29,9 +29,11 @@ def by_tiles(table: Float[Array, "n dim"], tile: int) -> Float[Array, "whole_til
         def exchanged(number: Array) -> Array:
             starts = (jnp.arange(mesh.size) * each + number) * tile
             rows = columns.at[starts[:, None] + jnp.arange(tile)[None]].get(mode="fill", fill_value=0)
-            return jax.lax.all_to_all(rows, AXIS, 0, 2, tiled=True)[0]
+            received: Array = jax.lax.all_to_all(rows, AXIS, 0, 2, tiled=True)
+            return received[0]
 
-        return jax.lax.map(exchanged, jnp.arange(each)).reshape(-1, dim)
+        tiles: Array = jax.lax.map(exchanged, jnp.arange(each))
+        return tiles.reshape(-1, dim)
 
     return over_devices(mesh, own, (COLUMNS,), ROWS, table)
 
@@ -39,7 +41,8 @@ def by_tiles(table: Float[Array, "n dim"], tile: int) -> Float[Array, "whole_til
 @jax.jit
 def norms(rows: Float[Array, "n dim"]) -> Float[Array, " n"]:
     """The norm of every row, on every device."""
-    return everywhere(jnp.linalg.norm(rows, axis=1))
+    found: Array = jnp.linalg.norm(rows, axis=1)
+    return everywhere(found)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -61,11 +61,13 @@ class SparseGraph:
 
     def rows(self) -> Int[Array, " nnz"]:
         """The row of every entry."""
-        return row_ids(self.indptr, self.nnz)
+        rows: Array = row_ids(self.indptr, self.nnz)
+        return rows
 
     def todense(self) -> Float[Array, "rows cols"]:
         """The dense matrix, (n_rows, n_cols); for tests and small graphs."""
-        return _dense(self)
+        dense: Array = _dense(self)
+        return dense
 
 
 @jax.jit

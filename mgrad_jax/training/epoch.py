@@ -209,13 +209,15 @@ def train_pass(
 
     def grad_fn(params: Variables, pass_index: Any) -> Variables:
         # 2**30 keeps these keys apart from the pass numbers.
-        return jax.grad(loss_fn, has_aux=True)(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
+        gradient: Variables = jax.grad(loss_fn, has_aux=True)(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
+        return gradient
 
     def sample_grad_fn(params: Variables, index: Any) -> Variables:
         sample = jax.tree.map(lambda x: x.reshape(-1)[index][None], batches)
         # A second fold: an index may be as large as the numbers that tell the other keys apart.
         sample_key = jax.random.fold_in(jax.random.fold_in(key, 2**30 - 1), index)
-        return jax.grad(loss_fn, has_aux=True)(params, sample_key, sample)[0]
+        gradient: Variables = jax.grad(loss_fn, has_aux=True)(params, sample_key, sample)[0]
+        return gradient
 
     def value_fn(params: Variables) -> Array:
         return loss_fn(params)[0]
