@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mgrad_jax.devices import mesh_in_force
-from mgrad_jax.graph.multilinear import Arguments, Multilinear
+from mgrad_jax.graph.multilinear import Arguments, Multilinear, Others
 from mgrad_jax.graph.propagation import dots, product
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
@@ -60,7 +60,7 @@ def _both_ways(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple
 
 
 def _pull_either(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int], mesh: Any
+    results: list[Array], arguments: Others, structure: tuple[Any, ...], *, shape: tuple[int, int], mesh: Any
 ) -> tuple[Array]:
     # An entry and its mirror image pull at the same two rows, so that their sum does in one product.
     (other,) = next(argument for argument in arguments if argument is not None)
@@ -110,7 +110,7 @@ def _derivative_along_attention(moved: Any, arguments: Arguments, rows: Array, *
     return (moved[0] * tangent - moved[0] * shared - attention * shared_moved,)
 
 
-def _transposed_derivative(results: list[Array], arguments: Arguments, rows: Array, *, n_rows: int) -> Any:
+def _transposed_derivative(results: list[Array], arguments: Others, rows: Array, *, n_rows: int) -> Any:
     return _softmax_derivative((arguments[0], tuple(results)), rows, n_rows=n_rows)
 
 
@@ -118,7 +118,7 @@ def _of_own_row(arguments: Arguments, rows: Array, *, n_rows: int) -> tuple[Arra
     return (_row_sums(n_rows, rows, arguments[0][0])[rows],)
 
 
-def _transposed_sum(results: list[Array], arguments: Arguments, rows: Array, *, n_rows: int) -> Any:
+def _transposed_sum(results: list[Array], arguments: Others, rows: Array, *, n_rows: int) -> Any:
     return _sum_of_row((tuple(results),), rows, n_rows=n_rows)
 
 

@@ -25,7 +25,7 @@ from mgrad_jax.devices import (
     turned_to_columns,
 )
 from mgrad_jax.graph.kernels import gpu_product, multiply
-from mgrad_jax.graph.multilinear import Arguments, Multilinear
+from mgrad_jax.graph.multilinear import Arguments, Multilinear, Others
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
 
@@ -197,13 +197,13 @@ def _parted(y: Array, sizes: list[int]) -> tuple[Array, ...]:
     return (y,) if len(sizes) == 1 else (y[: sizes[0]], y[sizes[0] :])
 
 
-def _pull_values(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], **static: Any) -> Any:
+def _pull_values(results: list[Array], arguments: Others, structure: tuple[Any, ...], **static: Any) -> Any:
     pulls, vectors = jnp.concatenate(results), jnp.concatenate(arguments[1])
     pair = (vectors, pulls) if static["transposed"] else (pulls, vectors)
     return (entry_dots(static["shape"], structure, *pair),)
 
 
-def _pull_vectors(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], **static: Any) -> Any:
+def _pull_vectors(results: list[Array], arguments: Others, structure: tuple[Any, ...], **static: Any) -> Any:
     transposed = {**static, "transposed": not static["transposed"]}
     return _product((arguments[0], tuple(results)), structure, **transposed)
 
@@ -256,13 +256,13 @@ def _dots_of_entries(
 
 
 def _pull_rows(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any, mesh: Any
+    results: list[Array], arguments: Others, structure: tuple[Any, ...], *, shape: Any, mesh: Any
 ) -> tuple[Array]:
     return (product(shape, results[0], structure, arguments[1][0], symmetric=False),)
 
 
 def _pull_columns(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any, mesh: Any
+    results: list[Array], arguments: Others, structure: tuple[Any, ...], *, shape: Any, mesh: Any
 ) -> tuple[Array, ...]:
     static = _static(shape, structure, symmetric=False)
     return _product(((results[0],), arguments[0]), structure, **{**static, "transposed": True})
