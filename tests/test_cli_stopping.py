@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +79,55 @@ def test_once_something_is_written_a_signal_is_an_exception() -> None:
             with pytest.raises(KeyboardInterrupt):
                 stopping.repeat_if_lost()
     assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
+
+
+def interrupt_the_garbage_collector(stop: Callable[[], None]) -> None:
+    def callback(phase: str, info: dict[str, int]) -> None:
+        gc.callbacks.remove(callback)
+        stop()
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+def interrupt_a_finalizer(stop: Callable[[], None]) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            stop()
+
+    Finalized()
+
+
+def go_on_for_long() -> None:
+    for _ in range(int(HANGS / 0.01)):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("interrupt", [interrupt_the_garbage_collector, interrupt_a_finalizer])
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_an_exception_lost_where_none_can_be_raised_comes_again_without_a_word(
+    interrupt: Callable[[Callable[[], None]], None], number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hook = sys.unraisablehook
+    with stopping.watched():
+        stopping.complete_what_is_begun()
+        interrupt(lambda: signal.raise_signal(number))  # returns, as if nothing had happened
+        with pytest.raises(KeyboardInterrupt):
+            go_on_for_long()
+    assert sys.unraisablehook is hook
+    assert capfd.readouterr().err == ""
+
+
+def test_what_else_a_finalizer_loses_is_still_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_type))
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with stopping.watched():
+        interrupt_a_finalizer(fail)
+    assert reported == [ZeroDivisionError]
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
