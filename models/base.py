@@ -176,7 +176,7 @@ class Recommender(nnx.Module):
         warnings.warn(told, DeprecationWarning, stacklevel=2)
         return self.expose_features()
 
-    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """What the variables of `feature_paths` hold for these raw features, by path; pure.
 
         Args:

@@ -205,7 +205,7 @@ class MMGCN(Recommender):
             getattr(self, modality).expose_features()
         return self.feature_paths
 
-    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """X of each modality."""
         return {f"{modality}.features": table for modality, table in features.items()}
 

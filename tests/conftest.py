@@ -36,6 +36,8 @@ CHECKED = [
     "analysis.inputs",
     "analysis.landscape",
     "analysis.perturb",
+    "analysis.robustness",
+    "analysis.theory",
     "data.sampling",
     "devices",
     "dropout",

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mgrad_jax.analysis.perturb import variable_at
 from mgrad_jax.analysis.theory import norm
@@ -130,7 +130,7 @@ def measure_inputs(
 @partial(jax.jit, static_argnums=0)
 def _gradients(
     tables: tuple[str, ...], model: Recommender, batch: Batch, key: Array
-) -> tuple[Float[Array, ""], Variables, dict[str, Array]]:
+) -> tuple[Float[Array, ""], Variables, dict[str, Float[Array, "_ _"]]]:
     """The loss and its gradients by the parameters and by every table."""
 
     def by(chosen: Any) -> tuple[Float[Array, ""], Variables]:
@@ -160,7 +160,9 @@ def lemma_constant(rows: Float[Array, "n width"], kernel: Float[Array, "width di
 
 
 @partial(jax.jit, static_argnums=0)
-def _holding(tables: tuple[str, ...], model: Recommender, singles: Batch, key: Array) -> dict[str, Array]:
+def _holding(
+    tables: tuple[str, ...], model: Recommender, singles: Batch, key: Array
+) -> dict[str, Bool[Array, " examples"]]:
     """Whether the inequality holds for single examples, by table: for every row that an example reads."""
     constants = {path: _constants(model, path) for path in tables}
 
@@ -198,7 +200,7 @@ def worst_case_metrics(
 
 @jax.jit
 def _after(
-    model: Recommender, gradients: Mapping[str, Array], eval_split: EvalSplit, size: Float[Array, ""]
+    model: Recommender, gradients: Mapping[str, Float[Array, "_ _"]], eval_split: EvalSplit, size: Float[Array, ""]
 ) -> dict[str, Float[Array, ""]]:
     copy = jax.tree.map(lambda x: x, model)  # variables of the outer program cannot be changed in here
     for path, gradient in gradients.items():

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from mgrad_jax.graph.sparse import row_ids
 
@@ -34,7 +34,14 @@ Product = Callable[[tuple[int, int], Array, Array, Array, Array], Array]
 gpu_product = jax.make_user_context("segment")
 
 
-def multiply(kernel: str, shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
+def multiply(
+    kernel: str,
+    shape: tuple[int, int],
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " rows_plus_1"],
+    x: Float[Array, "cols dim"],
+) -> Float[Array, "rows dim"]:
     """The product of a matrix of this shape with a dense one, (n_rows, dim), on CUDA by this kernel.
 
     Raises:
@@ -72,13 +79,13 @@ def cusparse(shape: tuple[int, int], values: Array, indices: Array, indptr: Arra
 
 def rows(
     shape: tuple[int, int],
-    values: Array,
-    indices: Array,
-    indptr: Array,
-    x: Array,
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " rows_plus_1"],
+    x: Float[Array, "cols dim"],
     *,
     interpret: bool = False,
-) -> Array:
+) -> Float[Array, "rows dim"]:
     """A program for every row and block of columns.
 
     The hardware hands out programs as others finish, so rows of different lengths balance as long as none takes longer
@@ -94,14 +101,14 @@ def rows(
 
 def split_rows(
     shape: tuple[int, int],
-    values: Array,
-    indices: Array,
-    indptr: Array,
-    x: Array,
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " rows_plus_1"],
+    x: Float[Array, "cols dim"],
     *,
     piece: int = PIECE,
     interpret: bool = False,
-) -> Array:
+) -> Float[Array, "rows dim"]:
     """`rows` for graphs of which some rows are very long: pieces of `piece` entries, then the pieces of every row."""
     n_rows, nnz = shape[0], indices.shape[0]
     if nnz <= piece:

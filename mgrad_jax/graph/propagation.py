@@ -48,8 +48,12 @@ def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "
 
 
 def product(
-    shape: tuple[int, int], values: Array, structure: tuple[Any, ...], x: Array, symmetric: bool | None = None
-) -> Array:
+    shape: tuple[int, int],
+    values: Float[Array, " nnz"],
+    structure: tuple[Any, ...],
+    x: Float[Array, "cols dim"],
+    symmetric: bool | None = None,
+) -> Float[Array, "rows dim"]:
     """`propagate` with other values; `symmetric`: whether they equal their mirror images, if no transpose is stored."""
     static = _static(shape, structure, symmetric=symmetric)
     return _product(((values,), (x,)), structure, **static)[0]
@@ -169,12 +173,12 @@ def _by_columns(
 def _halves(
     sizes: tuple[int, int],
     by_kernel: Callable[..., Array],
-    values: Array,
-    indices: Array,
-    indptr: Array,
-    users: Array,
-    items: Array,
-) -> tuple[Array, Array]:
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " nodes_plus_1"],
+    users: Float[Array, "users dim"],
+    items: Float[Array, "items dim"],
+) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
     """Both products of one step; half of the entries lie in the rows of users."""
     n_users, n_items = sizes
     half = indices.shape[0] // 2
@@ -231,7 +235,7 @@ def _batch(operands: Any, axes: Any, *, tree: Any, static: tuple[Any, ...]) -> t
     return list(results), [0] * n_vectors
 
 
-def _columns(x: Array, axis: int | None, size: int) -> Array:
+def _columns(x: Array, axis: int | None, size: int) -> Float[Array, "nodes wide"]:
     """All members' vectors of a node in one row."""
     members = jnp.broadcast_to(x[:, None], (x.shape[0], size, x.shape[1])) if axis is None else jnp.moveaxis(x, axis, 1)
     return members.reshape(members.shape[0], -1)
@@ -243,7 +247,9 @@ _product = Multilinear("graph_product", _compute, {0: _pull_values, 1: _pull_vec
 # The derivative of a product by the matrix's values: linear in the vectors on either side.
 
 
-def entry_dots(shape: tuple[int, int], structure: tuple[Any, ...], a: Array, b: Array) -> Float[Array, " nnz"]:
+def entry_dots(
+    shape: tuple[int, int], structure: tuple[Any, ...], a: Float[Array, "rows dim"], b: Float[Array, "cols dim"]
+) -> Float[Array, " nnz"]:
     """<a[row], b[column]> of every entry (a sampled dense-dense product, SDDMM); a (n_rows, dim), b (n_cols, dim)."""
     return _entry_dots(((a,), (b,)), structure, shape=shape, mesh=mesh_in_force())[0]
 
@@ -271,7 +277,13 @@ def _pull_columns(
 _entry_dots = Multilinear("graph_entry_dots", _dots_of_entries, {0: _pull_rows, 1: _pull_columns})
 
 
-def dots(mesh: Any, indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array, b: Array) -> Float[Array, " n"]:
+def dots(
+    mesh: Any,
+    indices: Int[Array, " n"],
+    rows: Int[Array, " n"],
+    a: Float[Array, "rows dim"],
+    b: Float[Array, "cols dim"],
+) -> Float[Array, " n"]:
     """<a[row], b[column]> of some entries; of their own columns on several devices, which then send n numbers each."""
     if mesh is None:
         return _dots(indices, rows, a, b)
@@ -290,7 +302,7 @@ def _dots(indices: Array, rows: Array, a: Array, b: Array) -> Array:
     return sums
 
 
-def _sum_by_halves(x: Array) -> Array:
+def _sum_by_halves(x: Float[Array, "*places dim"]) -> Float[Array, "*places"]:
     # On a CPU a sum fused with the gather of its rows adds number by number; halves added to halves take a twentieth.
     width, rest = x.shape[-1], jnp.zeros(x.shape[:-1], x.dtype)
     while width > 1:
