@@ -205,7 +205,7 @@ class MMGCN(Recommender):
             getattr(self, modality).expose_features()
         return self.feature_paths
 
-    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """X of each modality."""
         return {f"{modality}.features": table for modality, table in features.items()}
 
@@ -228,7 +228,7 @@ class MMGCN(Recommender):
         """z of some nodes, or of all."""
         graph, ids = self.graph.get_value(), self.id_embedding[...]
         views = [getattr(self, modality)(graph, ids, nodes) for modality in self.modalities]
-        total = sum(views[1:], views[0])
+        total: Array = sum(views[1:], views[0])
         return total if self.config.sum_modalities else total / len(views)
 
     def _table_squares(self, batch: Batch) -> Float[Array, ""]:

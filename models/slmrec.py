@@ -135,7 +135,7 @@ class SLMRec(Recommender):
         """X_v and X_t, whose rows have unit length."""
         return "image", "text"
 
-    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """X_v and X_t of these features."""
         return {modality: losses.normalize(table) for modality, table in features.items()}
 
