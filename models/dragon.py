@@ -10,9 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Interactions
-from mgrad_jax.graph import blend_graphs, knn_graph, propagate
 from mgrad_jax.models.base import Constant, ModelConfig
 from mgrad_jax.models.dualgnn import UserGraphConfig, UserGraphRecommender
+from mgrad_jax.models.freedom import item_graph, smoothed
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -69,18 +69,11 @@ class DRAGON(UserGraphRecommender):
 
     def __init__(self, data: Interactions, config: DRAGONConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        shares = {"image": config.mm_image_weight, "text": 1.0 - config.mm_image_weight}
-        graphs = []
-        for modality in self.modalities:
-            share = shares[modality] if len(self.modalities) > 1 else 1.0
-            graphs.append((share, knn_graph(getattr(self, f"{modality}_features")[...], config.knn_k, dtype)))
-        self.item_graph = Constant(blend_graphs(graphs))
+        tables = [getattr(self, path)[...] for path in self.feature_paths]
+        self.item_graph = Constant(item_graph(tables, config.mm_image_weight, config.knn_k, dtype))
 
     def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         users, items = self._convolved()
         users = (self.user_weights[...] * users).reshape(self.n_users, -1)
         items = items.reshape(self.n_items, -1)
-        neighbours: Array = items
-        for _ in range(self.config.n_mm_layers):
-            neighbours = propagate(self.item_graph.get_value(), neighbours)
-        return users, items + neighbours
+        return users, items + smoothed(self.item_graph.get_value(), items, self.config.n_mm_layers)

@@ -254,7 +254,7 @@ def _show_model(name: str) -> None:
             type(field.default).__name__,
             str(field.default),
             ", ".join(part for part in (str(hyper["range"]), limit) if part),
-            "yes" if hyper["traced"] else "no",
+            "yes" if hyper.get("traced") else "no",
             grid.pop(field.name, ""),
             hyper["help"],
         )
