@@ -31,11 +31,7 @@ def fail(sentence: str, code: int) -> int:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """The sentence and exit code for an exception, None where it is a mistake in the program.
-
-    Args:
-        error: what a command raised.
-    """
+    """The sentence and exit code for what a command raised, None where it is a mistake in the program."""
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, ProcessLost):

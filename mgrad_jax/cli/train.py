@@ -60,12 +60,7 @@ def train(
 def train_and_tell(
     config: RunConfig, *, resume: bool, devices: int | Literal["all"] = 1, go_on: str | None = None
 ) -> dict[str, Any]:
-    """Train and tell how far it is, of the epochs still to come if nothing improves any more.
-
-    Args:
-        config, resume, devices: see `mgrad_jax.training.run.train_run`.
-        go_on: see `mgrad_jax.cli.training.told`.
-    """
+    """Train, and tell how far it is, of the epochs still to come if nothing improves any more; `go_on` as in `told`."""
     from mgrad_jax.training.run import train_run
 
     def state(epoch: EpochReport) -> tuple[str, int, int]:
@@ -78,9 +73,7 @@ def train_and_tell(
 
 
 def _print_result(result: dict[str, Any], directory: Path) -> None:
-    seconds = result["seconds"]
-    data = result["data"]
-    title = f"{result['model']} on {data['name']}, {result['training']}, seed {result['seed']}"
-    times = "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    title = f"{result['model']} on {result['data']['name']}, {result['training']}, seed {result['seed']}"
+    times = "  ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items())
     notes = [f"best epoch {result['best_epoch']} of {result['epochs_run']}   {times}", str(directory)]
     print_metrics(title, notes, result["valid"], result["test"])
