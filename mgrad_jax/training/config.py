@@ -134,9 +134,9 @@ class RunConfig(RunSettings):
         Raises:
             UserError: the data lack what the model needs, or a device has not the memory that it takes.
         """
-        parts = self.memory(data, training=training)
-        settings = {**dataclasses.asdict(self.model_config), "batch_size": self.batch_size, "ks": self.ks}
-        parts = parts if training else {"parameters": parts["parameters"].shrunk(2)}
+        parts, settings = self.memory(data, training=training), {**self.values, **dataclasses.asdict(self.model_config)}
+        if not training:
+            parts = {"parameters": parts["parameters"]._replace(size=parts["parameters"].size // 2)}
         # The memory is each process's own; what the data lack, all of them find.
         together(lambda: check_memory(parts, self.model, settings, devices=1 if mesh is None else mesh.size))
         how: dict[str, Any] = {"seed": self.seed, "feature_dtype": jnp.dtype(self.feature_dtype), "mesh": mesh}

@@ -36,11 +36,7 @@ class Diagnosis:
         return cls(features, isinstance(model, AdversarialRecommender))
 
     def cause(self, updated: bool) -> str:
-        """The cause and its remedy.
-
-        Args:
-            updated: whether the parameters were updated before.
-        """
+        """The cause and its remedy; what it can be depends on whether the parameters were updated before."""
         huge = {name: _largest(table) for name, table in self.features.items()}
         huge = {name: size for name, size in huge.items() if not size < _HUGE}
         if huge:

@@ -90,12 +90,7 @@ class Method:
     def transformation(
         self, optimizer: optax.GradientTransformation, values: Mapping[str, Any]
     ) -> optax.GradientTransformation:
-        """The method around an optimizer.
-
-        Args:
-            optimizer: what makes the steps.
-            values: the settings of the run by name, and `steps_per_epoch`.
-        """
+        """The method around an optimizer; `values` are the settings of the run by name, and `steps_per_epoch`."""
         import optax
 
         from mgrad_jax.optimizers import clip
@@ -163,10 +158,6 @@ def _replay(optimizer: Any, interval: int, max_norm: Any) -> optax.GradientTrans
     return optax.chain(replay(interval, max_norm=max_norm), optimizer)
 
 
-def _plain(optimizer: Any) -> optax.GradientTransformation:
-    return optimizer
-
-
 def _one_a_pass(epoch: int, run: Mapping[str, Any]) -> int:
     """Mirror batches, every `interval`-th one, take two."""
     return _one_a_batch(epoch, run) + math.ceil(run["batches"] / run["interval"])
@@ -202,7 +193,7 @@ METHODS: dict[str, Method] = {
             "mirror gradient with ascent (alpha1 {alpha1:g}, alpha2 {alpha2:g}, interval {interval})",
             evaluations=_one_a_pass,
         ),
-        Method("plain", _plain, "the optimizer alone", "plain training"),
+        Method("plain", lambda optimizer: optimizer, "the optimizer alone", "plain training"),
         Method(
             "replay",
             _replay,

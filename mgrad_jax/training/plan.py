@@ -153,14 +153,11 @@ def lower(
     best_bytes = sum(_bytes_of(x) for x in jax.tree.leaves(state.params))
     passes = len(engine.plan.schedule)
     turns = passes - int(engine.plan.keep_stale)
-    return Programs(train, evaluation, passes, turns, best_bytes, _neighbour_bytes(model, data, mesh.size))
-
-
-def _neighbour_bytes(model: Recommender, data: Interactions, devices: int) -> int:
-    if not model.compares_items:
-        return 0
-    widths = [data.features[modality].shape[1] for modality in model.features_given(data)]
-    return knn_bytes(data.n_items, max(widths), model.dtype, devices)
+    neighbour_bytes = 0
+    if model.compares_items:
+        width = max(data.features[modality].shape[1] for modality in model.modalities)
+        neighbour_bytes = knn_bytes(data.n_items, width, model.dtype, mesh.size)
+    return Programs(train, evaluation, passes, turns, best_bytes, neighbour_bytes)
 
 
 def _first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainState:

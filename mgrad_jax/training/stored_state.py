@@ -96,18 +96,14 @@ def read_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reader(ocp: Any) -> Any:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone(ocp)), **_alone(ocp))
-
-
-def _alone(ocp: Any) -> dict[str, Any]:
-    """Options with which orbax waits for no other process, for what each does by itself."""
-    if jax.process_count() == 1:
-        return {}
-    process = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
-    )
-    return {"multiprocessing_options": options}
+    """What reads, and waits for no other process."""
+    alone = {}
+    if jax.process_count() > 1:
+        process = jax.process_index()
+        alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
+        )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**alone), **alone)
 
 
 def _one(ocp: Any, reader: Any, path: Path, name: str, wanted: Any) -> Any:

@@ -315,8 +315,7 @@ class _GroupRun:
         """Count the epoch of one member; returns whether it was its last one."""
         member = self.group.members[slot.index]
         slot.losses.append(self.group.engine.plan.epoch_loss(log.losses))
-        valid, test = ({k: float(v) for k, v in metrics.items()} for metrics in (scores.valid, scores.test))
-        slot.progress.update(member.metric, valid, test)
+        slot.progress.update(member.metric, scores.valid, scores.test)
         return slot.progress.is_over(member.epochs, member.patience)
 
     def _refill(self, lane: int) -> None:
