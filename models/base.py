@@ -246,12 +246,7 @@ def xavier_normal(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array
 def torch_uniform(fan_in: int) -> Any:
     """PyTorch's default for the weight and the bias of a linear map: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = fan_in**-0.5
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
-        del out_sharding
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def linear(

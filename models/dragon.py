@@ -51,17 +51,9 @@ class DRAGON(UserGraphRecommender):
     config_class: ClassVar[type[ModelConfig]] = DRAGONConfig
     compares_items: ClassVar[bool] = True
     ignored_names: ClassVar[tuple[str, ...]] = (
-        "MLP_v.weight",
-        "MLP_t.weight",
-        "MLP_user.weight",
-        "MLP_user.bias",
-        "weight_i",
-        "image_embedding.weight",
-        "image_trs.weight",
-        "image_trs.bias",
-        "text_embedding.weight",
-        "text_trs.weight",
-        "text_trs.bias",
+        *(*UserGraphRecommender.ignored_names, "weight_i"),
+        *("image_embedding.weight", "image_trs.weight", "image_trs.bias"),
+        *("text_embedding.weight", "text_trs.weight", "text_trs.bias"),
     )
     feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
 

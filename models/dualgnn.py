@@ -69,6 +69,7 @@ class UserGraphRecommender(Recommender):
         **map_names(image_hidden="v_gcn.MLP", image_map="v_gcn.MLP_1"),
         **map_names(text_hidden="t_gcn.MLP", text_map="t_gcn.MLP_1"),
     }
+    ignored_names: ClassVar[tuple[str, ...]] = ("MLP_v.weight", "MLP_t.weight", "MLP_user.weight", "MLP_user.bias")
 
     config: UserGraphConfig
     reg_weight: nnx.Variable[Array]
@@ -194,7 +195,6 @@ class DualGNN(UserGraphRecommender):
         **UserGraphRecommender.published_names,
         "item_weights": "weight_i",
     }
-    ignored_names: ClassVar[tuple[str, ...]] = ("MLP_v.weight", "MLP_t.weight", "MLP_user.weight", "MLP_user.bias")
 
     config: DualGNNConfig
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import DevicesOption, devices_of
+from mgrad_jax.cli.common import DevicesOption, DryRun, devices_of
 from mgrad_jax.cli.console import print_metrics
 from mgrad_jax.cli.distributed import Crew, joined
 from mgrad_jax.cli.options import takes_settings
@@ -30,9 +30,7 @@ def train(
     ] = None,
     devices: DevicesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show what --devices would hold and send, by compiling only.")
     ] = False,

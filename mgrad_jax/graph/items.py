@@ -45,8 +45,8 @@ def knn_indices(features: np.ndarray | Array, k: int, block: int = BLOCK) -> Int
     n = table.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
-    if mesh_in_force() is not None:
-        if table.nbytes >= RING_BYTES:
+    if (mesh := mesh_in_force()) is not None:
+        if _goes_round(table.nbytes, mesh.size):
             rows = ring.by_tiles(table, block)
             _check_directions(ring.norms(rows)[:n])
             return ring.nearest(rows, n, k, block)
@@ -59,10 +59,15 @@ def knn_indices(features: np.ndarray | Array, k: int, block: int = BLOCK) -> Int
 def knn_bytes(n: int, dim: int, dtype: Any, devices: int) -> int:
     """What each of so many devices has, about, while the nearest rows of an (n, dim) table are found."""
     size = jnp.dtype(dtype).itemsize
-    if devices > 1 and n * dim * size >= RING_BYTES:
+    if _goes_round(n * dim * size, devices):
         rows = -(-n // (BLOCK * devices)) * BLOCK
         return (rows + 3 * BLOCK) * dim * size  # its rows, and of tiles one's own, the visitor and the next
     return (2 * n * dim + BLOCK * n) * size  # the table, unit rows, and products of a block
+
+
+def _goes_round(n_bytes: int, devices: int) -> bool:
+    """Whether a table of so many bytes stays split by rows over so many devices."""
+    return devices > 1 and n_bytes >= RING_BYTES
 
 
 _everywhere = jax.jit(everywhere)

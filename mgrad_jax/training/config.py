@@ -54,9 +54,13 @@ class RunConfig(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.model_config
-        self._check_update(self._optimizer, f"the {self.optimizer} optimizer", self.optimizer_args)
+        try:
+            self._check_update(self.transformation, self.training, self.flat_minima_args)
+        except UserError:  # of which the optimizer inside, or an argument that does not exist, may be the cause
+            self._check_update(self._optimizer, f"the {self.optimizer} optimizer", self.optimizer_args)
+            self.method.check_arguments(self.flat_minima_args)
+            raise
         self.method.check_arguments(self.flat_minima_args)
-        self._check_update(self.transformation, self.training, self.flat_minima_args)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunConfig:

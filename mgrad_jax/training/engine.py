@@ -152,6 +152,11 @@ class Engine:
             shared = self._shared, self._train_data, self._eval_splits
             self._shared, self._train_data, self._eval_splits = jax.device_put(shared, NamedSharding(mesh, WHOLE))
 
+    @property
+    def n_devices(self) -> int:
+        """Over how many devices lanes are spread."""
+        return 1 if self.mesh is None else self.mesh.size
+
     def placed(self, tree: _Tree) -> _Tree:
         """A lane's arrays, where they belong."""
         return tree if self.plan.layout is None else self.plan.layout.place(tree)
@@ -189,7 +194,7 @@ class Engine:
                 lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype, sharding=place), arguments
             )
         state, own, key, best = arguments
-        each = width // (1 if self.mesh is None else self.mesh.size)
+        each = width // self.n_devices
         shared, data, eval_splits = self._shared, self._train_data, self._eval_splits
 
         def train(state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any) -> tuple[TrainState, EpochLog]:
@@ -327,8 +332,7 @@ def _bytes(program: Any) -> int:
 def _check_optimizer(opt_state: Any) -> None:
     """Refuse what the loop cannot drive, or has no parameters to evaluate with."""
     check_loop(opt_state)
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.LookaheadState))
-    if any(isinstance(node, optax.LookaheadState) for node in nodes):
+    if optax.tree_utils.tree_get_all_with_path(opt_state, optax.LookaheadState.__name__):
         raise UserError(
             "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, "
             "as optax.contrib.schedule_free does."

@@ -73,9 +73,7 @@ def read_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
     Whether they are what was written all processes find together, by `entries_digest`.
 
-    Args:
-        path: of the checkpoint.
-        like: arrays by name. What is stored in another shape or type is not read, but told as `jax.ShapeDtypeStruct`.
+    What is stored in another shape or type than in `like` is not read, but told as `jax.ShapeDtypeStruct`.
 
     Raises:
         Damaged, UserError: as `read_leaves`.

@@ -91,11 +91,6 @@ class _Group:
         self._loaded = {0: (self.engine.placed(state), self._own(first, parts))}
         self._shapes = jax.eval_shape(lambda: self._loaded[0])
 
-    @property
-    def n_devices(self) -> int:
-        """Over how many devices lanes are spread."""
-        return 1 if self.engine.mesh is None else self.engine.mesh.size
-
     def load(self, index: int) -> tuple[TrainState, Own]:
         """A member before its first epoch."""
         if index in self._loaded:
@@ -111,12 +106,12 @@ class _Group:
 
     def compile_what_fits(self, slots: int) -> Programs:
         """Compile for as many of all members, at most `slots` on a device, as fit into its memory; by halving."""
-        limit = 0.9 * available_bytes()
+        limit, n_devices = 0.9 * available_bytes(), self.engine.n_devices
         if jax.default_backend() == "cpu":
-            limit /= self.n_devices  # which share it
-        each = min(slots, -(-len(self.members) // self.n_devices))
+            limit /= n_devices  # which share it
+        each = min(slots, -(-len(self.members) // n_devices))
         while True:
-            programs = self.compile(each * self.n_devices)
+            programs = self.compile(each * n_devices)
             if programs.size <= limit or (each == 1 and self._mesh is None):
                 return programs
             if each == 1:
@@ -331,7 +326,8 @@ class _GroupRun:
         """Leave idle lanes behind once they are half of all; of several devices each keeps equally many."""
         busy = [lane for lane, slot in enumerate(self.slots) if slot is not None]
         idle = [lane for lane, slot in enumerate(self.slots) if slot is None]
-        width = -(-len(busy) // self.group.n_devices) * self.group.n_devices
+        n_devices = self.group.engine.n_devices
+        width = -(-len(busy) // n_devices) * n_devices
         if busy and 2 * width <= len(self.slots):
             kept = [*busy, *idle][:width]
             self.lanes.keep(kept, self.group.compile(width))
