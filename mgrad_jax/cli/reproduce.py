@@ -67,8 +67,14 @@ def reproduce(
     if not data:
         raise UserError(f"--data is missing; the paper's {name} is of {' and '.join(preset.data)}.")
     place = out or Path("reproduce") / name
-    settings = {key: value for key, value in (("epochs", epochs), ("patience", patience)) if value is not None}
-    asked = _asked(preset, data, place, models, seeds, settings, pairs("--set", hyper or ()), dry_run)
+    wanted = {
+        "settings": {key: n for key, n in (("epochs", epochs), ("patience", patience)) if n is not None},
+        "hyper_parameters": pairs("--set", hyper or ()),
+        "models": preset.models if models is None else names("--models", models),
+        "seeds": preset.seeds if seeds is None else seeds_of(seeds, preset.seeds[0]),
+        "dry": dry_run,
+    }
+    asked = _asked(data, place, wanted)
     if dry_run:
         _print_plan(name, preset, asked)
         return
@@ -87,27 +93,16 @@ def reproduce(
     _conclude(name, preset, place, asked)
 
 
-def _asked(
-    preset: Preset,
-    data: Sequence[str],
-    place: Path,
-    models: str | None,
-    seeds: str | None,
-    settings: dict[str, Any],
-    hyper: dict[str, Any],
-    dry: bool,
-) -> dict[str, Asked]:
+def _asked(data: Sequence[str], place: Path, wanted: dict[str, Any]) -> dict[str, Asked]:
     """What is wanted of each dataset, by the dataset's name."""
     from mgrad_jax.analysis.presets import Asked
 
-    chosen = preset.models if models is None else names("--models", models)
-    numbers = preset.seeds if seeds is None else seeds_of(seeds, preset.seeds[0])
     found: dict[str, Asked] = {}
     for one in data:
         key = dataset_name(one)
         if key in found:
             raise UserError(f"--data names two datasets called {key}, which would share a directory; rename one.")
-        found[key] = Asked(one, place / key, chosen, numbers, settings, hyper, dry)
+        found[key] = Asked(one, place / key, **wanted)
     return found
 
 

@@ -329,9 +329,6 @@ def _check_output(option: str, path: Path) -> None:
 def _write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a .csv or .parquet file in one step."""
     stopping.complete_what_is_begun()
-    if path.suffix == ".csv":
-        with written_whole(path) as stream:
-            table.to_csv(stream, index=False)
-    else:
-        with written_whole(path, "wb") as stream:
-            table.to_parquet(stream, index=False)
+    mode, write = ("w", table.to_csv) if path.suffix == ".csv" else ("wb", table.to_parquet)
+    with written_whole(path, mode) as stream:
+        write(stream, index=False)

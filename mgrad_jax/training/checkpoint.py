@@ -136,11 +136,8 @@ class Checkpoints:
         is_split = spans_processes(expected.values())
         entry, saved = self._read_together(which, expected) if is_split else self._stable(which, read_leaves)
         saved.update({name: np.array(leaf) for name, leaf in expected.items() if not leaf.size})
-        fits = {
-            name: name in saved and (saved[name].shape, saved[name].dtype) == (leaf.shape, leaf.dtype)
-            for name, leaf in expected.items()
-        }
-        differing = [name for name, fit in fits.items() if not fit] + sorted(saved.keys() - expected.keys())
+        found, wanted = ({name: (x.shape, x.dtype) for name, x in leaves.items()} for leaves in (saved, expected))
+        differing = [name for name in wanted if found.get(name) != wanted[name]] + sorted(found.keys() - wanted.keys())
         if differing:
             raise UserError(
                 f"{entry.path} holds another state than this run's (they differ at {shown(differing[0])}); resume with "

@@ -262,15 +262,12 @@ class _GroupRun:
     """The members of a group passing through the lanes of its program."""
 
     def __init__(self, group: _Group, slots: int) -> None:
-        self.group = group
-        self.waiting = list(range(len(group.members)))
+        self.group, n = group, len(group.members)
         programs = group.compile_what_fits(slots)
-        width = programs.width
-        self.slots: list[_Slot | None] = [_Slot(index) for index in self.waiting[:width]]
-        self.waiting = self.waiting[width:]
-        self.slots += [None] * (width - len(self.slots))
+        self.waiting = list(range(programs.width, n))
+        self.slots = [_Slot(index) if index < n else None for index in range(programs.width)]
         self.lanes = Lanes(group.engine, self._first_members(), programs)
-        self.share_of_compilation = programs.seconds / len(group.members)
+        self.share_of_compilation = programs.seconds / n
 
     def _first_members(self) -> Iterator[tuple[TrainState, Own]]:
         """What the lanes begin with; the last ones idle where members are fewer, with the last member once more."""
@@ -315,12 +312,9 @@ class _GroupRun:
 
     def _refill(self, lane: int) -> None:
         """Give a free lane to the next waiting member; without one it idles."""
-        if not self.waiting:
-            self.slots[lane] = None
-            return
-        slot = _Slot(self.waiting.pop(0))
-        self.slots[lane] = slot
-        self.lanes.put(lane, self.group.load(slot.index))
+        slot = self.slots[lane] = _Slot(self.waiting.pop(0)) if self.waiting else None
+        if slot is not None:
+            self.lanes.put(lane, self.group.load(slot.index))
 
     def _shrink(self) -> None:
         """Leave idle lanes behind once they are half of all; of several devices each keeps equally many."""
