@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Interactions
+from mgrad_jax.graph import knn_graph
 from mgrad_jax.models.base import Constant, ModelConfig
 from mgrad_jax.models.dualgnn import UserGraphConfig, UserGraphRecommender
 from mgrad_jax.models.freedom import item_graph, smoothed
@@ -61,8 +62,8 @@ class DRAGON(UserGraphRecommender):
 
     def __init__(self, data: Interactions, config: DRAGONConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        tables = [getattr(self, path)[...] for path in self.feature_paths]
-        self.item_graph = Constant(item_graph(tables, config.mm_image_weight, config.knn_k, dtype))
+        graphs = [knn_graph(getattr(self, path)[...], config.knn_k, dtype) for path in self.feature_paths]
+        self.item_graph = Constant(item_graph(graphs, config.mm_image_weight))
 
     def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         users, items = self._convolved()

@@ -89,11 +89,13 @@ class FREEDOM(Recommender):
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_id_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        tables = [self.feature(data, modality) for modality in self.modalities]
-        for modality, table in zip(self.modalities, tables, strict=True):
+        graphs = []
+        for modality in self.modalities:
+            table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
             setattr(self, f"{modality}_trs", linear(table.shape[1], dim, rngs=rngs, dtype=dtype))
-        self.item_graph = Constant(item_graph(tables, config.mm_image_weight, config.knn_k, dtype))
+            graphs.append(knn_graph(table, config.knn_k, dtype))
+        self.item_graph = Constant(item_graph(graphs, config.mm_image_weight))
         self.graph = Constant(normalized_bipartite(*self.training_pairs(data), dtype=dtype))
         if config.dropout > 0:
             edges = bipartite_edges(*self.training_pairs(data), dtype=dtype)
@@ -133,10 +135,10 @@ class FREEDOM(Recommender):
         return users, items + neighbours
 
 
-def item_graph(tables: Sequence[Array], image_share: float, k: int, dtype: Any) -> SparseGraph:
-    """M, of the features of image and text, (n_items, dim) each; where one is missing, of the other alone."""
-    shares = (image_share, 1.0 - image_share) if len(tables) > 1 else (1.0,)
-    return blend_graphs([(share, knn_graph(table, k, dtype)) for share, table in zip(shares, tables, strict=True)])
+def item_graph(graphs: Sequence[SparseGraph], image_share: float) -> SparseGraph:
+    """M, of the graphs of nearest items by image and by text; where one is missing, the other."""
+    shares = (image_share, 1.0 - image_share) if len(graphs) > 1 else (1.0,)
+    return blend_graphs(list(zip(shares, graphs, strict=True)))
 
 
 def smoothed(graph: SparseGraph, items: Float[Array, "items dim"], n_steps: int) -> Float[Array, "items dim"]:

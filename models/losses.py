@@ -49,7 +49,8 @@ def l2_penalty(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
 
 def mean_squares(nodes: Float[Array, "nodes dim"], n_users: int, batch: Batch) -> Float[Array, ""]:
     """Half the mean of 2 E_u^2 + E_i^2 + E_j^2 over a batch, of a table of users, then items (MMGCN and GRCN)."""
-    users, items = nodes[:n_users] ** 2, nodes[n_users:] ** 2
+    squares = nodes**2
+    users, items = squares[:n_users], squares[n_users:]
     return 0.5 * jnp.mean(2 * users[batch.users] + items[batch.positives] + items[batch.negatives])
 
 

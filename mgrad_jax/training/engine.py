@@ -276,11 +276,7 @@ class Lanes:
 
     def train(self, epochs: Sequence[int]) -> list[EpochLog]:
         """Train every lane for an epoch, of these numbers from 0; returns what was logged, on the host."""
-        key = (
-            jax.random.fold_in(self.own.key, epochs[0])
-            if self.width == 1
-            else _epoch_keys(self.own.key, np.asarray(epochs))
-        )
+        key = _epoch_key(self.own.key, epochs[0]) if self.width == 1 else _epoch_keys(self.own.key, np.asarray(epochs))
         key = spread(key, self.engine.mesh)
         self.state, log = self.programs.train(self.state._replace(stale_params=None), self.own, key)
         return self._apart(jax.device_get(log))

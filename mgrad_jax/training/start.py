@@ -12,7 +12,7 @@ from mgrad_jax.training.kept import named
 
 
 def start_from(model: Recommender, trained: Recommender, directory: str | Path) -> None:
-    """Give a model, which may be adversarial, the parameters of that of a run in a directory, by their paths.
+    """Give a model, perhaps an adversarial one, the parameters of another, trained in a directory, by their paths.
 
     Raises:
         UserError: the run's parameters are others or have other shapes.
