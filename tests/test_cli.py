@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from command_lines import HANGS, assert_one_sentence, overriding
+from command_lines import assert_one_sentence, overriding
 
 from mgrad_jax.cli import main
 
@@ -199,46 +194,6 @@ COMMANDS = [[], ["train"], ["sweep"], ["evaluate"], ["recommend"], ["prepare"], 
 def test_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     assert "Usage" in capfd.readouterr().out
-
-
-def test_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_cache: None) -> None:
-    import jax
-
-    from mgrad_jax.cli.cache import use_compilation_cache
-
-    (tmp_path / "file").write_text("")
-    monkeypatch.delenv("MGRAD_JAX_NO_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir is None
-
-
-# --- stopping ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_names_the_epoch_and_the_remedy(
-    tmp_path: Path, start_command: Callable[..., subprocess.Popen[str]], stop: signal.Signals
-) -> None:
-    out = tmp_path / "run"
-    command = ["train", *MODEL, "--data", "demo", "--epochs", "100000", "--patience", "100000", "--out", str(out)]
-    process = start_command(command)
-    history = out / "history.csv"
-    while not history.exists() or history.read_text().count("\n") < 4:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(stop)
-    _, error = process.communicate(timeout=HANGS)
-    assert process.returncode == 130
-    assert error.count("\n") == 1, error
-    epoch = int(error.split("stopped after epoch ")[1].split(";")[0])
-    assert f"--out {out} --resume" in error
-    rows = pd.read_csv(history)
-    assert epoch >= len(rows) - 1
-    short = [*command[:-6], "--epochs", str(epoch + 2), "--patience", "100000", "--out", str(out), "--resume"]
-    assert main(short) == 0
-    assert len(pd.read_csv(history)) == epoch + 2
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -540,19 +495,3 @@ def test_dry_run_refuses_what_training_refuses(run: Path, tmp_path: Path, capfd:
     assert_one_sentence(code, capfd.readouterr(), "features")
     assert main([*command, str(run), "--resume"]) == 0
     assert "would be gone on with" in capfd.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_damaged_compilation_cache_heals(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "MGRAD_JAX_NO_CACHE": "0"}
-    for number in range(3):
-        arguments = ["train", *MODEL, "--data", "demo", "--epochs", "1", "--out", str(tmp_path / str(number))]
-        command = [sys.executable, "-m", "mgrad_jax", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=True)
-        assert done.stderr == ""
-        entries = list((tmp_path / "cache" / "mgrad_jax").glob("*-cache"))
-        assert entries
-        assert all(entry.stat().st_size > 50 for entry in entries)
-        if number == 0:
-            for entry in entries:
-                entry.write_bytes(entry.read_bytes()[:50])

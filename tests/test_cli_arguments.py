@@ -11,7 +11,7 @@ import pytest
 from command_lines import assert_one_sentence
 from rich.console import Console
 
-from mgrad_jax.cli import cache, console, main
+from mgrad_jax.cli import console, main
 from mgrad_jax.cli.options import scalar
 from mgrad_jax.cli.runs import read_users
 from mgrad_jax.cli.sweep import read_grid
@@ -296,43 +296,3 @@ def test_without_a_terminal_every_step_is_a_line(capfd: pytest.CaptureFixture[st
         tell("epoch 2", 2, 2)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("epoch 1\nepoch 2\n", "")
-
-
-# --- the cache of compiled programs -----------------------------------------------------------------------------------
-
-
-def test_damaged_entries_of_the_cache_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cache, "_directory", lambda: str(tmp_path))
-    for name in ("jit_f-1-cache", "jit_f-2-cache", "jit_g-1-cache"):
-        (tmp_path / name).write_text("")
-    assert cache.mended("Error reading persistent compilation cache entry for 'jit_f': ValueError: damaged")
-    assert [path.name for path in tmp_path.iterdir()] == ["jit_g-1-cache"]
-    assert cache.mended("Error writing persistent compilation cache entry for 'jit_h': OSError: full")
-    assert not cache.mended("alpha1 is not larger than alpha2")
-    assert capfd.readouterr().err == ""
-
-
-def test_a_cache_that_cannot_be_mended_is_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cache, "_directory", lambda: str(tmp_path))
-    monkeypatch.setattr(cache, "_warned", [])
-    (tmp_path / "jit_f-1-cache").mkdir()  # unlink fails on a directory
-    for _ in range(2):
-        assert cache.mended("Error reading persistent compilation cache entry for 'jit_f': ValueError: damaged")
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1
-    assert f"rm -r {tmp_path}" in error
-
-
-def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch, without_cache: None) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("MGRAD_JAX_NO_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    cache.use_compilation_cache()
-    assert cache._directory() is None

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from command_lines import HANGS
 
-from mgrad_jax.cli import stopping
+from mgrad_jax.cli import main, stopping
 from mgrad_jax.cli.training import how_to_go_on
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
+
+TRAIN = ["train", "--model", "vbpr", "--set", "embedding_dim=8", "--data", "demo"]
 
 # What takes minutes without running Python code, as a compilation does.
 BUSY = """
@@ -57,12 +62,35 @@ def test_a_signal_ends_what_runs_no_python_code(number: signal.Signals) -> None:
 def test_a_training_that_starts_is_stopped_with_one_line(
     module: str, tmp_path: Path, start_command: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    command = ["train", "--model", "vbpr", "--data", "demo", "--epochs", "9999", "--out", str(tmp_path)]
+    command = [*TRAIN, "--epochs", "9999", "--out", str(tmp_path)]
     process = start_command(command, before=STOPPED_AT_AN_IMPORT.format(module=module))
     _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert error.count("\n") == 1, error
     assert "repeat the command" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_names_the_epoch_and_the_remedy(
+    tmp_path: Path, start_command: Callable[..., subprocess.Popen[str]], stop: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    process = start_command([*TRAIN, "--epochs", "100000", "--patience", "100000", "--out", str(out)])
+    history = out / "history.csv"
+    while not history.exists() or history.read_text().count("\n") < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=HANGS)
+    assert process.returncode == 130
+    assert error.count("\n") == 1, error
+    epoch = int(error.split("stopped after epoch ")[1].split(";")[0])
+    assert f"--out {out} --resume" in error
+    rows = pd.read_csv(history)
+    assert epoch >= len(rows) - 1
+    assert main([*TRAIN, "--epochs", str(epoch + 2), "--patience", "100000", "--out", str(out), "--resume"]) == 0
+    assert len(pd.read_csv(history)) == epoch + 2
 
 
 def test_once_something_is_written_a_signal_is_an_exception() -> None:
@@ -77,6 +105,55 @@ def test_once_something_is_written_a_signal_is_an_exception() -> None:
             with pytest.raises(KeyboardInterrupt):
                 stopping.repeat_if_lost()
     assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
+
+
+def interrupt_the_garbage_collector(stop: Callable[[], None]) -> None:
+    def callback(phase: str, info: dict[str, int]) -> None:
+        gc.callbacks.remove(callback)
+        stop()
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+def interrupt_a_finalizer(stop: Callable[[], None]) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            stop()
+
+    Finalized()
+
+
+def go_on_for_long() -> None:
+    for _ in range(int(HANGS / 0.01)):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("interrupt", [interrupt_the_garbage_collector, interrupt_a_finalizer])
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_an_exception_lost_where_none_can_be_raised_comes_again_without_a_word(
+    interrupt: Callable[[Callable[[], None]], None], number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hook = sys.unraisablehook
+    with stopping.watched():
+        stopping.complete_what_is_begun()
+        interrupt(lambda: signal.raise_signal(number))  # returns, as if nothing had happened
+        with pytest.raises(KeyboardInterrupt):
+            go_on_for_long()
+    assert sys.unraisablehook is hook
+    assert capfd.readouterr().err == ""
+
+
+def test_what_else_a_finalizer_loses_is_still_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_type))
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with stopping.watched():
+        interrupt_a_finalizer(fail)
+    assert reported == [ZeroDivisionError]
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

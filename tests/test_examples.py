@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -24,9 +25,10 @@ SLOW = ("train_freedom", "scan_and_vmap")
     [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in EXAMPLES],
     ids=lambda path: path.stem,
 )
-def test_example_runs(path, capsys):
+def test_example_runs(path, capsys, monkeypatch):
     if path.stem == "equinox_mlp":
         pytest.importorskip("equinox")  # the extra `test` installs it
+    monkeypatch.setattr(sys, "argv", [str(path)])  # without those of pytest
     with jax.numpy_rank_promotion("allow"):
         runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out

@@ -3,15 +3,19 @@
 A command begins with nothing to lose: until it says otherwise (`complete_what_is_begun`) a signal ends the process at
 once. An exception would not do there: imports and callbacks swallow it or turn it into another one, and while XLA
 compiles no Python code runs in the main thread that could raise it. A thread of its own therefore waits for signals.
+Once something is written a signal is an exception; where a callback of Python's loses it, it is raised again.
 """
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -36,6 +40,7 @@ class _Standing:
         self.is_kept = False
         self.at_once = True
         self.asked: int | None = None
+        self.is_lost = False
         self.leaving = threading.Lock()
 
 
@@ -58,7 +63,7 @@ def watched() -> Iterator[None]:
     for number in ours:
         signal.signal(number, _on_signal)
     try:
-        with _second_watch() if ours else contextlib.nullcontext():
+        with _second_watch() if ours else contextlib.nullcontext(), _nothing_lost():
             yield
     finally:
         for number in ours:
@@ -84,7 +89,7 @@ def complete_what_is_begun() -> None:
 
 
 def repeat_if_lost() -> None:
-    """Send a signal again whose `KeyboardInterrupt` was lost in a callback."""
+    """Send a signal again whose `KeyboardInterrupt` somebody swallowed or turned into another exception."""
     if _standing.asked is not None:
         signal.raise_signal(_standing.asked)
 
@@ -95,7 +100,7 @@ def sentence() -> str:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    _standing.asked = number
+    _standing.asked, _standing.is_lost = number, False
     if not _standing.at_once:
         raise KeyboardInterrupt
     _exit_now()
@@ -125,6 +130,33 @@ def _second_watch() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(writer)
+
+
+@contextlib.contextmanager
+def _nothing_lost() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` again where Python could only report it: in the garbage collector's callbacks (JAX has
+    one), finalizers and weak references.
+    """
+    standing, report = _standing, sys.unraisablehook
+
+    def again() -> None:
+        time.sleep(0.02)  # until the callback has ended, where it would be lost once more
+        if standing.is_lost and standing.asked is not None:
+            _thread.interrupt_main(signal.Signals(standing.asked))
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if standing.asked is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            report(unraisable)
+            return
+        standing.is_lost = True
+        _thread.start_new_thread(again, ())  # takes no lock, which whoever was called back may hold
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        standing.is_lost = False
 
 
 def _exit_now() -> None:
