@@ -60,6 +60,11 @@ def mesh(devices: int | Literal["all"] = "all", platform: str | None = None) -> 
     return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
 
 
+def mesh_or_none(devices: int | Literal["all"], by_itself: bool = True) -> Mesh | None:
+    """`mesh(devices)`; None for one device of a process that computes by itself."""
+    return None if devices == 1 and by_itself else mesh(devices)
+
+
 def _of_process(devices: list[Any], process: int, share: int) -> list[Any]:
     """The first devices of a process."""
     own = [device for device in devices if device.process_index == process]

@@ -80,6 +80,7 @@ class Recommender(nnx.Module):
         features_in_scores: whether `embed` reads the variables of `feature_paths`, untrained.
         feature_graphs: paths of the item graphs that `embed` reads and that are made of the features once.
         stops_gradient: whether `loss` holds back gradients, so that its gradient is not that of its values.
+        features_at: paths of the variables that `loss` reads features from, by "{modality}"; the `feature_paths`.
         tables_in_pass: how several devices share the tables while a pass reads them: by "columns", or by "rows" where
             every pass maps whole tables of features.
     """
@@ -99,6 +100,7 @@ class Recommender(nnx.Module):
     features_in_scores: ClassVar[bool] = False
     feature_graphs: ClassVar[tuple[str, ...]] = ()
     stops_gradient: ClassVar[bool] = False
+    features_at: ClassVar[str] = "{modality}_features"
     tables_in_pass: ClassVar[Literal["columns", "rows"]] = "columns"
 
     def __init__(self, data: Interactions, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
@@ -109,6 +111,7 @@ class Recommender(nnx.Module):
         self.n_items = data.n_items
         self.config = config
         self.dtype = dtype
+        self.modalities = self.features_given(data)
         for field in dataclasses.fields(config):
             if field.metadata.get("traced"):
                 setattr(self, field.name, TracedHyperParameter(jnp.asarray(getattr(config, field.name), dtype)))
@@ -152,6 +155,11 @@ class Recommender(nnx.Module):
         """The modalities the data have among those the model can use."""
         return [modality for modality in self.needs if modality in data.features]
 
+    @staticmethod
+    def training_pairs(data: Interactions) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """What graphs are made of: users and items of the training pairs, (n_train,) each, and how many there are."""
+        return data.train[:, 0], data.train[:, 1], data.n_users, data.n_items
+
     def resample(self, key: Array) -> dict[str, Any]:
         """New values of the `EpochState` attributes for one epoch, by attribute name. Pure, with static shapes."""
         del key
@@ -160,7 +168,7 @@ class Recommender(nnx.Module):
     @property
     def feature_paths(self) -> tuple[str, ...]:
         """Paths of the variables that `loss` reads items' features from; empty in a model that reads none."""
-        return ()
+        return tuple(self.features_at.format(modality=modality) for modality in self.modalities)
 
     def expose_features(self) -> tuple[str, ...]:
         """Have `loss` and `embed` follow changes of the variables at `feature_paths`, and return these paths.
@@ -182,7 +190,7 @@ class Recommender(nnx.Module):
         Args:
             features: (n_items, dim) of every modality the model was made with.
         """
-        return {f"{modality}_features": table for modality, table in features.items()}
+        return {self.features_at.format(modality=modality): table for modality, table in features.items()}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Training loss of a batch and its parts.
@@ -220,6 +228,12 @@ def cast_features(model: Recommender, dtype: Any) -> None:
         variable.set_value(variable.get_value().astype(dtype))
 
 
+def map_names(**maps: str) -> dict[str, str]:
+    """The `published_names` of kernels and biases, of the names of linear maps: ours -> in the reference code."""
+    parts = {"kernel": "weight", "bias": "bias"}
+    return {f"{ours}.{part}": f"{theirs}.{name}" for ours, theirs in maps.items() for part, name in parts.items()}
+
+
 def xavier_uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "rows cols"]:
     """U(-a, a) with a = sqrt(6 / (rows + columns)) (Glorot and Bengio 2010)."""
     bound = (6.0 / (shape[0] + shape[1])) ** 0.5
@@ -235,12 +249,7 @@ def xavier_normal(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array
 def torch_uniform(fan_in: int) -> Any:
     """PyTorch's default for the weight and the bias of a linear map: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = fan_in**-0.5
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
-        del out_sharding
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def linear(

@@ -16,7 +16,7 @@ from mgrad_jax.devices import by_rows
 from mgrad_jax.dropout import dropout
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, map_names, xavier_normal, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -54,6 +54,7 @@ class BM3(Recommender):
     config_class: ClassVar[type[ModelConfig]] = BM3Config
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
     item_tables: ClassVar[tuple[str, ...]] = ("item_id_embedding",)
+    features_at: ClassVar[str] = "{modality}_embedding"  # F; its rows are trained
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
     uses_negatives: ClassVar[bool] = False
     stops_gradient: ClassVar[bool] = True
@@ -65,14 +66,9 @@ class BM3(Recommender):
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "user_embedding.weight",
         "item_id_embedding": "item_id_embedding.weight",
-        "predictor.kernel": "predictor.weight",
-        "predictor.bias": "predictor.bias",
         "image_embedding": "image_embedding.weight",
-        "image_trs.kernel": "image_trs.weight",
-        "image_trs.bias": "image_trs.bias",
         "text_embedding": "text_embedding.weight",
-        "text_trs.kernel": "text_trs.weight",
-        "text_trs.bias": "text_trs.bias",
+        **map_names(predictor="predictor", image_trs="image_trs", text_trs="text_trs"),
     }
 
     config: BM3Config
@@ -83,29 +79,15 @@ class BM3(Recommender):
     def __init__(self, data: Interactions, config: BM3Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         dim = config.embedding_dim
-
-        def projection(fan_in: int) -> nnx.Linear:
-            def normal(key: Array, shape: tuple[int, int], dtype: Any, *_: Any, **__: Any) -> Array:
-                return xavier_normal(key, shape, dtype)
-
-            return linear(fan_in, dim, rngs=rngs, dtype=dtype, kernel_init=normal)
-
+        as_published: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "kernel_init": xavier_normal}
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_id_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        self.predictor = projection(dim)
-        self.modalities = self.features_given(data)
+        self.predictor = linear(dim, dim, **as_published)
         for modality in self.modalities:
             table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
-            setattr(self, f"{modality}_trs", projection(table.shape[1]))
-        self.graph = Constant(
-            normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
-        )
-
-    @property
-    def feature_paths(self) -> tuple[str, ...]:
-        """F of each modality; their rows are trained."""
-        return tuple(f"{modality}_embedding" for modality in self.modalities)
+            setattr(self, f"{modality}_trs", linear(table.shape[1], dim, **as_published))
+        self.graph = Constant(normalized_bipartite(*self.training_pairs(data), dtype=dtype))
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Bootstrap terms of ids and features plus the norms; `key` draws the targets' dropout masks."""

@@ -10,9 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mgrad_jax.data import Interactions
-from mgrad_jax.graph import blend_graphs, knn_graph, propagate
+from mgrad_jax.graph import knn_graph
 from mgrad_jax.models.base import Constant, ModelConfig
 from mgrad_jax.models.dualgnn import UserGraphConfig, UserGraphRecommender
+from mgrad_jax.models.freedom import item_graph, smoothed
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -51,17 +52,9 @@ class DRAGON(UserGraphRecommender):
     config_class: ClassVar[type[ModelConfig]] = DRAGONConfig
     compares_items: ClassVar[bool] = True
     ignored_names: ClassVar[tuple[str, ...]] = (
-        "MLP_v.weight",
-        "MLP_t.weight",
-        "MLP_user.weight",
-        "MLP_user.bias",
-        "weight_i",
-        "image_embedding.weight",
-        "image_trs.weight",
-        "image_trs.bias",
-        "text_embedding.weight",
-        "text_trs.weight",
-        "text_trs.bias",
+        *(*UserGraphRecommender.ignored_names, "weight_i"),
+        *("image_embedding.weight", "image_trs.weight", "image_trs.bias"),
+        *("text_embedding.weight", "text_trs.weight", "text_trs.bias"),
     )
     feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
 
@@ -69,18 +62,11 @@ class DRAGON(UserGraphRecommender):
 
     def __init__(self, data: Interactions, config: DRAGONConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        shares = {"image": config.mm_image_weight, "text": 1.0 - config.mm_image_weight}
-        graphs = []
-        for modality in self.modalities:
-            share = shares[modality] if len(self.modalities) > 1 else 1.0
-            graphs.append((share, knn_graph(getattr(self, f"{modality}_features")[...], config.knn_k, dtype)))
-        self.item_graph = Constant(blend_graphs(graphs))
+        graphs = [knn_graph(getattr(self, path)[...], config.knn_k, dtype) for path in self.feature_paths]
+        self.item_graph = Constant(item_graph(graphs, config.mm_image_weight))
 
     def _representations(self) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         users, items = self._convolved()
         users = (self.user_weights[...] * users).reshape(self.n_users, -1)
         items = items.reshape(self.n_items, -1)
-        neighbours: Array = items
-        for _ in range(self.config.n_mm_layers):
-            neighbours = propagate(self.item_graph.get_value(), neighbours)
-        return users, items + neighbours
+        return users, items + smoothed(self.item_graph.get_value(), items, self.config.n_mm_layers)

@@ -23,7 +23,7 @@ from mgrad_jax.graph import (
     sum_of_layers,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, map_names, xavier_normal
 from mgrad_jax.models.hyper_parameters import hyper
 
 N_STEPS = 2
@@ -64,18 +64,12 @@ class UserGraphRecommender(Recommender):
     }
     published_names: ClassVar[Mapping[str, str]] = {
         "user_weights": "weight_u",
-        **{
-            f"{modality}_{ours}": f"{branch}.{published}"
-            for modality, branch in {"image": "v_gcn", "text": "t_gcn"}.items()
-            for ours, published in {
-                "preference": "preference",
-                "hidden.kernel": "MLP.weight",
-                "hidden.bias": "MLP.bias",
-                "map.kernel": "MLP_1.weight",
-                "map.bias": "MLP_1.bias",
-            }.items()
-        },
+        "image_preference": "v_gcn.preference",
+        "text_preference": "t_gcn.preference",
+        **map_names(image_hidden="v_gcn.MLP", image_map="v_gcn.MLP_1"),
+        **map_names(text_hidden="t_gcn.MLP", text_map="t_gcn.MLP_1"),
     }
+    ignored_names: ClassVar[tuple[str, ...]] = ("MLP_v.weight", "MLP_t.weight", "MLP_user.weight", "MLP_user.bias")
 
     config: UserGraphConfig
     reg_weight: nnx.Variable[Array]
@@ -84,9 +78,7 @@ class UserGraphRecommender(Recommender):
         self, data: Interactions, config: UserGraphConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
     ) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        self.modalities = self.features_given(data)
-        pairs = data.train[:, 0], data.train[:, 1]
-        self.graph = Constant(normalized_bipartite(*pairs, data.n_users, data.n_items, eps=0.0, dtype=dtype))
+        self.graph = Constant(normalized_bipartite(*self.training_pairs(data), eps=0.0, dtype=dtype))
         dim = config.embedding_dim
         for modality in self.modalities:
             table = self.feature(data, modality)
@@ -113,11 +105,6 @@ class UserGraphRecommender(Recommender):
     def resample(self, key: Array) -> dict[str, Any]:
         """The epoch's user graph, short lists filled up anew."""
         return {"user_sample": sample_user_graph(key, self.user_graph.get_value(), self.dtype)}
-
-    @property
-    def feature_paths(self) -> tuple[str, ...]:
-        """X of each modality."""
-        return tuple(f"{modality}_features" for modality in self.modalities)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking to base 2 and the penalty; `key` is not used."""
@@ -209,7 +196,6 @@ class DualGNN(UserGraphRecommender):
         **UserGraphRecommender.published_names,
         "item_weights": "weight_i",
     }
-    ignored_names: ClassVar[tuple[str, ...]] = ("MLP_v.weight", "MLP_t.weight", "MLP_user.weight", "MLP_user.bias")
 
     config: DualGNNConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.errors import UserError
 from mgrad_jax.graph import (
+    SparseGraph,
     bipartite_edges,
     blend_graphs,
     knn_graph,
@@ -22,7 +23,7 @@ from mgrad_jax.graph import (
     prune_edges,
 )
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, map_names, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -70,16 +71,14 @@ class FREEDOM(Recommender):
     compares_items: ClassVar[bool] = True
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"dropout": (0.8, 0.9), "reg_weight": (0.0, 1e-5, 1e-4, 1e-3)}
     item_tables: ClassVar[tuple[str, ...]] = ("item_id_embedding",)
+    features_at: ClassVar[str] = "{modality}_embedding"  # F, not the item graph that was made of the same features
     feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "user_embedding.weight",
         "item_id_embedding": "item_id_embedding.weight",
         "image_embedding": "image_embedding.weight",
-        "image_trs.kernel": "image_trs.weight",
-        "image_trs.bias": "image_trs.bias",
         "text_embedding": "text_embedding.weight",
-        "text_trs.kernel": "text_trs.weight",
-        "text_trs.bias": "text_trs.bias",
+        **map_names(image_trs="image_trs", text_trs="text_trs"),
     }
 
     config: FREEDOMConfig
@@ -90,20 +89,16 @@ class FREEDOM(Recommender):
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_id_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        self.modalities = self.features_given(data)
-        shares = {"image": config.mm_image_weight, "text": 1.0 - config.mm_image_weight}
         graphs = []
         for modality in self.modalities:
             table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
             setattr(self, f"{modality}_trs", linear(table.shape[1], dim, rngs=rngs, dtype=dtype))
-            share = shares[modality] if len(self.modalities) > 1 else 1.0
-            graphs.append((share, knn_graph(table, config.knn_k, dtype)))
-        self.item_graph = Constant(blend_graphs(graphs))
-        users, items = data.train[:, 0], data.train[:, 1]
-        self.graph = Constant(normalized_bipartite(users, items, data.n_users, data.n_items, dtype=dtype))
+            graphs.append(knn_graph(table, config.knn_k, dtype))
+        self.item_graph = Constant(item_graph(graphs, config.mm_image_weight))
+        self.graph = Constant(normalized_bipartite(*self.training_pairs(data), dtype=dtype))
         if config.dropout > 0:
-            edges = bipartite_edges(users, items, data.n_users, data.n_items, dtype=dtype)
+            edges = bipartite_edges(*self.training_pairs(data), dtype=dtype)
             self.n_keep = int(edges.users.shape[0] * (1.0 - config.dropout))
             self.edges = Constant(edges)
             self.pruned_graph = EpochState(prune_edges(rngs.params(), edges, self.n_keep))
@@ -113,11 +108,6 @@ class FREEDOM(Recommender):
         if self.config.dropout == 0:
             return {}
         return {"pruned_graph": prune_edges(key, self.edges.get_value(), self.n_keep)}
-
-    @property
-    def feature_paths(self) -> tuple[str, ...]:
-        """F of each modality, not the item graph that was made of the same features."""
-        return tuple(f"{modality}_embedding" for modality in self.modalities)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking by the propagated vectors and by the projected features; `key` is not used."""
@@ -140,8 +130,19 @@ class FREEDOM(Recommender):
 
     def _propagated(self, graph: nnx.Variable[Any]) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
         item_ids = self.item_id_embedding[...]
-        neighbours = item_ids
-        for _ in range(self.config.n_mm_layers):
-            neighbours = propagate(self.item_graph.get_value(), neighbours)
+        neighbours = smoothed(self.item_graph.get_value(), item_ids, self.config.n_mm_layers)
         users, items = lightgcn_mean(graph.get_value(), self.user_embedding[...], item_ids, self.config.n_ui_layers)
         return users, items + neighbours
+
+
+def item_graph(graphs: Sequence[SparseGraph], image_share: float) -> SparseGraph:
+    """M, of the graphs of nearest items by image and by text; where one is missing, the other."""
+    shares = (image_share, 1.0 - image_share) if len(graphs) > 1 else (1.0,)
+    return blend_graphs(list(zip(shares, graphs, strict=True)))
+
+
+def smoothed(graph: SparseGraph, items: Float[Array, "items dim"], n_steps: int) -> Float[Array, "items dim"]:
+    """M^n_steps of a table of items."""
+    for _ in range(n_steps):
+        items = propagate(graph, items)
+    return items

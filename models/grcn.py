@@ -16,7 +16,7 @@ from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.devices import side_by_side
 from mgrad_jax.graph import SparseGraph, edge_dot, edge_softmax, mean_bipartite, propagate, replace_values
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, map_names, xavier_normal
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 ID_STEPS = 2
@@ -83,15 +83,9 @@ class GRCN(Recommender):
     published_names: ClassVar[Mapping[str, str]] = {
         "id_embedding": "id_gcn.id_embedding",
         "confidence": "model_specific_conf",
-        **{
-            f"{modality}_{ours}": f"{branch}.{published}"
-            for modality, branch in {"image": "v_gcn", "text": "t_gcn"}.items()
-            for ours, published in {
-                "preference": "preference",
-                "map.kernel": "MLP.weight",
-                "map.bias": "MLP.bias",
-            }.items()
-        },
+        "image_preference": "v_gcn.preference",
+        "text_preference": "t_gcn.preference",
+        **map_names(image_map="v_gcn.MLP", text_map="t_gcn.MLP"),
     }
 
     config: GRCNConfig
@@ -99,10 +93,8 @@ class GRCN(Recommender):
 
     def __init__(self, data: Interactions, config: GRCNConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        pairs = data.train[:, 0], data.train[:, 1]
         # Only the structure counts: rows are targets, columns sources; the entries are weighed in every pass.
-        self.graph = Constant(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
-        self.modalities = self.features_given(data)
+        self.graph = Constant(mean_bipartite(*self.training_pairs(data), dtype=dtype))
         n_nodes, width = data.n_users + data.n_items, config.latent_embedding
         self.id_embedding = nnx.Param(xavier_normal(rngs.params(), (n_nodes, config.embedding_dim), dtype))
         self.confidence = nnx.Param(xavier_normal(rngs.params(), (n_nodes, len(self.modalities)), dtype))
@@ -113,11 +105,6 @@ class GRCN(Recommender):
             setattr(self, f"{modality}_preference", preference)
             feature_map = linear(table.shape[1], width, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
             setattr(self, f"{modality}_map", feature_map)
-
-    @property
-    def feature_paths(self) -> tuple[str, ...]:
-        """X of each modality."""
-        return tuple(f"{modality}_features" for modality in self.modalities)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking and the penalty on ids and preferences; `key` is not used."""
@@ -175,10 +162,7 @@ class GRCN(Recommender):
         return jax.nn.relu(functools.reduce(lambda a, b: jnp.where(a >= b, a, b), weights))
 
     def _squares(self, batch: Batch) -> Float[Array, ""]:
-        squares = self.id_embedding[...] ** 2
-        user_squares, item_squares = squares[: self.n_users], squares[self.n_users :]
-        rows = 2 * user_squares[batch.users] + item_squares[batch.positives] + item_squares[batch.negatives]
-        total = 0.5 * jnp.mean(rows)
+        total = losses.mean_squares(self.id_embedding[...], self.n_users, batch)
         for modality in self.modalities:
             preference = getattr(self, f"{modality}_preference")[...]
             total += jnp.mean(preference[batch.users] ** 2)

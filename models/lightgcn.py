@@ -69,9 +69,7 @@ class LightGCN(Recommender):
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        self.graph = Constant(
-            normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
-        )
+        self.graph = Constant(normalized_bipartite(*self.training_pairs(data), dtype=dtype))
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking of the propagated rows plus the norms of the layer-0 rows; `key` is not used."""

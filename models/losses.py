@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mgrad_jax.data import Batch
+
 
 def bpr_loss(difference: Float[Array, " batch"]) -> Float[Array, ""]:
     """Bayesian personalised ranking, mean of -log sigmoid(difference) (Rendle et al. 2009)."""
@@ -43,6 +45,13 @@ def embedding_norm(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
 def l2_penalty(*tables: Float[Array, "_ dim"]) -> Float[Array, ""]:
     """Half the sum of squares of all entries (reference L2Loss)."""
     return 0.5 * sum((jnp.sum(table * table) for table in tables), jnp.zeros((), tables[-1].dtype))
+
+
+def mean_squares(nodes: Float[Array, "nodes dim"], n_users: int, batch: Batch) -> Float[Array, ""]:
+    """Half the mean of 2 E_u^2 + E_i^2 + E_j^2 over a batch, of a table of users, then items (MMGCN and GRCN)."""
+    squares = nodes**2
+    users, items = squares[:n_users], squares[n_users:]
+    return 0.5 * jnp.mean(2 * users[batch.users] + items[batch.positives] + items[batch.negatives])
 
 
 def normalize(x: Float[Array, "rows dim"], eps: float = 1e-12) -> Float[Array, "rows dim"]:

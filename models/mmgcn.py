@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.graph import SparseGraph, mean_bipartite, propagate
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, map_names, xavier_normal
 from mgrad_jax.models.hyper_parameters import hyper
 
 N_LAYERS = 3
@@ -133,6 +133,7 @@ class MMGCN(Recommender):
     needs: ClassVar[tuple[str, ...]] = ("image", "text")
     item_tables: ClassVar[tuple[str, ...]] = ("id_embedding",)
     features_in_scores: ClassVar[bool] = True
+    features_at: ClassVar[str] = "{modality}.features"
     penalties: ClassVar[tuple[str, ...]] = ("table_squares",)
     tables_in_pass: ClassVar[Literal["columns", "rows"]] = "rows"
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -141,20 +142,15 @@ class MMGCN(Recommender):
     }
     published_names: ClassVar[Mapping[str, str]] = {
         "id_embedding": "id_embedding",
-        "image.map.kernel": "v_gcn.MLP.weight",
-        "image.map.bias": "v_gcn.MLP.bias",
+        **map_names(**{"image.map": "v_gcn.MLP"}),
         **{
             f"{ours}.{path}": f"{published}.{name}"
             for ours, published in {"image": "v_gcn", "text": "t_gcn"}.items()
             for path, name in {
                 "preference": "preference",
                 **{f"layers.{layer}.conv": f"conv_embed_{layer + 1}.weight" for layer in range(N_LAYERS)},
-                **{
-                    f"layers.{layer}.{part}.{array}": f"{name}{layer + 1}.{'weight' if array == 'kernel' else array}"
-                    for layer in range(N_LAYERS)
-                    for part, name in {"residual": "linear_layer", "merge": "g_layer"}.items()
-                    for array in ("kernel", "bias")
-                },
+                **map_names(**{f"layers.{layer}.residual": f"linear_layer{layer + 1}" for layer in range(N_LAYERS)}),
+                **map_names(**{f"layers.{layer}.merge": f"g_layer{layer + 1}" for layer in range(N_LAYERS)}),
             }.items()
         },
     }
@@ -166,9 +162,7 @@ class MMGCN(Recommender):
 
     def __init__(self, data: Interactions, config: MMGCNConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
-        pairs = data.train[:, 0], data.train[:, 1]
-        self.graph = Constant(mean_bipartite(*pairs, data.n_users, data.n_items, dtype=dtype))
-        self.modalities = self.features_given(data)
+        self.graph = Constant(mean_bipartite(*self.training_pairs(data), dtype=dtype))
         for modality in self.modalities:
             latent = config.dim_latent if modality == "image" else None
             table = self.feature(data, modality)
@@ -194,20 +188,11 @@ class MMGCN(Recommender):
             table = jnp.asarray(preferences[modality], self.dtype)
             getattr(self, modality).use_preference(kind, table, self.graph.get_value())
 
-    @property
-    def feature_paths(self) -> tuple[str, ...]:
-        """X of each modality."""
-        return tuple(f"{modality}.features" for modality in self.modalities)
-
     def expose_features(self) -> tuple[str, ...]:
         """X of each modality; what was made of the texts ahead is made in every pass from then on."""
         for modality in self.modalities:
             getattr(self, modality).expose_features()
         return self.feature_paths
-
-    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
-        """X of each modality."""
-        return {f"{modality}.features": table for modality, table in features.items()}
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Pairwise ranking and the penalty on the tables; `key` is not used."""
@@ -232,10 +217,7 @@ class MMGCN(Recommender):
         return total if self.config.sum_modalities else total / len(views)
 
     def _table_squares(self, batch: Batch) -> Float[Array, ""]:
-        squares = self.id_embedding[...] ** 2
-        user_squares, item_squares = squares[: self.n_users], squares[self.n_users :]
-        rows = 2 * user_squares[batch.users] + item_squares[batch.positives] + item_squares[batch.negatives]
-        total = 0.5 * jnp.mean(rows)
+        total = losses.mean_squares(self.id_embedding[...], self.n_users, batch)
         if "image" in self.modalities:
             total += jnp.mean(self.image.preference[...] ** 2)
         return total

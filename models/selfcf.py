@@ -16,7 +16,7 @@ from mgrad_jax.devices import by_rows, side_by_side
 from mgrad_jax.dropout import dropout
 from mgrad_jax.graph import SparseGraph, drop_entries, lightgcn_mean, normalized_bipartite, with_transpose
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, map_names, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -71,8 +71,7 @@ class SelfCF(Recommender):
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "online_encoder.embedding_dict.user_emb",
         "item_embedding": "online_encoder.embedding_dict.item_emb",
-        "predictor.kernel": "predictor.weight",
-        "predictor.bias": "predictor.bias",
+        **map_names(predictor="predictor"),
     }
 
     config: SelfCFConfig
@@ -85,7 +84,7 @@ class SelfCF(Recommender):
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
         self.predictor = linear(dim, dim, rngs=rngs, dtype=dtype)
-        graph = normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, dtype=dtype)
+        graph = normalized_bipartite(*self.training_pairs(data), dtype=dtype)
         self.graph = Constant(with_transpose(graph) if config.edge_dropout else graph)
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

@@ -16,7 +16,7 @@ from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.devices import by_rows
 from mgrad_jax.graph import lightgcn_mean, normalized_bipartite
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, map_names, xavier_uniform
 from mgrad_jax.models.hyper_parameters import MOST_LAYERS, hyper
 
 
@@ -80,25 +80,22 @@ class SLMRec(Recommender):
     }
     item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
     features_in_scores: ClassVar[bool] = True
+    features_at: ClassVar[str] = "{modality}"  # X_v and X_t, whose rows have unit length
     ignored_names: ClassVar[tuple[str, ...]] = ("g_a_iva.weight", "g_a_iva.bias")
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "embedding_user.weight",
         "item_embedding": "embedding_item.weight",
-        **{
-            f"{ours}.{part}": f"{published}.{'weight' if part == 'kernel' else part}"
-            for ours, published in {
-                "image_map": "v_dense",
-                "text_map": "t_dense",
-                "fuse_users": "embedding_user_after_GCN",
-                "fuse_items": "embedding_item_after_GCN",
-                "head_id": "g_i_iv",
-                "head_image": "g_v_iv",
-                "head_coarse": "g_iv_iva",
-                "head_coarse_narrow": "g_iva_ivat",
-                "head_text": "g_t_ivat",
-            }.items()
-            for part in ("kernel", "bias")
-        },
+        **map_names(
+            image_map="v_dense",
+            text_map="t_dense",
+            fuse_users="embedding_user_after_GCN",
+            fuse_items="embedding_item_after_GCN",
+            head_id="g_i_iv",
+            head_image="g_v_iv",
+            head_coarse="g_iv_iva",
+            head_coarse_narrow="g_iva_ivat",
+            head_text="g_t_ivat",
+        ),
     }
 
     config: SLMRecConfig
@@ -110,9 +107,7 @@ class SLMRec(Recommender):
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         self.image = Constant(losses.normalize(self.feature(data, "image")))
         self.text = Constant(losses.normalize(self.feature(data, "text")))
-        self.graph = Constant(
-            normalized_bipartite(data.train[:, 0], data.train[:, 1], data.n_users, data.n_items, eps=1e-8, dtype=dtype)
-        )
+        self.graph = Constant(normalized_bipartite(*self.training_pairs(data), eps=1e-8, dtype=dtype))
         dim = config.embedding_dim
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
@@ -129,11 +124,6 @@ class SLMRec(Recommender):
         self.head_coarse = dense(dim, dim)
         self.head_coarse_narrow = dense(dim, dim // 2)
         self.head_text = dense(dim, dim // 2)
-
-    @property
-    def feature_paths(self) -> tuple[str, ...]:
-        """X_v and X_t, whose rows have unit length."""
-        return "image", "text"
 
     def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """X_v and X_t of these features."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, xavier_normal, xavier_uniform
+from mgrad_jax.models.base import Constant, ModelConfig, Recommender, linear, map_names, xavier_normal, xavier_uniform
 from mgrad_jax.models.hyper_parameters import hyper
 
 
@@ -47,8 +47,7 @@ class VBPR(Recommender):
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "u_embedding",
         "item_embedding": "i_embedding",
-        "item_linear.kernel": "item_linear.weight",
-        "item_linear.bias": "item_linear.bias",
+        **map_names(item_linear="item_linear"),
     }
 
     config: VBPRConfig
@@ -57,19 +56,12 @@ class VBPR(Recommender):
     def __init__(self, data: Interactions, config: VBPRConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         dim = config.embedding_dim
-        modalities = self.features_given(data)
-        table = self.feature(data, *reversed(modalities))
+        table = self.feature(data, *reversed(self.modalities))
         self.item_features = Constant(table)
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, 2 * dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        self.item_linear = linear(
-            table.shape[1],
-            dim,
-            rngs=rngs,
-            dtype=dtype,
-            kernel_init=lambda key, shape, dtype, *_, **__: xavier_normal(key, shape, dtype),
-            bias_init=nnx.initializers.zeros,
-        )
+        init: dict[str, Any] = {"kernel_init": xavier_normal, "bias_init": nnx.initializers.zeros}
+        self.item_linear = linear(table.shape[1], dim, rngs=rngs, dtype=dtype, **init)
 
     @property
     def feature_paths(self) -> tuple[str, ...]:

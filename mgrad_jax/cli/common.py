@@ -11,6 +11,7 @@ FinishedRuns = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs, or of a study of `compare`.")
 ]
 NewDirectory = Annotated[Path, typer.Option(help="Directory to write; it must not exist.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")]
 MovedData = Annotated[str | None, typer.Option(help="Where the runs' data lie now, if they were moved.")]
 HyperParameters = Annotated[
     list[str] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -172,13 +173,9 @@ def info(data: Annotated[str, typer.Argument(metavar="DATA", help="Directory in 
     from mgrad_jax.data.mmrec import remarks
 
     interactions = load_interactions(data)
-    table = Table(title=interactions.name, show_header=False)
-    for name, value in interactions.statistics().items():
-        table.add_row(name, _shown(value))
-    terminal = console()
-    terminal.print(table)
+    _print_values(interactions.name, {name: _shown(value) for name, value in interactions.statistics().items()})
     for note in [*remarks(interactions), *_refusals(interactions)]:
-        terminal.print(f"note: {note}", soft_wrap=True)
+        console().print(f"note: {note}", soft_wrap=True)
 
 
 def _refusals(data: Interactions) -> list[str]:
@@ -210,8 +207,6 @@ def list_models(
 
     Of one model its hyper-parameters are shown with types, ranges and the published grid.
     """
-    import dataclasses
-
     if name is not None:
         _show_model(name)
         return
@@ -235,8 +230,6 @@ def list_models(
 
 def _show_model(name: str) -> None:
     """One model: where it is from, what it needs, and all there is to know of every hyper-parameter."""
-    import dataclasses
-
     from mgrad_jax import models
     from mgrad_jax.analysis.baselines import BASELINES
 
@@ -254,7 +247,7 @@ def _show_model(name: str) -> None:
             type(field.default).__name__,
             str(field.default),
             ", ".join(part for part in (str(hyper["range"]), limit) if part),
-            "yes" if hyper["traced"] else "no",
+            "yes" if hyper.get("traced") else "no",
             grid.pop(field.name, ""),
             hyper["help"],
         )

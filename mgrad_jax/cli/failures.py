@@ -31,11 +31,7 @@ def fail(sentence: str, code: int) -> int:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """The sentence and exit code for an exception, None where it is a mistake in the program.
-
-    Args:
-        error: what a command raised.
-    """
+    """The sentence and exit code for what a command raised, None where it is a mistake in the program."""
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, ProcessLost):
@@ -79,10 +75,9 @@ def _of_the_device(error: BaseException) -> str | None:
     asked = re.search(r"allocat\w*\s+(?:of\s+)?(\d+(?:\.\d+)?)\s*(bytes|[KMGT]i?B)?", str(error))
     size = ""
     if asked is not None:
-        unit = asked[2] or "bytes"
-        size = f" when {asked[1]} {unit} were asked for"
-        if unit == "bytes":
-            size = f" when {float(asked[1]) / 2**30:.3g} GiB were asked for"
+        in_bytes = asked[2] in (None, "bytes")
+        amount = f"{float(asked[1]) / 2**30:.3g} GiB" if in_bytes else f"{asked[1]} {asked[2]}"
+        size = f" when {amount} were asked for"
     return f"the device's memory ran out{size}; choose a smaller model, a smaller batch size or fewer slots."
 
 

@@ -66,11 +66,9 @@ def takes_settings(**groups: Any) -> Callable[[Callable[..., None]], Callable[..
 
 
 def config_of(values: Mapping[str, Any], group: Any = RunSettings) -> RunConfig:
-    """The configuration that options ask for; XLA is told of it where it has to be before JAX computes.
+    """The configuration that options ask for, by the names of the group's settings and of the aliases of `--method`.
 
-    Args:
-        values: of the options by the names of their settings, and of the aliases of `--method`.
-        group: the settings that there are options for.
+    XLA is told of it where it has to be before JAX computes.
     """
     from mgrad_jax.training.config import RunConfig
     from mgrad_jax.training.numerics import make_deterministic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -56,7 +57,7 @@ def reproduce(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out, or extend it.")] = False,
 ) -> None:
     """Repeat a table or figure of the paper: train, analyse, and put its values beside ours."""
-    from mgrad_jax.analysis.presets import PRESETS, find_preset
+    from mgrad_jax.analysis.presets import PRESETS, Training, find_preset
 
     if name is None:
         rows = [[key, ", ".join(p.models), p.question] for key, p in PRESETS.items()]
@@ -66,8 +67,14 @@ def reproduce(
     if not data:
         raise UserError(f"--data is missing; the paper's {name} is of {' and '.join(preset.data)}.")
     place = out or Path("reproduce") / name
-    settings = {key: value for key, value in (("epochs", epochs), ("patience", patience)) if value is not None}
-    asked = _asked(preset, data, place, models, seeds, settings, pairs("--set", hyper or ()), dry_run)
+    wanted = {
+        "settings": {key: n for key, n in (("epochs", epochs), ("patience", patience)) if n is not None},
+        "hyper_parameters": pairs("--set", hyper or ()),
+        "models": preset.models if models is None else names("--models", models),
+        "seeds": preset.seeds if seeds is None else seeds_of(seeds, preset.seeds[0]),
+        "dry": dry_run,
+    }
+    asked = _asked(data, place, wanted)
     if dry_run:
         _print_plan(name, preset, asked)
         return
@@ -77,33 +84,25 @@ def reproduce(
     try:
         for one in asked.values():
             for step in preset.steps(one):
-                _do(step, one, context)
+                if isinstance(step, Training):
+                    _train(step)
+                else:
+                    _call(step, one, partial(run_command, context))
     except stopping.Stopped:
         raise stopping.Stopped(how_to_go_on("stopped", place, ASKED_FILE)) from None
     _conclude(name, preset, place, asked)
 
 
-def _asked(
-    preset: Preset,
-    data: Sequence[str],
-    place: Path,
-    models: str | None,
-    seeds: str | None,
-    settings: dict[str, Any],
-    hyper: dict[str, Any],
-    dry: bool,
-) -> dict[str, Asked]:
+def _asked(data: Sequence[str], place: Path, wanted: dict[str, Any]) -> dict[str, Asked]:
     """What is wanted of each dataset, by the dataset's name."""
     from mgrad_jax.analysis.presets import Asked
 
-    chosen = preset.models if models is None else names("--models", models)
-    numbers = preset.seeds if seeds is None else seeds_of(seeds, preset.seeds[0])
     found: dict[str, Asked] = {}
     for one in data:
         key = dataset_name(one)
         if key in found:
             raise UserError(f"--data names two datasets called {key}, which would share a directory; rename one.")
-        found[key] = Asked(one, place / key, chosen, numbers, settings, hyper, dry)
+        found[key] = Asked(one, place / key, **wanted)
     return found
 
 
@@ -136,15 +135,6 @@ def _begin(name: str, place: Path, asked: dict[str, Asked], resume: bool) -> Non
         "hyper_parameters": dict(first.hyper_parameters),
     }
     write_whole(place / ASKED_FILE, yaml.safe_dump(content, sort_keys=False))
-
-
-def _do(step: Training | Call, asked: Asked, context: typer.Context) -> None:
-    from mgrad_jax.analysis.presets import Training
-
-    if isinstance(step, Training):
-        _train(step)
-    else:
-        _call(step, asked, partial(run_command, context))
 
 
 def _train(step: Training) -> None:
@@ -225,9 +215,8 @@ def _print_plan(name: str, preset: Preset, asked: dict[str, Asked]) -> None:
     """Steps, runs, and what they will take."""
     from mgrad_jax.analysis.presets import Training
 
-    clock = _Clock()
-    rows, notes = [], []
-    total = [0.0, 0.0]
+    clock, rows, total = _Clock(), [], [0.0, 0.0]
+    notes = ["at least: every run stops after patience + 1 epochs; at most: every run trains all epochs"]
     for one in asked.values():
         for step in preset.steps(one):
             if isinstance(step, Training):
@@ -241,7 +230,6 @@ def _print_plan(name: str, preset: Preset, asked: dict[str, Asked]) -> None:
             rows.append([what, str(place), str(n), duration(least), duration(most)])
             total = [total[0] + least, total[1] + most]
     rows.append(["all", "", "", *map(duration, total)])
-    notes.insert(0, "at least: every run stops after patience + 1 epochs; at most: every run trains all epochs")
     print_table(f"{name}: {preset.question}", ["step", "directory", "runs", "at least", "at most"], rows, notes)
 
 
@@ -271,8 +259,6 @@ class _Clock:
     def of_call(self, step: Call, asked: Asked) -> tuple[int, float, float]:
         """Runs or members, and seconds: of a sweep those of training, else those of as many evaluations."""
         if step.sweeps is not None:
-            import dataclasses
-
             from mgrad_jax.analysis.estimate import estimate
 
             model, members = step.sweeps

@@ -231,11 +231,11 @@ def _count(lengths: np.ndarray, top_k: int) -> str:
 
 def _open(directory: Path, data: str | None, devices: int | Literal["all"]) -> tuple[LoadedRun, list[str]]:
     """A run with its best parameters, and what to say about it; a sweep's member is trained again the first time."""
-    from mgrad_jax.devices import mesh
+    from mgrad_jax.devices import mesh_or_none
     from mgrad_jax.training.member import differs, find_member
     from mgrad_jax.training.run import load_run
 
-    over = None if devices == 1 else mesh(devices)
+    over = mesh_or_none(devices)
     member = find_member(directory, data)
     if member is None:
         if not directory.is_dir():
@@ -329,9 +329,6 @@ def _check_output(option: str, path: Path) -> None:
 def _write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a .csv or .parquet file in one step."""
     stopping.complete_what_is_begun()
-    if path.suffix == ".csv":
-        with written_whole(path) as stream:
-            table.to_csv(stream, index=False)
-    else:
-        with written_whole(path, "wb") as stream:
-            table.to_parquet(stream, index=False)
+    mode, write = ("w", table.to_csv) if path.suffix == ".csv" else ("wb", table.to_parquet)
+    with written_whole(path, mode) as stream:
+        write(stream, index=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import DevicesOption, devices_of
+from mgrad_jax.cli.common import DevicesOption, DryRun, devices_of
 from mgrad_jax.cli.console import plus_minus, print_table
 from mgrad_jax.cli.options import scalar, takes_settings
 from mgrad_jax.cli.training import told
@@ -41,9 +41,7 @@ def sweep(
     devices: DevicesOption = None,
     out: Annotated[str | None, typer.Option(help="The sweep's directory; sweeps/<model>-<data> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a grid of settings as one program and find the best on validation."""
     number = devices_of(devices)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import DevicesOption, devices_of
+from mgrad_jax.cli.common import DevicesOption, DryRun, devices_of
 from mgrad_jax.cli.console import print_metrics
 from mgrad_jax.cli.distributed import Crew, joined
 from mgrad_jax.cli.options import takes_settings
@@ -30,9 +30,7 @@ def train(
     ] = None,
     devices: DevicesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show what --devices would hold and send, by compiling only.")
     ] = False,
@@ -60,12 +58,7 @@ def train(
 def train_and_tell(
     config: RunConfig, *, resume: bool, devices: int | Literal["all"] = 1, go_on: str | None = None
 ) -> dict[str, Any]:
-    """Train and tell how far it is, of the epochs still to come if nothing improves any more.
-
-    Args:
-        config, resume, devices: see `mgrad_jax.training.run.train_run`.
-        go_on: see `mgrad_jax.cli.training.told`.
-    """
+    """Train, and tell how far it is, of the epochs still to come if nothing improves any more; `go_on` as in `told`."""
     from mgrad_jax.training.run import train_run
 
     def state(epoch: EpochReport) -> tuple[str, int, int]:
@@ -78,9 +71,7 @@ def train_and_tell(
 
 
 def _print_result(result: dict[str, Any], directory: Path) -> None:
-    seconds = result["seconds"]
-    data = result["data"]
-    title = f"{result['model']} on {data['name']}, {result['training']}, seed {result['seed']}"
-    times = "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    title = f"{result['model']} on {result['data']['name']}, {result['training']}, seed {result['seed']}"
+    times = "  ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items())
     notes = [f"best epoch {result['best_epoch']} of {result['epochs_run']}   {times}", str(directory)]
     print_metrics(title, notes, result["valid"], result["test"])

@@ -24,10 +24,9 @@ def told(
     """Tell how far a training is; a signal to stop leaves what is finished on disk.
 
     Args:
-        title: of the training.
-        directory, begun: as for `how_to_go_on`.
+        title, directory, begun: of the training, and as for `how_to_go_on`.
         state: what to show of a report: the state in words, the steps done and the steps expected.
-        go_on: the sentence to show when it is stopped; by default how to resume with the same command.
+        go_on: the sentence to show when it is stopped; by default that of `how_to_go_on`.
 
     Yields:
         What to call with every report.
@@ -53,12 +52,7 @@ def told(
 
 
 def how_to_go_on(done: str, directory: Path, begun: str = "config.yaml") -> str:
-    """The sentence of a training that was stopped: `done`, and how to go on with what its directory holds.
-
-    Args:
-        done, directory: how far it came, and where.
-        begun: the file that is there once it can be resumed.
-    """
+    """The sentence of a training that was stopped: `done`, and how to resume it where the file `begun` is there."""
     if not (directory / begun).exists():
         return f"{done}; repeat the command to begin again."
     return f"{done}; to go on, repeat the command with --out {shlex.quote(str(directory))} --resume."

@@ -45,26 +45,31 @@ def knn_indices(features: Float[np.ndarray | Array, "n dim"], k: int, block: int
     n = table.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
-    on_several = mesh_in_force() is not None
-    if on_several and table.nbytes >= RING_BYTES:
-        rows = ring.by_tiles(table, block)
-        _check_directions(ring.norms(rows)[:n])
-        nearest: Array = ring.nearest(rows, n, k, block)
-    else:
-        table = _everywhere(table) if on_several else table
-        norms = jnp.linalg.norm(table, axis=1, keepdims=True)
-        _check_directions(norms[:, 0])
-        nearest = _knn(table / norms, k, min(block, n))
-    return nearest
+    if (mesh := mesh_in_force()) is not None:
+        if _goes_round(table.nbytes, mesh.size):
+            rows = ring.by_tiles(table, block)
+            _check_directions(ring.norms(rows)[:n])
+            nearest: Array = ring.nearest(rows, n, k, block)
+            return nearest
+        table = _everywhere(table)
+    norms = jnp.linalg.norm(table, axis=1, keepdims=True)
+    _check_directions(norms[:, 0])
+    found: Array = _knn(table / norms, k, min(block, n))
+    return found
 
 
 def knn_bytes(n: int, dim: int, dtype: Any, devices: int) -> int:
     """What each of so many devices has, about, while the nearest rows of an (n, dim) table are found."""
     size: int = jnp.dtype(dtype).itemsize
-    if devices > 1 and n * dim * size >= RING_BYTES:
+    if _goes_round(n * dim * size, devices):
         rows = -(-n // (BLOCK * devices)) * BLOCK
         return (rows + 3 * BLOCK) * dim * size  # its rows, and of tiles one's own, the visitor and the next
     return (2 * n * dim + BLOCK * n) * size  # the table, unit rows, and products of a block
+
+
+def _goes_round(n_bytes: int, devices: int) -> bool:
+    """Whether a table of so many bytes stays split by rows over so many devices."""
+    return devices > 1 and n_bytes >= RING_BYTES
 
 
 _everywhere = jax.jit(everywhere)

@@ -41,10 +41,11 @@ from mgrad_jax.training.checkpoint_directory import (
     entries_of,
     entry_at,
     find,
-    move,
+    finish,
     name_of,
     remove,
     remove_unfinished,
+    unfinished,
 )
 from mgrad_jax.training.entries import entries_digest, is_entries_digest, spans_processes
 from mgrad_jax.training.stored_state import (
@@ -135,11 +136,8 @@ class Checkpoints:
         is_split = spans_processes(expected.values())
         entry, saved = self._read_together(which, expected) if is_split else self._stable(which, read_leaves)
         saved.update({name: np.array(leaf) for name, leaf in expected.items() if not leaf.size})
-        fits = {
-            name: name in saved and (saved[name].shape, saved[name].dtype) == (leaf.shape, leaf.dtype)
-            for name, leaf in expected.items()
-        }
-        differing = [name for name, fit in fits.items() if not fit] + sorted(saved.keys() - expected.keys())
+        found, wanted = ({name: (x.shape, x.dtype) for name, x in leaves.items()} for leaves in (saved, expected))
+        differing = [name for name in wanted if found.get(name) != wanted[name]] + sorted(found.keys() - wanted.keys())
         if differing:
             raise UserError(
                 f"{entry.path} holds another state than this run's (they differ at {shown(differing[0])}); resume with "
@@ -266,14 +264,20 @@ class Checkpoints:
 
     def _put(self, epoch: int, path: Path, leaves: dict[str, np.ndarray], notes: dict[str, Any]) -> None:
         self._check_place()  # orbax would make it again
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        write_leaves(unfinished, leaves)
-        self._write_sidecar(unfinished, digest(leaves), notes)
-        if is_due := time.monotonic() - self._safe_since >= _SECONDS_WITHOUT_DISK:
-            sync_tree(unfinished)
+        write_leaves(unfinished(path), leaves)
+        is_due = time.monotonic() - self._safe_since >= _SECONDS_WITHOUT_DISK
+        self._finish(epoch, path, digest(leaves), notes, durable=is_due)
+
+    def _finish(self, epoch: int, path: Path, state: str, notes: Mapping[str, Any], *, durable: bool) -> None:
+        """Give a checkpoint that is written its notes and its name, and remove those that it makes superfluous."""
+        content = {"notes": notes, "state": state}
+        content["digest"] = seal(content)
+        write_whole(unfinished(path) / SIDECAR, json.dumps(content), durable=False)
+        if durable:
+            sync_tree(unfinished(path))
         self._check_place()
-        move(unfinished, path)
-        if is_due:
+        finish(path)
+        if durable:
             sync_directory(self.directory)
             self._safe, self._safe_since = epoch, time.monotonic()
         self.tidy()
@@ -282,16 +286,15 @@ class Checkpoints:
         """Write a checkpoint with all processes and remove those that it makes superfluous."""
         with held_back(), _without_complaints():
             path = self.directory / by_first(lambda: self._begin_together(epoch, is_best))
-            unfinished = path.with_name(f"{path.name}.unfinished")
             try:
-                write_leaves(unfinished, leaves)
+                write_leaves(unfinished(path), leaves)
             except jax.errors.JaxRuntimeError:
                 raise  # another process is gone
             except Exception as error:  # orbax and its storage raise whatever they trip over
                 raise self._unwritable(error) from None
             state, notes = entries_digest(leaves), dict(self.notes)
-            together(lambda: self._on_disk(unfinished))
-            by_first(lambda: self._end_together(path, unfinished, state, notes))
+            together(lambda: self._on_disk(unfinished(path)))
+            by_first(lambda: self._end_together(epoch, path, state, notes))
 
     def _begin_together(self, epoch: int, is_best: bool) -> str:
         """The name of a checkpoint, for which the directory is ready."""
@@ -302,31 +305,21 @@ class Checkpoints:
         remove_unfinished(self.directory)
         return name
 
-    def _on_disk(self, unfinished: Path) -> None:
+    def _on_disk(self, written: Path) -> None:
         """Have what this process wrote reach the disk."""
         try:
-            sync_tree(unfinished)
+            sync_tree(written)
         except OSError as error:
             raise unwritable(self.directory, error) from None
 
-    def _end_together(self, path: Path, unfinished: Path, state: str, notes: dict[str, Any]) -> None:
+    def _end_together(self, epoch: int, path: Path, state: str, notes: dict[str, Any]) -> None:
         """Move a checkpoint that all processes have written into place."""
         try:
-            self._write_sidecar(unfinished, state, notes)
-            sync_tree(unfinished)
-            self._check_place()
-            move(unfinished, path)
-            sync_directory(self.directory)
-            self.tidy()
+            self._finish(epoch, path, state, notes, durable=True)
         except OSError as error:
             raise self._unwritable(error) from None
         if self._on_complete is not None:
             self._on_complete(notes)
-
-    def _write_sidecar(self, unfinished: Path, state: str, notes: Mapping[str, Any]) -> None:
-        content = {"notes": notes, "state": state}
-        content["digest"] = seal(content)
-        write_whole(unfinished / SIDECAR, json.dumps(content), durable=False)
 
     def _check_place(self) -> None:
         """Raise a `UserError` where the directory is not the one that the first checkpoint was written to."""

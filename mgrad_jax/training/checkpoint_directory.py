@@ -94,11 +94,16 @@ def damaged(entry: Entry) -> CheckpointLost:
     return CheckpointLost(f"{entry.path} is damaged; {remedy}.")
 
 
-def move(unfinished: Path, path: Path) -> None:
-    """Give a complete checkpoint its name."""
+def unfinished(path: Path) -> Path:
+    """What a checkpoint is called while it is written."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def finish(path: Path) -> None:
+    """Give a checkpoint that is complete its name."""
     if path.exists():  # a damaged one that was trained again
         remove(path)
-    unfinished.rename(path)
+    unfinished(path).rename(path)
 
 
 def remove(path: Path) -> None:

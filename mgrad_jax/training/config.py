@@ -54,9 +54,13 @@ class RunConfig(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.model_config
-        self._check_update(self._optimizer, f"the {self.optimizer} optimizer", self.optimizer_args)
+        try:
+            self._check_update(self.transformation, self.training, self.flat_minima_args)
+        except UserError:  # of which the optimizer inside, or an argument that does not exist, may be the cause
+            self._check_update(self._optimizer, f"the {self.optimizer} optimizer", self.optimizer_args)
+            self.method.check_arguments(self.flat_minima_args)
+            raise
         self.method.check_arguments(self.flat_minima_args)
-        self._check_update(self.transformation, self.training, self.flat_minima_args)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -134,9 +138,9 @@ class RunConfig(RunSettings):
         Raises:
             UserError: the data lack what the model needs, or a device has not the memory that it takes.
         """
-        parts = self.memory(data, training=training)
-        settings = {**dataclasses.asdict(self.model_config), "batch_size": self.batch_size, "ks": self.ks}
-        parts = parts if training else {"parameters": parts["parameters"].shrunk(2)}
+        parts, settings = self.memory(data, training=training), {**self.values, **dataclasses.asdict(self.model_config)}
+        if not training:
+            parts = {"parameters": parts["parameters"]._replace(size=parts["parameters"].size // 2)}
         # The memory is each process's own; what the data lack, all of them find.
         together(lambda: check_memory(parts, self.model, settings, devices=1 if mesh is None else mesh.size))
         how: dict[str, Any] = {"seed": self.seed, "feature_dtype": jnp.dtype(self.feature_dtype), "mesh": mesh}

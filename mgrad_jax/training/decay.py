@@ -87,7 +87,8 @@ def with_decay(
     factors = rate_factors(decay)
     if factors is None:
         return optimizer
-    own = [np.float32(state.per_epoch) for state in _decay_states(optimizer.init(params))]
+    states = optax.tree_utils.tree_get_all_with_path(optimizer.init(params), DecayState.__name__)
+    own = [np.float32(state.per_epoch) for _, state in states]
     if any(per_epoch != factors[1] for per_epoch in own):
         raise UserError(
             f"learning_rate_decay is {decay}, but the optimizer's own decay multiplies its learning rate by {own[0]:g} "
@@ -133,11 +134,6 @@ def _power(decay: tuple[float, float], epoch: int) -> float:
         return float(decay[0] ** (epoch / decay[1]))
     except OverflowError:  # a rate that grows without bound ends the training where it gets there
         return float("inf")
-
-
-def _decay_states(opt_state: Any) -> list[DecayState]:
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, DecayState))
-    return [node for node in nodes if isinstance(node, DecayState)]
 
 
 def _acts_on_its_updates(optimizer: optax.GradientTransformation, params: Any) -> bool:

@@ -36,12 +36,8 @@ class Diagnosis:
         return cls(features, isinstance(model, AdversarialRecommender))
 
     def cause(self, updated: bool) -> str:
-        """The cause and its remedy.
-
-        Args:
-            updated: whether the parameters were updated before.
-        """
-        huge = {name: _largest(table) for name, table in self.features.items()}
+        """The cause and its remedy; what it can be depends on whether the parameters were updated before."""
+        huge = {name: float(np.abs(x.astype(np.float64)).max(initial=0.0)) for name, x in self.features.items()}
         huge = {name: size for name, size in huge.items() if not size < _HUGE}
         if huge:
             name = max(huge, key=lambda name: np.inf if np.isnan(huge[name]) else huge[name])
@@ -65,7 +61,3 @@ class Diagnosis:
             f"The checkpoints of epoch {epochs} and of the best one, {best}, are kept in {self.checkpoints}; other "
             "settings are another training, in another place."
         )
-
-
-def _largest(table: np.ndarray) -> float:
-    return float(np.abs(table.astype(np.float64)).max(initial=0.0))

@@ -31,10 +31,9 @@ def of_first(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
 
 @contextlib.contextmanager
 def held(path: Path, what: str, is_begun: Callable[[Path], bool], resume: bool) -> Iterator[Callable[[], None]]:
-    """Hold a directory that is to be begun, or gone on with; of several processes the first one does.
+    """Hold the directory at a path that is to be begun, or gone on with; of several processes the first one does.
 
     Args:
-        path: of the directory.
         what: "run" or "sweep", for messages.
         is_begun: whether there is anything in it that took an epoch to compute.
         resume: whether to go on.

@@ -53,11 +53,5 @@ class EarlyStopping:
     def from_arrays(cls, arrays: dict[str, np.ndarray], names: Sequence[str]) -> EarlyStopping:
         """The inverse of `to_arrays` for metrics of these names."""
         epoch, best_epoch, bad_epochs = (int(n) for n in arrays["counters"])
-        return cls(
-            epoch,
-            best_epoch,
-            bad_epochs,
-            float(arrays["best_value"]),
-            {name: float(x) for name, x in zip(sorted(names), arrays["valid"], strict=True)},
-            {name: float(x) for name, x in zip(sorted(names), arrays["test"], strict=True)},
-        )
+        valid, test = (dict(zip(sorted(names), map(float, arrays[split]), strict=True)) for split in ("valid", "test"))
+        return cls(epoch, best_epoch, bad_epochs, float(arrays["best_value"]), valid, test)

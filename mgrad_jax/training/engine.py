@@ -154,6 +154,11 @@ class Engine:
             shared = self._shared, self._train_data, self._eval_splits
             self._shared, self._train_data, self._eval_splits = jax.device_put(shared, NamedSharding(mesh, WHOLE))
 
+    @property
+    def n_devices(self) -> int:
+        """Over how many devices lanes are spread."""
+        return 1 if self.mesh is None else self.mesh.size
+
     def placed(self, tree: _Tree) -> _Tree:
         """A lane's arrays, where they belong."""
         return tree if self.plan.layout is None else self.plan.layout.place(tree)
@@ -164,11 +169,7 @@ class Engine:
         return self.placed(Own(constants, numbers, jax.random.key(seed)))
 
     def compile(self, lane: tuple[TrainState, Own], width: int) -> Programs:
-        """Compile both programs ahead of time, so that compilation is timed apart.
-
-        Args:
-            lane, width: as for `lower`.
-        """
+        """Compile both programs ahead of time, so that compilation is timed apart; arguments as for `lower`."""
         started = time.perf_counter()
         shared, data, eval_splits = self._shared, self._train_data, self._eval_splits
         trainer, evaluator = (lowered.compile() for lowered in self.lower(lane, width))
@@ -195,7 +196,7 @@ class Engine:
                 lambda x: jax.ShapeDtypeStruct((width, *x.shape), x.dtype, sharding=place), arguments
             )
         state, own, key, best = arguments
-        each = width // (1 if self.mesh is None else self.mesh.size)
+        each = width // self.n_devices
         shared, data, eval_splits = self._shared, self._train_data, self._eval_splits
 
         def train(state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any) -> tuple[TrainState, EpochLog]:
@@ -215,27 +216,27 @@ class Engine:
             return program if self.mesh is None else by_device(program, self.mesh, each)
 
         scored = Scoring(state.params, state.epoch_state)
+        after, everywhere = self._results(state)
         with in_force(self.plan.layout):
-            training = jax.jit(over_lanes(train), donate_argnums=0, **self._results(state))
-            evaluation = jax.jit(over_lanes(evaluate), **self._everywhere())
+            training = jax.jit(over_lanes(train), donate_argnums=0, **after)
+            evaluation = jax.jit(over_lanes(evaluate), **everywhere)
             return (
                 training.lower(state, own, key, shared, data),
                 evaluation.lower(scored, own, best, shared, eval_splits),
             )
 
-    def _results(self, state: TrainState) -> dict[str, Any]:
-        """Where an epoch's results belong, for `jax.jit`: the state where it came from, its log everywhere."""
-        if self.mesh is not None:
-            return {"out_shardings": NamedSharding(self.mesh, BLOCKS)}
-        if (layout := self.plan.layout) is None:
-            return {}
-        after = state._replace(stale_params=state.params if self.plan.keep_stale else None)
-        return {"out_shardings": (layout.shardings(after), NamedSharding(layout.mesh, WHOLE))}
+    def _results(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Where an epoch's and an evaluation's results belong, for `jax.jit`.
 
-    def _everywhere(self) -> dict[str, Any]:
-        """Results on every device, for `jax.jit`, so that every process can read them."""
-        layout = self.plan.layout
-        return {} if layout is None else {"out_shardings": NamedSharding(layout.mesh, WHOLE)}
+        The state is where it came from; all else is on every device, so that every process can read it.
+        """
+        if self.mesh is not None:
+            return {"out_shardings": NamedSharding(self.mesh, BLOCKS)}, {}
+        if (layout := self.plan.layout) is None:
+            return {}, {}
+        after = state._replace(stale_params=state.params if self.plan.keep_stale else None)
+        everywhere = NamedSharding(layout.mesh, WHOLE)
+        return {"out_shardings": (layout.shardings(after), everywhere)}, {"out_shardings": everywhere}
 
     def _train(
         self, state: TrainState, own: Own, key: jax.Array, shared: Any, data: Any
@@ -267,16 +268,11 @@ class Engine:
 
 
 class Lanes:
-    """Trainings side by side on the device, or spread over several.
+    """Trainings side by side on the device, or spread over several: the members, each with its state and its own.
 
     Attributes:
         state, own: of all lanes, with a leading axis where there is more than one.
         width: how many there are.
-
-    Args:
-        engine: what they share.
-        members: state and own of each.
-        programs: compiled for as many.
     """
 
     def __init__(self, engine: Engine, members: Iterable[tuple[TrainState, Own]], programs: Programs) -> None:
@@ -295,7 +291,8 @@ class Lanes:
         # In JAX's own precision, that of the metrics they are compared with.
         goals = None if best is None else jnp.asarray(best[0] if self.width == 1 else best, float)
         scored, goals = spread((scoring(self.state), goals), self.engine.mesh)
-        return self._apart(jax.device_get(self.programs.evaluate(scored, self.own, goals)))
+        scores: list[Scores] = self._apart(jax.device_get(self.programs.evaluate(scored, self.own, goals)))
+        return jax.tree.map(float, scores)
 
     def put(self, lane: int, member: tuple[TrainState, Own]) -> None:
         """Replace what a lane trains."""
@@ -336,8 +333,7 @@ def _bytes(program: Any) -> int:
 def _check_optimizer(opt_state: Any) -> None:
     """Refuse what the loop cannot drive, or has no parameters to evaluate with."""
     check_loop(opt_state)
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.LookaheadState))
-    if any(isinstance(node, optax.LookaheadState) for node in nodes):
+    if optax.tree_utils.tree_get_all_with_path(opt_state, optax.LookaheadState.__name__):
         raise UserError(
             "optax.lookahead trains a pair of parameters, and fit the model's own; leave it out, or average otherwise, "
             "as optax.contrib.schedule_free does."

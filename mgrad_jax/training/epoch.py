@@ -76,14 +76,10 @@ class EpochPlan:
     keep_stale: bool = False
     layout: Layout | None = None
 
-    @property
-    def first_passes(self) -> np.ndarray:
-        """Index of each batch's first pass, (n_batches,): the published epoch loss adds these up."""
-        return np.unique(np.asarray(self.schedule), return_index=True)[1]
-
     def epoch_loss(self, losses: Any) -> float:
-        """The epoch's loss, of those of its passes (passes,) on the host; also of a part of them."""
-        return float(np.asarray(losses)[self.first_passes].sum(dtype=np.float64))
+        """The epoch's loss, of those of its passes (passes,) on the host: the published one adds up first passes."""
+        first_passes = np.unique(np.asarray(self.schedule), return_index=True)[1]
+        return float(np.asarray(losses)[first_passes].sum(dtype=np.float64))
 
 
 class SplitModel(NamedTuple):
@@ -97,9 +93,7 @@ class SplitModel(NamedTuple):
 
 def split_model(model: Recommender) -> SplitModel:
     """Split a model by the types of its variables (see `models/base.py`)."""
-    parts: tuple[Any, ...] = nnx.split(model, nnx.Param, EpochState, ...)
-    graphdef, params, epoch_state, constants = parts
-    return SplitModel(graphdef, params, epoch_state, constants)
+    return SplitModel._make(nnx.split(model, nnx.Param, EpochState, ...))
 
 
 def training_data(data: Interactions) -> TrainingData:
@@ -139,10 +133,9 @@ def run_epoch(
         return hold(carry), log
 
     carry = hold((state.params, restart_epoch(state.opt_state)))
-    stale = None
-    logs = []
-    for batches, indices, numbers, is_last in _segments(samples, plan):
-        if is_last and plan.keep_stale:
+    stale, logs, segments = None, [], _segments(samples, plan)
+    for number, (batches, indices, numbers) in enumerate(segments, start=1):
+        if plan.keep_stale and number == len(segments):
             stale = evaluation_params(carry[1], carry[0])
         carry, log = jax.lax.scan(partial(step, batches), carry, (jnp.asarray(indices), jnp.asarray(numbers)))
         logs.append(log)
@@ -158,11 +151,11 @@ def _samples(train: TrainingData, negatives: bool, order_key: Array, negative_ke
     return Batch(users, positives, drawn)
 
 
-def _segments(samples: Batch, plan: EpochPlan) -> list[tuple[Batch, np.ndarray, np.ndarray, bool]]:
+def _segments(samples: Batch, plan: EpochPlan) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
     """The scans of an epoch: the full batches, then the last partial one (another shape, so a program of its own).
 
-    Each segment is (batches with a leading axis, batch index of each pass within them, number of each pass, is it the
-    last). With `keep_stale` the very last pass is a segment of its own.
+    Each segment is (batches with a leading axis, batch index of each pass within them, number of each pass). With
+    `keep_stale` the very last pass is a segment of its own.
     """
     schedule = np.asarray(plan.schedule, np.int32)
     numbers = np.arange(len(schedule), dtype=np.int32)
@@ -171,13 +164,13 @@ def _segments(samples: Batch, plan: EpochPlan) -> list[tuple[Batch, np.ndarray, 
     full = jax.tree.map(lambda x: x[:cut].reshape(n_full, plan.batch_size), samples)
     rest = jax.tree.map(lambda x: x[None, cut:], samples)
     in_full = schedule < n_full
-    segments = [(full, schedule[in_full], numbers[in_full], False)]
-    segments.append((rest, np.zeros_like(schedule[~in_full]), numbers[~in_full], False))
+    segments = [(full, schedule[in_full], numbers[in_full])]
+    segments.append((rest, np.zeros_like(schedule[~in_full]), numbers[~in_full]))
     segments = [segment for segment in segments if len(segment[1])]
     if plan.keep_stale:
-        batches, indices, passes, _ = segments.pop()
-        segments += [(batches, indices[:-1], passes[:-1], False)] if len(indices) > 1 else []
-        segments.append((batches, indices[-1:], passes[-1:], True))
+        batches, indices, passes = segments.pop()
+        segments += [(batches, indices[:-1], passes[:-1])] if len(indices) > 1 else []
+        segments.append((batches, indices[-1:], passes[-1:]))
     return segments
 
 

@@ -213,8 +213,7 @@ class _Run:
         if not scores.finite:
             raise TrainingDiverged(self._diverged("the scores", -1))
         evaluated = time.perf_counter()
-        valid, test = _floats(scores.valid), _floats(scores.test)
-        is_best = self.progress.update(self.settings.metric, valid, test)
+        is_best = self.progress.update(self.settings.metric, scores.valid, scores.test)
         if is_best:
             self.best = jax.tree.map(jnp.copy, scoring(lanes.state))
         loss = self.engine.plan.epoch_loss
@@ -222,8 +221,8 @@ class _Run:
             epoch=self.progress.epoch,
             loss=loss(log.losses),
             parts={name: loss(part) for name, part in log.parts.items()},
-            valid=valid,
-            test=test,
+            valid=scores.valid,
+            test=scores.test,
             best_epoch=self.progress.best_epoch,
             is_best=is_best,
             seconds_train=trained - started,
@@ -237,8 +236,7 @@ class _Run:
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Go on from the latest checkpoint; returns whether the best one is at hand as well."""
         state, own = self.lane
-        stale = state.params if self.engine.plan.keep_stale else None
-        like = _blank_checkpoint(state._replace(stale_params=stale), self.settings)
+        like = _blank_checkpoint(state, self.settings)
         if self.engine.plan.layout is not None and not several():  # no whole table on one of the devices
             like = _on_host(like)
         _, latest = checkpoints.restore(like, "latest")
@@ -306,18 +304,11 @@ def restore_best(
 ) -> int:
     """Give the model the parameters of a run's best epoch, which is returned.
 
-    Of a checkpoint only these come to the devices, each part to its own.
-
-    Args:
-        model: created as in the run.
-        tx: the run's transformation, for the shape of its state.
-        checkpoints, settings: the run's.
-        layout: how the model is split over several devices; None on one.
+    Of a checkpoint only these come to the devices, each part to its own. All arguments are the run's; `layout` says how
+    the model is split over several devices.
     """
     parts = split_model(model)
-    state = jax.eval_shape(lambda: first_state(parts, tx))
-    stale = state.params if settings.evaluate == "stale" else None
-    like = _blank_checkpoint(state._replace(stale_params=stale), settings)
+    like = _blank_checkpoint(jax.eval_shape(lambda: first_state(parts, tx)), settings)
     epoch, best = together(lambda: checkpoints.restore(_on_host(like), "best"))
     found = scoring(best["state"])
     nnx.update(model, *(jax.tree.map(jnp.asarray, found) if layout is None else layout.place(found)))
@@ -348,8 +339,5 @@ def _start(
 def _blank_checkpoint(state: TrainState, settings: FitSettings) -> dict[str, Any]:
     """The structure of `_Run.checkpoint`, for reading one."""
     metrics = dict.fromkeys(settings.metric_names, 0.0)
+    state = state._replace(stale_params=state.params if settings.evaluate == "stale" else None)
     return {"state": state, "progress": EarlyStopping(valid=metrics, test=metrics).to_arrays()}
-
-
-def _floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}

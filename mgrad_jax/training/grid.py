@@ -124,8 +124,9 @@ def expand_grid(base: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[RunC
         chosen = dict(zip(grid, point, strict=True))
         hyper_parameters = {**base.hyper_parameters, **{k: v for k, v in chosen.items() if k in hyper}}
         own = {k: v for k, v in chosen.items() if k not in hyper}
+        own |= {name: getattr(RunConfig, name) for name in unused(own.get("training", base.training))}
         with no_advice():
-            member = _canonical(dataclasses.replace(base, hyper_parameters=hyper_parameters, **own))
+            member = dataclasses.replace(base, hyper_parameters=hyper_parameters, **own)
         members.setdefault(repr(member.to_dict()), member)
     trainings = {member.training for member in members.values()}
     for name in grid:
@@ -152,12 +153,6 @@ def _check_axis(name: str, values: Sequence[Any], hyper: Sequence[str]) -> None:
     repeated = [value for i, value in enumerate(values) if value in values[:i]]
     if repeated:
         raise UserError(f"the grid's axis '{name}' names {shown(repeated[0])} twice; leave one of them out.")
-
-
-def _canonical(config: RunConfig) -> RunConfig:
-    """The same run with what has no effect in it at its default."""
-    defaults: dict[str, Any] = {name: getattr(RunConfig, name) for name in unused(config.training)}
-    return dataclasses.replace(config, **defaults) if defaults else config
 
 
 def group_members(members: Sequence[RunConfig]) -> list[list[int]]:

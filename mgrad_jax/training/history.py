@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
     from mgrad_jax.training.fit import EpochReport
 
 
+@dataclass
 class History:
     """The content of `history.csv`: one row per epoch.
 
     Every checkpoint holds the text as of its epoch, so the file can always be made again.
 
-    Args:
+    Attributes:
         metrics: names of the metrics in the order of their columns.
         text: the rows so far, under their header.
     """
 
-    def __init__(self, metrics: Sequence[str], text: str = "") -> None:
-        self.metrics = metrics
-        self.text = text
+    metrics: Sequence[str]
+    text: str = ""
 
     def append(self, report: EpochReport) -> None:
         """Add the row of an epoch, and the header before the first."""

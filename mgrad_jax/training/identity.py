@@ -111,13 +111,7 @@ def is_digest_of(value: Any, data: Interactions) -> bool:
 
 
 def check_data(place: Path, before: Mapping[str, Any], settings: Mapping[str, Any], data: Interactions) -> None:
-    """Refuse to go on with a run or sweep that was begun with other data.
-
-    Args:
-        place: where it lies, for messages.
-        before, settings: what its files say of it, and what they would say now.
-        data: what it would go on with.
-    """
+    """Refuse to go on with a run or sweep begun with other data: what its files say, before and now, tells which."""
     digest = before.get("data_digest")
     if digest != settings["data_digest"] and not is_digest_of(digest, data):
         raise UserError(

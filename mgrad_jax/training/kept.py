@@ -46,7 +46,7 @@ class KeptParams:
         """
         if self._every is None or epoch % self._every:
             return
-        arrays = {_PARAMS + name: on_host(variable.get_value()) for name, variable in _named(params).items()}
+        arrays = {_PARAMS + name: on_host(variable.get_value()) for name, variable in named(params).items()}
         by_first(lambda: self._write(epoch, arrays))
 
     def _write(self, epoch: int, arrays: dict[str, np.ndarray]) -> None:
@@ -75,7 +75,7 @@ class KeptParams:
         if str(saved.pop(_RUN, None)) != self._run:
             raise UserError(f"{path} belongs to another run than {self.directory.parent}; move {self.directory} away.")
         params = nnx.state(model, nnx.Param)
-        for name, variable in _named(params).items():
+        for name, variable in named(params).items():
             value, array = variable.get_value(), saved.pop(_PARAMS + name, None)
             if array is not None and array.dtype.kind == "V":  # numpy's format does not know bfloat16 by name
                 array = array.view(value.dtype)
@@ -87,20 +87,17 @@ class KeptParams:
     def least_bytes(self, config: RunConfig, params: Variables, epoch: int, best_epoch: int) -> int:
         """What the epochs will take that are certain to come: those until the patience ends without improvement.
 
-        Args:
-            config: the run's.
-            params: the parameters, or their shapes.
-            epoch, best_epoch: where the run stands.
+        Of the parameters shapes suffice.
         """
         if self._every is None:
             return 0
         last = min(config.epochs, max(best_epoch, 1) + config.patience + 1)
-        values = [variable.get_value() for variable in _named(params).values()]
+        values = [variable.get_value() for variable in named(params).values()]
         size = sum(value.size * value.dtype.itemsize for value in values)
         return int(size * max(0, last // self._every - epoch // self._every))
 
 
-def _named(params: Variables) -> dict[str, nnx.Variable[Any]]:
+def named(params: Variables) -> dict[str, nnx.Variable[Any]]:
     """Variables by dotted path."""
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
 

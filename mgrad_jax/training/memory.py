@@ -39,10 +39,6 @@ class Part(NamedTuple):
     size: int
     settings: tuple[str, ...]
 
-    def shrunk(self, factor: int) -> Part:
-        """The same where only one in so many bytes is needed."""
-        return self._replace(size=self.size // factor)
-
 
 def estimate(
     model: str,

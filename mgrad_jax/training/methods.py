@@ -90,12 +90,7 @@ class Method:
     def transformation(
         self, optimizer: optax.GradientTransformation, values: Mapping[str, Any]
     ) -> optax.GradientTransformation:
-        """The method around an optimizer.
-
-        Args:
-            optimizer: what makes the steps.
-            values: the settings of the run by name, and `steps_per_epoch`.
-        """
+        """The method around an optimizer; `values` are the settings of the run by name, and `steps_per_epoch`."""
         import optax
 
         from mgrad_jax.optimizers import clip
@@ -163,10 +158,6 @@ def _replay(optimizer: Any, interval: int, max_norm: Any) -> optax.GradientTrans
     return optax.chain(replay(interval, max_norm=max_norm), optimizer)
 
 
-def _plain(optimizer: Any) -> optax.GradientTransformation:
-    return optimizer
-
-
 def _one_a_pass(epoch: int, run: Mapping[str, Any]) -> int:
     """Mirror batches, every `interval`-th one, take two."""
     mirrored: int = math.ceil(run["batches"] / run["interval"])
@@ -185,6 +176,8 @@ def _with_renewals(epoch: int, run: Mapping[str, Any]) -> int:
     return _two_a_batch(epoch, run) + renewal
 
 
+# Whose numbers earlier versions keep under this name.
+_flat_minima = functools.partial(Method, evaluations=_two_a_batch, record="flat_minima")
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -203,7 +196,7 @@ METHODS: dict[str, Method] = {
             "mirror gradient with ascent (alpha1 {alpha1:g}, alpha2 {alpha2:g}, interval {interval})",
             evaluations=_one_a_pass,
         ),
-        Method("plain", _plain, "the optimizer alone", "plain training"),
+        Method("plain", lambda optimizer: optimizer, "the optimizer alone", "plain training"),
         Method(
             "replay",
             _replay,
@@ -212,27 +205,14 @@ METHODS: dict[str, Method] = {
             evaluations=_one_a_pass,
             record="replay",
         ),
-        Method(
-            "sam",
-            "mgrad_jax.sharpness_aware:sam",
-            "sharpness-aware minimization",
-            evaluations=_two_a_batch,
-            record="flat_minima",
-        ),
-        Method(
+        _flat_minima("sam", "mgrad_jax.sharpness_aware:sam", "sharpness-aware minimization"),
+        _flat_minima(
             "ssam-f",
             "mgrad_jax.sharpness_aware:ssam_f",
             "sparse SAM, masked by Fisher information",
             evaluations=_with_renewals,
-            record="flat_minima",
         ),
-        Method(
-            "ssam-d",
-            "mgrad_jax.sharpness_aware:ssam_d",
-            "sparse SAM, dynamically masked",
-            evaluations=_two_a_batch,
-            record="flat_minima",
-        ),
+        _flat_minima("ssam-d", "mgrad_jax.sharpness_aware:ssam_d", "sparse SAM, dynamically masked"),
     )
 }
 

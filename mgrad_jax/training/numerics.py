@@ -9,27 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Protocol
 
 import jax
 
 from mgrad_jax.errors import UserError
+from mgrad_jax.training.settings import Settings
 
 # What runs count as whose files say nothing of it; on a CPU it makes no difference.
 UNSAID = {"matmul_precision": "highest", "deterministic": False}
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-
-
-class Numerics(Protocol):
-    """What a run's configuration says about exactness."""
-
-    @property
-    def matmul_precision(self) -> str:
-        """One of `MATMUL_PRECISIONS`."""
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether every sum is to come out alike every time."""
 
 
 def make_deterministic() -> None:
@@ -39,7 +27,7 @@ def make_deterministic() -> None:
 
 
 @contextlib.contextmanager
-def as_configured(config: Numerics) -> Iterator[None]:
+def as_configured(config: Settings) -> Iterator[None]:
     """Trace and compute with a run's precision; also a decorator.
 
     Raises:

@@ -66,8 +66,7 @@ class Programs(NamedTuple):
         train, evaluate: of an epoch and of its evaluation.
         passes: of an epoch; with stale evaluation the last of them is no turn of the loop.
         turns: of its loop.
-        best_bytes: of the best epoch's parameters, on each device.
-        neighbour_bytes: while nearest items are found, before; 0 where the model has none.
+        best_bytes, neighbour_bytes: see `Plan`.
     """
 
     train: jax.stages.Lowered
@@ -120,7 +119,7 @@ def make_plan(
     """
     programs = lower(create, data, tx, settings, mesh)
     train, evaluation = (p.compile(_UNOPTIMISED) for p in (programs.train, programs.evaluate))
-    text = _text(train, mesh.size)
+    text, of_evaluation = (ProgramText(p.as_text() or "", mesh.size) for p in (train, evaluation))
     total = text.traffic()
     # A loop of one turn is none.
     per_pass = text.of_loop(programs.turns) if programs.turns > 1 else total.shared_by(programs.passes)
@@ -131,7 +130,7 @@ def make_plan(
         programs.neighbour_bytes,
         per_pass,
         total.without(per_pass.times(programs.passes)),
-        _text(evaluation, mesh.size).traffic(),
+        of_evaluation.traffic(),
     )
 
 
@@ -153,14 +152,11 @@ def lower(
     best_bytes = sum(_bytes_of(x) for x in jax.tree.leaves(state.params))
     passes = len(engine.plan.schedule)
     turns = passes - int(engine.plan.keep_stale)
-    return Programs(train, evaluation, passes, turns, best_bytes, _neighbour_bytes(model, data, mesh.size))
-
-
-def _neighbour_bytes(model: Recommender, data: Interactions, devices: int) -> int:
-    if not model.compares_items:
-        return 0
-    widths = [data.features[modality].shape[1] for modality in model.features_given(data)]
-    return knn_bytes(data.n_items, max(widths), model.dtype, devices)
+    neighbour_bytes = 0
+    if model.compares_items:
+        width = max(data.features[modality].shape[1] for modality in model.modalities)
+        neighbour_bytes = knn_bytes(data.n_items, width, model.dtype, mesh.size)
+    return Programs(train, evaluation, passes, turns, best_bytes, neighbour_bytes)
 
 
 def _first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainState:
@@ -199,10 +195,6 @@ def _eval_split(data: Interactions, n_pairs: int, ks: Sequence[int], layout: Lay
 
 def _ids(*shape: int, sharding: NamedSharding | None = None) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-
-
-def _text(program: jax.stages.Compiled, n_devices: int) -> ProgramText:
-    return ProgramText(program.as_text() or "", n_devices)
 
 
 def _memory(program: jax.stages.Compiled) -> Memory:

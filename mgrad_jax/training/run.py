@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mgrad_jax.data import Interactions, load_interactions
-from mgrad_jax.devices import Layout, hold_of, in_force, mesh
+from mgrad_jax.devices import Layout, hold_of, in_force, mesh_or_none
 from mgrad_jax.errors import Interrupted, ProcessLost, UserError
 from mgrad_jax.models import Recommender
 from mgrad_jax.processes import check_same, lost, several, together
@@ -104,7 +104,7 @@ def train_run(
         check_same(
             lambda: {**config.values, "resume": resume, "devices": devices, **versions(), "out": None, "data": None}
         )
-        over = None if devices == 1 and not several() else mesh(devices)
+        over = mesh_or_none(devices, by_itself=not several())
         with held(config.directory, "run", is_begun, resume) as check:
             data = together(lambda: load_interactions(config.data))
             files = together(lambda: RunDirectory(config, data, check, 1 if over is None else over.size))

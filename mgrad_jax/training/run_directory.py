@@ -127,10 +127,7 @@ class RunDirectory:
 
     @of_first
     def begin(self, state: TrainState) -> None:
-        """Write down what is going to be trained; from here on the run can be resumed.
-
-        Args:
-            state: shapes of what checkpoints will hold.
+        """Write down what is going to be trained, and checkpoints of these shapes; from here on the run can be resumed.
 
         Raises:
             UserError: the disk has no room for them.

@@ -60,9 +60,7 @@ class FitSettings:
     metric: str = setting("recall@5", "What selects the best epoch, on validation.")
     ks: tuple[int, ...] = setting((5, 10, 20, 50), "Cut-offs of the metrics.", least=1, limit=INT32, option=())
     evaluate: str = setting(
-        "fresh",
-        "'fresh' parameters, or 'stale' ones from before an epoch's last update.",
-        choices=("fresh", "stale"),
+        "fresh", "'fresh' parameters, or 'stale' ones from before an epoch's last update.", choices=("fresh", "stale")
     )
 
     def __post_init__(self) -> None:
@@ -193,10 +191,7 @@ class RunSettings(Settings):
 
     # See `mgrad_jax.training.start`.
     start_from: str | None = setting(
-        None,
-        "Begin with the best parameters of this run of the same model.",
-        kind=object,
-        metavar="RUN",
+        None, "Begin with the best parameters of this run of the same model.", kind=object, metavar="RUN"
     )
     # See `mgrad_jax.training.kept`.
     keep_every: int | None = setting(

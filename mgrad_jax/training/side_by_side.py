@@ -24,10 +24,7 @@ _Tree = TypeVar("_Tree")
 def by_device(function: Callable[..., Any], mesh: Mesh, each: int) -> Callable[..., Any]:
     """A program of three arguments with lanes and two that lanes share, for the lanes of every device.
 
-    Args:
-        function: the program of one device; where `each` is 1, of a lane without leading axis.
-        mesh: the devices.
-        each: how many lanes every device has.
+    It is made of the program of one device with `each` lanes; one lane alone has no leading axis there.
     """
 
     # The axis that otherwise counts columns counts lanes here. In here it is no longer in force

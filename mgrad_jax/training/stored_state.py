@@ -73,9 +73,7 @@ def read_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
     Whether they are what was written all processes find together, by `entries_digest`.
 
-    Args:
-        path: of the checkpoint.
-        like: arrays by name. What is stored in another shape or type is not read, but told as `jax.ShapeDtypeStruct`.
+    What is stored in another shape or type than in `like` is not read, but told as `jax.ShapeDtypeStruct`.
 
     Raises:
         Damaged, UserError: as `read_leaves`.
@@ -96,18 +94,14 @@ def read_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reader(ocp: Any) -> Any:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone(ocp)), **_alone(ocp))
-
-
-def _alone(ocp: Any) -> dict[str, Any]:
-    """Options with which orbax waits for no other process, for what each does by itself."""
-    if jax.process_count() == 1:
-        return {}
-    process = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
-    )
-    return {"multiprocessing_options": options}
+    """What reads, and waits for no other process."""
+    alone = {}
+    if jax.process_count() > 1:
+        process = jax.process_index()
+        alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
+        )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**alone), **alone)
 
 
 def _one(ocp: Any, reader: Any, path: Path, name: str, wanted: Any) -> Any:

@@ -91,11 +91,6 @@ class _Group:
         self._loaded = {0: (self.engine.placed(state), self._own(first, parts))}
         self._shapes = jax.eval_shape(lambda: self._loaded[0])
 
-    @property
-    def n_devices(self) -> int:
-        """Over how many devices lanes are spread."""
-        return 1 if self.engine.mesh is None else self.engine.mesh.size
-
     def load(self, index: int) -> tuple[TrainState, Own]:
         """A member before its first epoch."""
         if index in self._loaded:
@@ -111,12 +106,12 @@ class _Group:
 
     def compile_what_fits(self, slots: int) -> Programs:
         """Compile for as many of all members, at most `slots` on a device, as fit into its memory; by halving."""
-        limit = 0.9 * available_bytes()
+        limit, n_devices = 0.9 * available_bytes(), self.engine.n_devices
         if jax.default_backend() == "cpu":
-            limit /= self.n_devices  # which share it
-        each = min(slots, -(-len(self.members) // self.n_devices))
+            limit /= n_devices  # which share it
+        each = min(slots, -(-len(self.members) // n_devices))
         while True:
-            programs = self.compile(each * self.n_devices)
+            programs = self.compile(each * n_devices)
             if programs.size <= limit or (each == 1 and self._mesh is None):
                 return programs
             if each == 1:
@@ -267,15 +262,12 @@ class _GroupRun:
     """The members of a group passing through the lanes of its program."""
 
     def __init__(self, group: _Group, slots: int) -> None:
-        self.group = group
-        self.waiting = list(range(len(group.members)))
+        self.group, n = group, len(group.members)
         programs = group.compile_what_fits(slots)
-        width = programs.width
-        self.slots: list[_Slot | None] = [_Slot(index) for index in self.waiting[:width]]
-        self.waiting = self.waiting[width:]
-        self.slots += [None] * (width - len(self.slots))
+        self.waiting = list(range(programs.width, n))
+        self.slots = [_Slot(index) if index < n else None for index in range(programs.width)]
         self.lanes = Lanes(group.engine, self._first_members(), programs)
-        self.share_of_compilation = programs.seconds / len(group.members)
+        self.share_of_compilation = programs.seconds / n
 
     def _first_members(self) -> Iterator[tuple[TrainState, Own]]:
         """What the lanes begin with; the last ones idle where members are fewer, with the last member once more."""
@@ -315,24 +307,21 @@ class _GroupRun:
         """Count the epoch of one member; returns whether it was its last one."""
         member = self.group.members[slot.index]
         slot.losses.append(self.group.engine.plan.epoch_loss(log.losses))
-        valid, test = ({k: float(v) for k, v in metrics.items()} for metrics in (scores.valid, scores.test))
-        slot.progress.update(member.metric, valid, test)
+        slot.progress.update(member.metric, scores.valid, scores.test)
         return slot.progress.is_over(member.epochs, member.patience)
 
     def _refill(self, lane: int) -> None:
         """Give a free lane to the next waiting member; without one it idles."""
-        if not self.waiting:
-            self.slots[lane] = None
-            return
-        slot = _Slot(self.waiting.pop(0))
-        self.slots[lane] = slot
-        self.lanes.put(lane, self.group.load(slot.index))
+        slot = self.slots[lane] = _Slot(self.waiting.pop(0)) if self.waiting else None
+        if slot is not None:
+            self.lanes.put(lane, self.group.load(slot.index))
 
     def _shrink(self) -> None:
         """Leave idle lanes behind once they are half of all; of several devices each keeps equally many."""
         busy = [lane for lane, slot in enumerate(self.slots) if slot is not None]
         idle = [lane for lane, slot in enumerate(self.slots) if slot is None]
-        width = -(-len(busy) // self.group.n_devices) * self.group.n_devices
+        n_devices = self.group.engine.n_devices
+        width = -(-len(busy) // n_devices) * n_devices
         if busy and 2 * width <= len(self.slots):
             kept = [*busy, *idle][:width]
             self.lanes.keep(kept, self.group.compile(width))

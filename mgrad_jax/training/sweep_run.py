@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mgrad_jax.data import load_interactions
-from mgrad_jax.devices import mesh
+from mgrad_jax.devices import mesh_or_none
 from mgrad_jax.errors import Interrupted
 from mgrad_jax.signals import held_back
 from mgrad_jax.training.directories import held
@@ -50,7 +50,7 @@ def train_sweep(
         SweepInterrupted: Ctrl-C; every member that had stopped is on disk.
     """
     members = config.members()
-    over = None if devices == 1 else mesh(devices)
+    over = mesh_or_none(devices)
     with held(config.directory, "sweep", is_begun, resume) as check:
         data = load_interactions(config.base.data)
         check_sweep(data, members, slots)

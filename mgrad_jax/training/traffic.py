@@ -19,6 +19,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_LOOP = re.compile(r" while\(.*\bbody=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
@@ -50,12 +51,7 @@ NOTHING = Traffic(0, 0.0)
 
 
 class ProgramText:
-    """A compiled program for several devices.
-
-    Args:
-        text: `jax.stages.Compiled.as_text()`.
-        n_devices: over how many it runs.
-    """
+    """A compiled program for so many devices, of its text (`jax.stages.Compiled.as_text()`)."""
 
     def __init__(self, text: str, n_devices: int) -> None:
         self._n_devices = n_devices
@@ -76,8 +72,8 @@ class ProgramText:
 
     def of_loop(self, trips: int) -> Traffic:
         """Of one turn of the loop that runs so often; of the one that sends most, where there are several."""
-        bodies = [self._of(body) for line in self._lines() if (body := self._body(line)) and self._trips(line) == trips]
-        return max(bodies, key=lambda traffic: traffic.sent, default=NOTHING)
+        loops = (found for line in self._lines() if (found := _LOOP.search(line)) and _trips(line) == trips)
+        return max((self._of(loop[1]) for loop in loops), key=lambda traffic: traffic.sent, default=NOTHING)
 
     def largest_array(self) -> int:
         """Numbers of the largest array that an instruction makes; tuples, and what they are made of, are left out."""
@@ -109,7 +105,7 @@ class ProgramText:
         if branches := _BRANCHES.search(line):
             names = [name.strip().lstrip("%") for name in branches[1].split(",")]
             total = total.and_also(max((self._of(name) for name in names), key=lambda traffic: traffic.sent))
-        return total.times(self._trips(line)) if operation == "while" else total
+        return total.times(_trips(line)) if operation == "while" else total
 
     def _sent(self, name: str, result: str, line: str, started: bool) -> float:
         n = _group_size(line) or self._n_devices
@@ -120,15 +116,10 @@ class ProgramText:
             size /= 2
         return size * _SHARES[name](n)
 
-    @staticmethod
-    def _body(line: str) -> str:
-        found = re.search(r" while\(.*\bbody=%?([\w.-]+)", line)
-        return found[1] if found else ""
 
-    @staticmethod
-    def _trips(line: str) -> int:
-        found = _TRIPS.search(line)
-        return int(found[1]) if found else 1
+def _trips(line: str) -> int:
+    found = _TRIPS.search(line)
+    return int(found[1]) if found else 1
 
 
 def _arrays(text: str) -> Iterator[tuple[str, list[int]]]:

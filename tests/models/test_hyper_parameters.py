@@ -91,7 +91,7 @@ def test_a_range_is_shown_as_tables_need_it() -> None:
     }
 
 
-@pytest.mark.parametrize("key", [key for key, (_, field) in FIELDS.items() if field.metadata["traced"]])
+@pytest.mark.parametrize("key", [key for key, (_, field) in FIELDS.items() if field.metadata.get("traced")])
 def test_what_is_traced_is_a_float(key: str) -> None:
     """Whole numbers decide shapes and numbers of layers, which no program can have as an argument."""
     assert isinstance(FIELDS[key][1].default, float)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -105,3 +106,17 @@ def test_fit_refuses_what_is_no_setting_or_out_of_range() -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             fit(model, data, optax.adam(1e-3), **named)
+
+
+def test_a_configuration_that_fits_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, eval_shape = [], jax.eval_shape
+    monkeypatch.setattr(jax, "eval_shape", lambda *what: (traced.append(what), eval_shape(*what))[1])
+    RunConfig("vbpr", "demo", alpha1=0.7)
+    assert len(traced) == 1
+
+
+def test_an_optimizer_is_blamed_before_the_method_around_it() -> None:
+    with pytest.raises(UserError, match=r"^the adam optimizer does not take \{'b1': 'high'\}"):
+        RunConfig("vbpr", "demo", training="ssam-f", optimizer_args={"b1": "high"}, flat_minima_args={"samples": 3})
+    with pytest.raises(UserError, match=r"^ssam-f has no argument 'samples'"):
+        RunConfig("vbpr", "demo", training="ssam-f", flat_minima_args={"samples": 3})
