@@ -137,5 +137,6 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
 def _adversarial_class(kind: type[Recommender]) -> type[AdversarialRecommender]:
     """One class for one model class: compiled programs tell models apart by it."""
     doc = f"{kind.__name__}, trained on perturbed features too; see `AdversarialRecommender`."
-    make: Any = type(AdversarialRecommender)  # Flax's metaclass
-    return make(f"Adversarial{kind.__name__}", (AdversarialRecommender, kind), {"__doc__": doc, "__module__": __name__})
+    bases, body = (AdversarialRecommender, kind), {"__doc__": doc, "__module__": __name__}
+    made: type[AdversarialRecommender] = type(AdversarialRecommender)(f"Adversarial{kind.__name__}", bases, body)
+    return made
