@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from typing import Any, ClassVar, Self
 
 import jax
@@ -139,5 +140,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
 def _adversarial_class(kind: type[Recommender]) -> type[AdversarialRecommender]:
     """One class for one model class: compiled programs tell models apart by it."""
     doc = f"{kind.__name__}, trained on perturbed features too; see `AdversarialRecommender`."
-    make: Any = type(AdversarialRecommender)  # Flax's metaclass
-    return make(f"Adversarial{kind.__name__}", (AdversarialRecommender, kind), {"__doc__": doc, "__module__": __name__})
+    body = {"__doc__": doc, "__module__": __name__}
+    return types.new_class(
+        f"Adversarial{kind.__name__}", (AdversarialRecommender, kind), exec_body=lambda ns: ns.update(body)
+    )

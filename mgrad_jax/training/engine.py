@@ -291,8 +291,9 @@ class Lanes:
         # In JAX's own precision, that of the metrics they are compared with.
         goals = None if best is None else jnp.asarray(best[0] if self.width == 1 else best, float)
         scored, goals = spread((scoring(self.state), goals), self.engine.mesh)
-        scores: list[Scores] = self._apart(jax.device_get(self.programs.evaluate(scored, self.own, goals)))
-        return jax.tree.map(float, scores)
+        scores = self._apart(jax.device_get(self.programs.evaluate(scored, self.own, goals)))
+        numbers: list[Scores] = jax.tree.map(float, scores)
+        return numbers
 
     def put(self, lane: int, member: tuple[TrainState, Own]) -> None:
         """Replace what a lane trains."""
