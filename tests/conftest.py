@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from type_checks import CHECKED
 
 # Here and in every process that a test starts: tests neither read nor fill the user's cache of compiled programs.
 os.environ["MGRAD_JAX_NO_CACHE"] = "1"
@@ -31,23 +32,6 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", 
     os.environ.pop(_name, None)
 
 # Annotations, shapes included, are checked wherever the tests call a module that states shapes.
-CHECKED = [
-    "analysis.flatness",
-    "analysis.inputs",
-    "analysis.landscape",
-    "analysis.perturb",
-    "analysis.robustness",
-    "analysis.theory",
-    "data.sampling",
-    "devices",
-    "dropout",
-    "evaluation",
-    "graph",
-    "models",
-    "selection",
-    "training.entries",
-    "training.epoch",
-]
 install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "type_checks.functions")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,4 +1,4 @@
-"""How annotations are checked while tests run."""
+"""Where and how annotations are checked while tests run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from beartype import BeartypeConf, beartype
+
+# The modules that state shapes, and packages of them, under `mgrad_jax`.
+CHECKED = (
+    "analysis.flatness",
+    "analysis.inputs",
+    "analysis.landscape",
+    "analysis.perturb",
+    "analysis.robustness",
+    "analysis.theory",
+    "data.sampling",
+    "devices",
+    "dropout",
+    "evaluation",
+    "graph",
+    "models",
+    "selection",
+    "training.entries",
+    "training.epoch",
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float too
