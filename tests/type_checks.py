@@ -33,7 +33,7 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float 
 def functions(function: _Function) -> _Function:
     """Check what a function is given and what it returns.
 
-    Not what a dataclass is made of: JAX fills pytrees with placeholders, and a hyper-parameter of the wrong type is
+    Not what an object is made of: JAX fills pytrees with placeholders, and a hyper-parameter of the wrong type is
     answered by the configuration's own sentence.
     """
     return function if function.__name__ == "__init__" else _check(function)

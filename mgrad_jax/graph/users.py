@@ -28,8 +28,8 @@ class UserGraph:
         shared: (n_users, k) int32, number of training items in common; 0 past the user's last neighbour.
     """
 
-    neighbours: Int[Any, "users k"]
-    shared: Int[Any, "users k"]
+    neighbours: Int[np.ndarray | Array, "users k"]
+    shared: Int[np.ndarray | Array, "users k"]
 
 
 class UserSample(NamedTuple):
