@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,7 @@ def test_public_functions_are_documented(name):
 @pytest.mark.parametrize("state_class", [MirrorState, MirroredState, CheckedState])
 def test_state_documents_every_field(state_class):
     for field in state_class._fields:
-        assert f"        {field}: " in state_class.__doc__
+        assert f"\n    {field}: " in inspect.getdoc(state_class)
 
 
 # 3: extra arguments.

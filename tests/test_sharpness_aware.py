@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from functools import partial
 
 import jax
@@ -405,7 +406,7 @@ def test_documentation():
         text = getattr(mgrad_jax, name).__doc__
         assert name in mgrad_jax.__all__
         assert all(block in text for block in ("Args:", "Returns:", "Raises:", "Examples:", "References:"))
-    assert all(f"        {field}: " in SSAMState.__doc__ for field in SSAMState._fields)
+    assert all(f"\n    {field}: " in inspect.getdoc(SSAMState) for field in SSAMState._fields)
 
 
 # --- the epoch program ------------------------------------------------------------------------------------------------
