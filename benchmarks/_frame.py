@@ -162,7 +162,7 @@ class Benchmark:
                 write_whole(output, "[]\n")  # can it be written?
                 output.unlink()
                 return []
-            rows = json.loads(output.read_text())
+            rows: list[Row] = json.loads(output.read_text())
             {(TABLES[self.name].key_of(row), row["device"]) for row in rows}
         except OSError as error:
             raise unwritable(output, error) from None
@@ -176,7 +176,7 @@ def say(*what: object) -> None:
     print(*what, "...", file=sys.stderr, flush=True)
 
 
-def in_own_process(command: Sequence[str], job: Mapping[str, Any], what: str, **how: Any) -> Any:
+def in_own_process(command: Sequence[str], job: Mapping[str, Any], what: str, **how: Any) -> Row:
     """Run a command with the file of a job as its last argument; returns what it wrote to the job's `output`.
 
     `[sys.executable, __file__, "--job"]` is answered by `Benchmark.job`; `what` is for the message where it fails.
@@ -185,7 +185,8 @@ def in_own_process(command: Sequence[str], job: Mapping[str, Any], what: str, **
         file, output = Path(folder) / "job.json", Path(folder) / "result.json"
         file.write_text(json.dumps({**job, "output": str(output)}))
         run_command([*command, str(file)], what, **how)
-        return json.loads(output.read_text())
+        result: Row = json.loads(output.read_text())
+        return result
 
 
 def run_command(command: Sequence[str], what: str, **how: Any) -> None:

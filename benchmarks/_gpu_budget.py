@@ -60,7 +60,8 @@ class Results:
 
     def of(self, part: Part) -> dict[str, Any] | None:
         """The record of a part, None where it was never begun."""
-        return self._step(part.step).get("parts", {}).get(part.name)
+        record: dict[str, Any] | None = self._step(part.step).get("parts", {}).get(part.name)
+        return record
 
     def keep(self, part: Part, outcome: Outcome, seconds: float) -> None:
         """Write a part's record into its step's file, in one move."""

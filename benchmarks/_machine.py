@@ -51,7 +51,7 @@ def device_name() -> str:
     """The device JAX computes on: a GPU by its name, a CPU by its model and number of cores."""
     device = jax.devices()[0]
     if device.platform != "cpu":
-        return device.device_kind
+        return str(device.device_kind)
     return f"CPU: {_processor()}, {cores()} cores"
 
 
@@ -102,4 +102,4 @@ def program_memory(compiled: Any) -> int:
     """XLA's own account of a compiled program: arguments, results and temporaries."""
     analysis = compiled.memory_analysis()
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    return sum(getattr(analysis, part) for part in parts) - analysis.alias_size_in_bytes
+    return int(sum(getattr(analysis, part) for part in parts) - analysis.alias_size_in_bytes)

@@ -46,7 +46,8 @@ def random_batches(data: Interactions, n_batches: int, batch_size: int) -> Batch
     rows = np.resize(np.random.default_rng(0).permutation(len(data.train)), n_batches * batch_size)
     users, positives = jnp.asarray(data.train[rows, 0]), jnp.asarray(data.train[rows, 1])
     negatives = sample_negatives(jax.random.key(0), users, user_history(data))
-    return jax.tree.map(lambda x: x.reshape(n_batches, batch_size), Batch(users, positives, negatives))
+    batches: Batch = jax.tree.map(lambda x: x.reshape(n_batches, batch_size), Batch(users, positives, negatives))
+    return batches
 
 
 def compile_passes(

@@ -146,7 +146,8 @@ def latest(rows: Iterable[Row], *key: str) -> list[Row]:
 
 def results(name: str) -> list[Row]:
     """The committed rows of a benchmark."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    rows: list[Row] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return rows
 
 
 TABLES: dict[str, Table] = {

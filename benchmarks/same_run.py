@@ -79,7 +79,7 @@ def _draws(name: str, data: Interactions, mesh: Any = None) -> Any:
     graphdef, state = nnx.split(make_model(name, data, dtype=jnp.result_type(float)))
     history, users = user_history(data), jnp.asarray(data.train[:, 0])
 
-    def drawn(key: jax.Array, state: nnx.State) -> Any:
+    def drawn(key: jax.Array, state: models.Variables) -> Any:
         order = shuffle(key, len(data.train))
         redrawn = nnx.merge(graphdef, state).resample(key)
         return devices.everywhere((order, sample_negatives(key, users[order], history), redrawn))

@@ -92,7 +92,7 @@ def _single(data: Interactions, config: RunConfig) -> FitResult:
 def _difference(together: Sequence[MemberResult], alone: Sequence[FitResult]) -> float:
     """The largest difference of any validation or test metric at the best epoch."""
     return max(
-        abs(value - getattr(b, split)[name])
+        float(abs(value - getattr(b, split)[name]))
         for a, b in zip(together, alone, strict=True)
         for split in ("valid", "test")
         for name, value in getattr(a, split).items()

@@ -178,7 +178,7 @@ def _rows(records: dict[str, list[Row]], key: dict[str, str], options: argparse.
 
 def _both_splits(record: Row) -> list[float]:
     """Seconds for one split after each epoch: the mean of validation and test, which differ in size."""
-    return np.reshape(record["evaluations"], (-1, 2)).mean(axis=1).tolist()
+    return [float(mean) for mean in np.reshape(record["evaluations"], (-1, 2)).mean(axis=1)]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main() -> None:
     tx = optax.chain(mirror_gradient(alpha1=1.0, alpha2=0.2, interval=3), optax.adam(1e-2))
     state = TrainState.create(apply_fn=network.apply, params=params, tx=tx)
 
-    def loss_fn(params: dict, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
+    def loss_fn(params: optax.Params, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
         return jnp.mean((state.apply_fn(params, x, rngs={"dropout": key}) - y) ** 2)
 
     # TrainState.apply_gradients makes one update a batch, which would climb the loss of every fourth batch.

@@ -16,6 +16,7 @@ from mgrad_jax.mirror import pass_schedule, restart_epoch
 N_BATCHES, N_EPOCHS, INTERVAL = 10, 20, 3
 # Outside the program, since it fixes the length of the scan; it does not depend on alpha.
 PASSES = jnp.asarray(pass_schedule(mirror_gradient(interval=INTERVAL).init(None), N_BATCHES))
+Carry = tuple[jax.Array, optax.OptState]  # parameters and the optimizer's state
 
 
 def loss_fn(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -29,13 +30,13 @@ def train(alpha1: jax.Array, alpha2: jax.Array, xs: jax.Array, ys: jax.Array) ->
     params = jnp.zeros(xs.shape[-1])
     opt_state = optimizer.init(params)
 
-    def one_pass(carry: tuple, batch: jax.Array) -> tuple[tuple, None]:
+    def one_pass(carry: Carry, batch: jax.Array) -> tuple[Carry, None]:
         params, opt_state = carry
         grads = jax.grad(loss_fn)(params, xs[batch], ys[batch])
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    def epoch(carry: tuple, _: None) -> tuple[tuple, None]:
+    def epoch(carry: Carry, _: None) -> tuple[Carry, None]:
         params, opt_state = carry
         return jax.lax.scan(one_pass, (params, restart_epoch(opt_state)), PASSES)[0], None
 

@@ -27,6 +27,7 @@ AXIS = "shards"
 COLUMNS, ROWS, BLOCKS, WHOLE = P(None, AXIS), P(AXIS, None), P(AXIS), P()
 
 _Tree = TypeVar("_Tree")
+_Result = TypeVar("_Result")
 
 # Whether tables are by rows within a pass, as in models that map whole tables of features.
 tables_by_rows = jax.make_user_context(False)
@@ -97,7 +98,7 @@ def mesh_in_force() -> Any:
     return found if is_ours and found.axis_types[found.axis_names.index(AXIS)] == AxisType.Auto else None
 
 
-def over_devices(mesh: Any, function: Callable[..., Any], in_specs: Any, out_specs: Any, *operands: Any) -> Any:
+def over_devices(mesh: Any, function: Callable[..., _Result], in_specs: Any, out_specs: Any, *operands: Any) -> _Result:
     """Each device's own part of a computation, by `jax.shard_map`."""
     # Without the check of which results vary: it refuses kernels chosen by platform, some of which vary.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
@@ -107,8 +108,10 @@ def put(tree: _Tree, shardings: Any) -> _Tree:
     """Put arrays where they belong, and tell shapes; each of several processes takes its part of what all have."""
     is_shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
     if not is_shapes and all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
-        return jax.device_put(tree, shardings)
-    return jax.tree.map(_put_part, tree, shardings)
+        placed: _Tree = jax.device_put(tree, shardings)
+    else:
+        placed = jax.tree.map(_put_part, tree, shardings)
+    return placed
 
 
 def _put_part(x: Any, sharding: NamedSharding) -> Any:
@@ -268,7 +271,8 @@ class Layout:
 
     def hold(self, tree: _Tree) -> _Tree:
         """Keep arrays as they are split within a pass; inside a program."""
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._in_pass(x)), tree)
+        held: _Tree = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._in_pass(x)), tree)
+        return held
 
     @contextmanager
     def in_force(self) -> Iterator[None]:

@@ -92,7 +92,8 @@ def _found(opt_state: Any, kinds: Any) -> list[Any]:
 def _average(state: Any, trained: Any, z: Any) -> jax.Array:
     b1 = _beside(state.b1, z)
     with jax.numpy_dtype_promotion("standard"):
-        return optax.contrib.schedule_free_eval_params(state._replace(b1=b1, z=z), trained).astype(trained.dtype)
+        average: jax.Array = optax.contrib.schedule_free_eval_params(state._replace(b1=b1, z=z), trained)
+        return average.astype(trained.dtype)
 
 
 def _unperturbed(state: Any, trained: Any, cached: Any) -> jax.Array:

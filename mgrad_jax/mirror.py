@@ -953,7 +953,8 @@ def _opaque(
         nowhere = jax.tree.map(jnp.zeros_like, params)  # weight decay finds nothing to act on
 
         def update(gradient: Any, state: Any) -> tuple[Any, Any]:
-            return update_with(optimizer.update, gradient, state, nowhere, **extra_args)
+            updated: tuple[Any, Any] = update_with(optimizer.update, gradient, state, nowhere, **extra_args)
+            return updated
 
         return own_ascent(update, wanted, before[1], after[1]), (scaling_state, after[1])
 
@@ -1014,7 +1015,8 @@ def _when(pending: jax.Array, function: Callable[..., tuple[Any, Any]], *operand
     if not isinstance(pending, jax.core.Tracer):
         # Outside jit, lax.cond would compile anew for every closure.
         return function(*operands) if bool(pending) else operands
-    return jax.lax.cond(pending, function, lambda *unchanged: unchanged, *operands)
+    results: tuple[Any, Any] = jax.lax.cond(pending, function, lambda *unchanged: unchanged, *operands)
+    return results
 
 
 def _next_batch(state: MirrorState) -> MirrorState:
@@ -1031,7 +1033,8 @@ def _close_batch(state: MirrorState) -> MirrorState:
     fields, structure = jax.tree.flatten(state)  # a framework may have wrapped them in variables
     kept = MirrorState(*fields)
     closed = jax.tree.map(lambda done, open: jnp.where(kept.second, done, open), _next_batch(kept), kept)
-    return jax.tree.unflatten(structure, closed)
+    after: MirrorState = jax.tree.unflatten(structure, closed)
+    return after
 
 
 def _scale(factor: jax.Array, updates: Any) -> Any:

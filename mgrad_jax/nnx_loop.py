@@ -47,10 +47,10 @@ def nnx_step(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[...
         Zhong et al., https://arxiv.org/abs/2402.11262: Algorithm 1, Eqs. 2 and 3.
     """
 
-    def step(model: Any, optimizer: nnx.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def step(model: Any, optimizer: nnx.Optimizer[Any], *args: Any, **kwargs: Any) -> Any:
         check_loop(optimizer.opt_state, optimizer.tx, nnx.state(model, optimizer.wrt))
 
-        def one_pass(model: Any, optimizer: nnx.Optimizer) -> Any:
+        def one_pass(model: Any, optimizer: nnx.Optimizer[Any]) -> Any:
             wanted = nnx.DiffState(0, optimizer.wrt)
             out, grads = nnx.value_and_grad(loss_fn, argnums=wanted, has_aux=has_aux)(model, *args, **kwargs)
             # From the state after the pass: the random streams have moved on.
@@ -58,8 +58,9 @@ def nnx_step(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[...
             graph, _, rest = parts
 
             def value_fn(params: Any) -> jax.Array:
-                value = loss_fn(nnx.merge(graph, params, rest), *args, **kwargs)
-                return value[0] if has_aux else value
+                out = loss_fn(nnx.merge(graph, params, rest), *args, **kwargs)
+                value: jax.Array = out[0] if has_aux else out
+                return value
 
             offered = {
                 "value": out[0] if has_aux else out,
@@ -72,7 +73,7 @@ def nnx_step(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[...
             update_with(optimizer.update, model, grads, **offered)
             return out
 
-        def second_pass(model: Any, optimizer: nnx.Optimizer) -> None:
+        def second_pass(model: Any, optimizer: nnx.Optimizer[Any]) -> None:
             one_pass(model, optimizer)
             nnx.update(optimizer.opt_state, nnx.state(close_batch(optimizer.opt_state)))
 

@@ -99,7 +99,7 @@ def _nan_where(bad: jax.Array, leaf: Any) -> Any:
 
 def _fingerprint(batch: Any) -> jax.Array:
     """32 bits that depend on every value in the batch and on its place; only arrays and numbers count."""
-    total = jnp.uint32(0)
+    total: jax.Array = jnp.uint32(0)
     for leaf in jax.tree.leaves(batch):
         if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
             bits = jnp.ravel(_bits(jnp.asarray(leaf)))
@@ -125,4 +125,5 @@ def _mixed(bits: jax.Array) -> jax.Array:
     """MurmurHash3's last step: every bit of the result depends on every bit."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return bits ^ (bits >> jnp.uint32(16))
+    mixed: jax.Array = bits ^ (bits >> jnp.uint32(16))
+    return mixed

@@ -100,7 +100,9 @@ def sam(optimizer: optax.GradientTransformation, rho: jax.typing.ArrayLike = 0.0
     def form(extra_args: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
         # optax.contrib.sam hands no extra arguments on, so the optimizer it gets already has them.
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            return update_with(optimizer.update, updates, state, params, **_renewed(extra_args, updates))
+            offered = _renewed(extra_args, updates)
+            updated: tuple[Any, Any] = update_with(optimizer.update, updates, state, params, **offered)
+            return updated
 
         return optax.contrib.sam(optax.GradientTransformation(optimizer.init, update), ascent, opaque_mode=True)
 
@@ -112,7 +114,8 @@ def sam(optimizer: optax.GradientTransformation, rho: jax.typing.ArrayLike = 0.0
         whole = form({**extra_args, "grad_fn": grad_fn})
         # The perturbation is at least float32, whatever the parameters are.
         with jax.numpy_dtype_promotion("standard"):
-            return whole.update(updates, state, params, grad_fn=partial(gradient_again, grad_fn))
+            updated: tuple[Any, Any] = whole.update(updates, state, params, grad_fn=partial(gradient_again, grad_fn))
+            return updated
 
     return Wrapping.of(optimizer, lambda other: sam(other, rho), form({}).init, update_fn)
 

@@ -18,7 +18,15 @@ from mgrad_jax.data import Interactions
 from mgrad_jax.declaration import check_choice, check_names
 from mgrad_jax.deprecation import renamed
 from mgrad_jax.devices import tables_of
-from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, TracedHyperParameter, cast_features
+from mgrad_jax.models.base import (
+    Constant,
+    EpochState,
+    ModelConfig,
+    Recommender,
+    TracedHyperParameter,
+    Variables,
+    cast_features,
+)
 
 renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter"})
 
@@ -46,7 +54,8 @@ def model_class(name: str) -> type[Recommender]:
     """The class of a model; an unknown name is a `UserError` that lists the known ones."""
     check_choice("unknown model", name, names())
     module = importlib.import_module(f"mgrad_jax.models.{name}")
-    return getattr(module, _CLASSES[name])
+    found: type[Recommender] = getattr(module, _CLASSES[name])
+    return found
 
 
 def make_config(name: str, hyper_parameters: dict[str, Any]) -> ModelConfig:
@@ -101,6 +110,7 @@ __all__ = [
     "ModelConfig",
     "Recommender",
     "TracedHyperParameter",
+    "Variables",
     "create",
     "make_config",
     "model_class",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from mgrad_jax import models
 from mgrad_jax.data import Batch
 from mgrad_jax.errors import UserError
 from mgrad_jax.models import losses
-from mgrad_jax.models.base import Recommender, TracedHyperParameter
+from mgrad_jax.models.base import Recommender, TracedHyperParameter, Variables
 
 
 class AdversarialRecommender(Recommender):
@@ -68,7 +68,7 @@ class AdversarialRecommender(Recommender):
         adversarial = self.weight[...] * nnx.merge(graphdef, perturbed, rest)._unpenalised(batch, key)
         return total + adversarial, {**parts, "adversarial": adversarial}
 
-    def perturbation(self, batch: Batch, key: Array) -> nnx.State:
+    def perturbation(self, batch: Batch, key: Array) -> Variables:
         """delta of every table, (n_items, dim) each, as a constant.
 
         Args:
@@ -80,14 +80,15 @@ class AdversarialRecommender(Recommender):
         tables, rest = jax.lax.stop_gradient(states)
         gradient = jax.grad(lambda tables: nnx.merge(graphdef, tables, rest)._unpenalised(batch, key))(tables)
         # In the model's type, also where the tables are held in a narrower one, which would round a small delta away.
-        return jax.tree.map(lambda g: self.epsilon[...] * losses.normalize(g.astype(self.dtype)), gradient)
+        delta: Variables = jax.tree.map(lambda g: self.epsilon[...] * losses.normalize(g.astype(self.dtype)), gradient)
+        return delta
 
     def _unpenalised(self, batch: Batch, key: Array) -> Float[Array, ""]:
         """L, of the features the variables hold now."""
         _, parts = super().loss(batch, key)
         return sum((part for name, part in parts.items() if name not in self.penalties), jnp.zeros((), self.dtype))
 
-    def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    def _split(self) -> tuple[nnx.GraphDef[Self], Variables, Variables]:
         """The structure, the tables of features, and all other variables."""
         parts: tuple[Any, ...] = nnx.split(self, lambda path, _: ".".join(map(str, path)) in self.tables, ...)
         return parts[0], parts[1], parts[2]
@@ -128,6 +129,7 @@ def adversarial(model: Recommender, epsilon: float, weight: float) -> Adversaria
             "leave adversarial training out."
         )
     object.__setattr__(copy, "__class__", _adversarial_class(type(model)))
+    assert isinstance(copy, AdversarialRecommender)
     copy.tables = tables
     copy.epsilon = TracedHyperParameter(jnp.asarray(epsilon, model.dtype))
     copy.weight = TracedHyperParameter(jnp.asarray(weight, model.dtype))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,19 @@ renamed(
     {"Frozen": "Constant", "Scalar": "TracedHyperParameter", "hold_features": "cast_features"},
 )
 
+# What `nnx.split` takes out of a model: variables by their paths.
+Variables: TypeAlias = nnx.State[Any, Any]
 
-class Constant(nnx.Variable):
+
+class Constant(nnx.Variable[Any]):
     """Constant arrays and graphs: an argument of every compiled function, never closed over, never trained."""
 
 
-class TracedHyperParameter(nnx.Variable):
+class TracedHyperParameter(nnx.Variable[Array]):
     """A scalar hyper-parameter that is traced, so that one compiled program serves a whole grid of values."""
 
 
-class EpochState(nnx.Variable):
+class EpochState(nnx.Variable[Any]):
     """What `Recommender.resample` redraws at the start of every epoch, such as a pruned graph."""
 
 
@@ -181,7 +184,7 @@ class Recommender(nnx.Module):
         warnings.warn(told, DeprecationWarning, stacklevel=2)
         return self.expose_features()
 
-    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """What the variables of `feature_paths` hold for these raw features, by path; pure.
 
         Args:

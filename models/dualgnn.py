@@ -148,7 +148,8 @@ class UserGraphRecommender(Recommender):
 
     def _mapped(self, modality: str) -> Float[Array, "items dim"]:
         hidden, narrow = getattr(self, f"{modality}_hidden"), getattr(self, f"{modality}_map")
-        return narrow(jax.nn.leaky_relu(hidden(getattr(self, f"{modality}_features")[...])))
+        mapped: Array = narrow(jax.nn.leaky_relu(hidden(getattr(self, f"{modality}_features")[...])))
+        return mapped
 
 
 def modality_weights(key: Array, rows: int, modalities: int, dtype: Any) -> Float[Array, "rows modalities 1"]:

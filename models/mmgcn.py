@@ -213,7 +213,7 @@ class MMGCN(Recommender):
         """z of some nodes, or of all."""
         graph, ids = self.graph.get_value(), self.id_embedding[...]
         views = [getattr(self, modality)(graph, ids, nodes) for modality in self.modalities]
-        total = sum(views[1:], views[0])
+        total: Array = sum(views[1:], views[0])
         return total if self.config.sum_modalities else total / len(views)
 
     def _table_squares(self, batch: Batch) -> Float[Array, ""]:

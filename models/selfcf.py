@@ -102,7 +102,7 @@ class SelfCF(Recommender):
 
     def _training_graph(self, key: Array) -> SparseGraph:
         """The graph of one pass: entries dropped at a rate drawn from U(0, 1), unless `edge_dropout` is off."""
-        graph = self.graph.get_value()
+        graph: SparseGraph = self.graph.get_value()
         if not self.config.edge_dropout:
             return graph
         rate_key, entry_key = jax.random.split(key)

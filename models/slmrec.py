@@ -125,7 +125,7 @@ class SLMRec(Recommender):
         self.head_coarse_narrow = dense(dim, dim // 2)
         self.head_text = dense(dim, dim // 2)
 
-    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """X_v and X_t of these features."""
         return {modality: losses.normalize(table) for modality, table in features.items()}
 

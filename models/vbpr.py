@@ -68,7 +68,7 @@ class VBPR(Recommender):
         """x, text and image side by side."""
         return ("item_features",)
 
-    def feature_tables(self, features: Mapping[str, Array]) -> dict[str, Array]:
+    def feature_tables(self, features: Mapping[str, Float[Array, "items _"]]) -> dict[str, Float[Array, "items _"]]:
         """x of these features."""
         given = [features[modality] for modality in reversed(self.needs) if modality in features]
         return {"item_features": jnp.concatenate(given, axis=1)}

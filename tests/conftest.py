@@ -30,21 +30,25 @@ gc.disable()
 for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "GITHUB_ACTIONS"):
     os.environ.pop(_name, None)
 
-# Annotations, shapes included, are checked wherever the tests call the mathematics. The models stay out: the hook would
-# answer a hyper-parameter of the wrong type before the configuration's own sentence does. So do sparse structures,
-# their products, histories and splits, which JAX fills with placeholders.
+# Annotations, shapes included, are checked wherever the tests call a module that states shapes.
 CHECKED = [
-    "models.losses",
-    "dropout",
-    "selection",
-    "evaluation.metrics",
-    "evaluation.candidates",
-    "graph.items",
-    "graph.users",
-    "analysis.perturb",
     "analysis.flatness",
+    "analysis.inputs",
+    "analysis.landscape",
+    "analysis.perturb",
+    "analysis.robustness",
+    "analysis.theory",
+    "data.sampling",
+    "devices",
+    "dropout",
+    "evaluation",
+    "graph",
+    "models",
+    "selection",
+    "training.entries",
+    "training.epoch",
 ]
-install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "beartype.beartype")
+install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "type_checks.functions")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

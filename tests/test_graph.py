@@ -159,10 +159,11 @@ def test_graphs_are_arguments_and_do_not_compile_again() -> None:
 
 
 def test_repeated_entries_add_up_and_wrong_ids_are_refused() -> None:
-    graph = sparse_graph([0, 1, 0], [1, 0, 1], [1.0, 2.0, 3.0], (2, 2))
+    rows, columns, values = np.array([[0, 1, 0], [1, 0, 1], [1, 2, 3]])
+    graph = sparse_graph(rows, columns, values, (2, 2))
     np.testing.assert_array_equal(graph.todense(), [[0, 4], [2, 0]])
     with pytest.raises(ValueError, match="column ids run from 2 to 2; the graph has 2 columns"):
-        sparse_graph([0], [2], [1.0], (2, 2))
+        sparse_graph(rows[:1], columns[:1] + 1, values[:1], (2, 2))
     with pytest.raises(ValueError, match=r"x has shape \(3, 1\); the graph needs \(2, dim\)"):
         propagate(graph, jnp.ones((3, 1)))
 

@@ -136,7 +136,8 @@ def _co_occurrence(data: Interactions, shrink: float) -> Callable[[slice], np.nd
 
     def rows_of(rows: slice) -> np.ndarray:
         shared = (items[rows] @ items.T).toarray()
-        return shared / np.maximum(norms[rows, None] * norms + np.float32(shrink), np.float32(1e-9))
+        cosines: np.ndarray = shared / np.maximum(norms[rows, None] * norms + np.float32(shrink), np.float32(1e-9))
+        return cosines
 
     return rows_of
 

@@ -99,14 +99,10 @@ def _compare(ours: Cell, other: Cell, a: Mapping[int, Run], b: Mapping[int, Run]
         return Comparison(ours, other, metric, nothing, nothing, None)
     # (seeds, users): the same users in all runs, for they are those of the data's test split.
     left, right = (np.stack([runs[seed].metrics[metric] for seed in seeds]) for runs in (a, b))
-    over_seeds = paired_test(_mean(left, 1), _mean(right, 1))
-    over_users = paired_test(_mean(left, 0), _mean(right, 0), "users", enough=0)
+    over_seeds = paired_test(left.mean(1, dtype=np.float64), right.mean(1, dtype=np.float64))
+    over_users = paired_test(left.mean(0, dtype=np.float64), right.mean(0, dtype=np.float64), "users", enough=0)
     relative = relative_difference(left, right)
     return Comparison(ours, other, metric, over_seeds, over_users, None if relative is None else Interval(*relative))
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    return values.mean(axis=axis, dtype=np.float64)
 
 
 def verdicts(made: Sequence[Comparison], metric: str) -> list[str]:

@@ -153,14 +153,14 @@ def _bars(
     bars: dict[str, dict[str, dict[str, Spread]]] = {metric: {} for metric in metrics}
     for cell, found in finished.items():
         for metric in metrics:
-            values = [float(_mean(run.metrics[metric], 0)) for run in found.values()]
+            values = [_mean(run.metrics[metric]) for run in found.values()]
             bars[metric].setdefault(cell.model, {})[label(cell, list(finished))] = spread(values)
-    levels = {m: {name: float(_mean(values[m], 0)) for name, values in untrained.items()} for m in metrics}
+    levels = {m: {name: _mean(values[m]) for name, values in untrained.items()} for m in metrics}
     return bars, levels
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    return values.mean(axis=axis, dtype=np.float64)
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean(dtype=np.float64))
 
 
 def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str], data: str) -> Table:
@@ -168,15 +168,15 @@ def means_table(runs: Sequence[Run], baselines: Baselines, metrics: Sequence[str
     columns = [Column("model"), Column("method"), Column("optimizer"), Column("interval"), Column("seeds")]
     columns += [*map(Column, metrics), Column("best epoch", ".0f"), Column("diverged"), Column("note")]
     rows: list[tuple[Any, ...]] = [
-        (name, BASELINE, "", None, None, *(float(_mean(values[m], 0)) for m in metrics), None, None, "")
+        (name, BASELINE, "", None, None, *(_mean(values[m]) for m in metrics), None, None, "")
         for name, values in baselines.items()
     ]
     for cell, finished in by_cell(runs).items():
-        spreads = [_spread([float(_mean(run.metrics[m], 0)) for run in finished.values()]) for m in metrics]
+        spreads = [_spread([_mean(run.metrics[m]) for run in finished.values()]) for m in metrics]
         epochs = _spread([run.result["best_epoch"] for run in finished.values() if run.result])
         lost = sum(run.cell == cell and run.result is None for run in runs)
         above = [
-            name for name, values in baselines.items() if spreads[0] and spreads[0].mean < _mean(values[metrics[0]], 0)
+            name for name, values in baselines.items() if spreads[0] and spreads[0].mean < _mean(values[metrics[0]])
         ]
         notes = [f"below {', '.join(above)}"] if above else []
         notes += dict.fromkeys(run.note for run in runs if run.cell == cell and run.note)

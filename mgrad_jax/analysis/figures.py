@@ -71,7 +71,8 @@ def _course(axis: Axes, runs: Sequence[Curve], x: str, what: str, color: str, na
 def _places(runs: Sequence[Curve], x: str, shared: int) -> np.ndarray:
     if x == "epochs":
         return np.arange(1, shared + 1)
-    return np.stack([getattr(run, x)[:shared] for run in runs]).mean(axis=0)
+    places: np.ndarray = np.stack([getattr(run, x)[:shared] for run in runs]).mean(axis=0)
+    return places
 
 
 def metric_bars(

@@ -149,11 +149,12 @@ def losses_on_plane(
         moved = jax.tree.map(lambda x, p, q: (x + point[0] * p + point[1] * q).astype(x.dtype), params, first, second)
         return loss(moved, fixed)
 
-    return jax.lax.map(at, points, batch_size=batch_size)
+    losses: Array = jax.lax.map(at, points, batch_size=batch_size)
+    return losses
 
 
 def _rises(
-    plane: Callable[..., Array],
+    plane: Callable[..., Float[Array, " n"]],
     params: Params,
     scales: Params,
     kind: str,
@@ -200,7 +201,7 @@ def _scaled(scales: Params, vector: Params) -> Params:
 
 
 @jax.jit
-def _relative_norm(params: Params, scales: Params) -> Array:
+def _relative_norm(params: Params, scales: Params) -> Float[Array, ""]:
     """|theta / D|; where D is 0 so is theta, and it does not count."""
     parts = [
         jnp.sum((x / jnp.where(d > 0, d, 1)) ** 2) for x, d in zip(*map(jax.tree.leaves, (params, scales)), strict=True)
@@ -247,7 +248,7 @@ def lanczos(
 
 
 def worst_rise(
-    loss: Loss, fixed: Any, params: Params, scales: Params, radius: float | Array, steps: int
+    loss: Loss, fixed: Any, params: Params, scales: Params, radius: float | Float[Array, ""], steps: int
 ) -> tuple[float, float, float]:
     """The largest L(theta + D e) - L(theta) found with |e| <= radius, that after one step along D g, and |D g|.
 
@@ -267,8 +268,8 @@ def worst_rise(
 
 @partial(jax.jit, static_argnums=0)
 def _ascend(
-    loss: Loss, fixed: Any, params: Params, scales: Params, change: Params, radius: Array
-) -> tuple[Array, Array, Params]:
+    loss: Loss, fixed: Any, params: Params, scales: Params, change: Params, radius: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""], Params]:
     """Loss and slope at theta + D e, and the next e."""
 
     def moved(change: Params) -> Array:
@@ -282,5 +283,5 @@ def _ascend(
     return value, norm, jax.tree.map(lambda e: back * e, ahead)
 
 
-def _norm(tree: Params) -> Array:
+def _norm(tree: Params) -> Float[Array, ""]:
     return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mgrad_jax.analysis.perturb import variable_at
 from mgrad_jax.analysis.theory import norm
@@ -29,7 +29,7 @@ from mgrad_jax.data import Batch
 from mgrad_jax.data.features import MODALITIES
 from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics
-from mgrad_jax.models import Recommender
+from mgrad_jax.models import Recommender, Variables
 
 
 class TableNumbers(NamedTuple):
@@ -130,10 +130,10 @@ def measure_inputs(
 @partial(jax.jit, static_argnums=0)
 def _gradients(
     tables: tuple[str, ...], model: Recommender, batch: Batch, key: Array
-) -> tuple[Float[Array, ""], nnx.State, dict[str, Array]]:
+) -> tuple[Float[Array, ""], Variables, dict[str, Float[Array, "_ _"]]]:
     """The loss and its gradients by the parameters and by every table."""
 
-    def by(chosen: Any) -> tuple[Float[Array, ""], nnx.State]:
+    def by(chosen: Any) -> tuple[Float[Array, ""], Variables]:
         parts: tuple[Any, ...] = nnx.split(model, chosen, ...)
         graphdef, variables, rest = parts
         return jax.value_and_grad(lambda x: nnx.merge(graphdef, x, rest).loss(batch, key)[0])(variables)
@@ -155,11 +155,14 @@ def _constants(model: Recommender, table: str) -> Float[Array, " items"] | None:
 
 def lemma_constant(rows: Float[Array, "n width"], kernel: Float[Array, "width dim"]) -> Float[Array, " n"]:
     """(1 + |x|^2) / |W|^2 of every row x, with the spectral norm of W."""
-    return (1 + jnp.sum(rows**2, axis=1)) / jnp.linalg.norm(kernel, ord=2) ** 2
+    spectral: Array = jnp.linalg.norm(kernel, ord=2)
+    return (1 + jnp.sum(rows**2, axis=1)) / spectral**2
 
 
 @partial(jax.jit, static_argnums=0)
-def _holding(tables: tuple[str, ...], model: Recommender, singles: Batch, key: Array) -> dict[str, Array]:
+def _holding(
+    tables: tuple[str, ...], model: Recommender, singles: Batch, key: Array
+) -> dict[str, Bool[Array, " examples"]]:
     """Whether the inequality holds for single examples, by table: for every row that an example reads."""
     constants = {path: _constants(model, path) for path in tables}
 
@@ -173,7 +176,8 @@ def _holding(tables: tuple[str, ...], model: Recommender, singles: Batch, key: A
                 found[path] = jnp.all(left <= right * (1 + 1e-5))
         return found
 
-    return jax.lax.map(example, singles)
+    holding: dict[str, Array] = jax.lax.map(example, singles)
+    return holding
 
 
 def worst_case_metrics(
@@ -196,7 +200,7 @@ def worst_case_metrics(
 
 @jax.jit
 def _after(
-    model: Recommender, gradients: Mapping[str, Array], eval_split: EvalSplit, size: Float[Array, ""]
+    model: Recommender, gradients: Mapping[str, Float[Array, "_ _"]], eval_split: EvalSplit, size: Float[Array, ""]
 ) -> dict[str, Float[Array, ""]]:
     copy = jax.tree.map(lambda x: x, model)  # variables of the outer program cannot be changed in here
     for path, gradient in gradients.items():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.analysis.flatness import Loss, Params, losses_on_plane
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.sampling import sample_negatives, shuffle
-from mgrad_jax.models import Recommender
+from mgrad_jax.models import Recommender, Variables
 from mgrad_jax.training.epoch import split_model, training_data
 
 DIRECTIONS = ("filter", "table", "raw")
@@ -27,8 +27,8 @@ _KERNELS = ("kernel", "conv")
 class Fixed(NamedTuple):
     """All that the loss reads besides the parameters."""
 
-    epoch_state: nnx.State
-    constants: nnx.State
+    epoch_state: Variables
+    constants: Variables
     batch: Batch
     key: Array
 
@@ -38,7 +38,7 @@ class ModelLoss:
     """A model's training loss, see `mgrad_jax.analysis.flatness`; equal for the runs of one model and setting."""
 
     name: str
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[Recommender]
 
     def __hash__(self) -> int:
         """Of the name: a structure may hold lists, which have none."""
@@ -92,9 +92,10 @@ def objective(model: Recommender, data: Interactions, n: int, key: Array) -> tup
     return ModelLoss(model.name, parts.graphdef), Fixed(parts.epoch_state, parts.constants, batch, loss_key)
 
 
-def parameters(model: Recommender) -> nnx.State:
+def parameters(model: Recommender) -> Variables:
     """The model's parameters in its own type: a narrower one, in which it may hold tables, loses small steps."""
-    return jax.tree.map(lambda x: jnp.asarray(x, model.dtype), nnx.state(model, nnx.Param))
+    params: Variables = jax.tree.map(lambda x: jnp.asarray(x, model.dtype), nnx.state(model, nnx.Param))
+    return params
 
 
 def norm(params: Params) -> float:

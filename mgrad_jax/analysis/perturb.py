@@ -70,7 +70,8 @@ class TableNoise:
         sigma = {"table": overall, "row": row, "none": jnp.ones_like(overall)}[self.per]
         # Noise alone, without the table, always has the table's size.
         sigma = jnp.where(case.gain == 0, overall, sigma)
-        return (case.gain * table + case.scale * sigma * noise).astype(table.dtype)
+        noisy: Array = case.gain * table + case.scale * sigma * noise
+        return noisy.astype(table.dtype)
 
 
 @dataclass(frozen=True)

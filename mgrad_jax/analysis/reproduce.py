@@ -135,7 +135,8 @@ def collect(name: str, asked: Asked) -> list[Ours]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return record
 
 
 def _spread_of(record: Mapping[str, Any], metric: str) -> Spread | float | None:

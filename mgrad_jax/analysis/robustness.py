@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from mgrad_jax.analysis.perturb import (
     FeatureChange,
@@ -64,8 +65,8 @@ class Measured:
         """The metrics, and the share of the clean list that stays at every cut-off."""
         return *self.metrics, *(f"overlap@{k}" for k in self.ks)
 
-    def keys(self) -> jax.Array:
-        """A key a draw, (draws,): the same in every run."""
+    def keys(self) -> Key[Array, " draws"]:
+        """A key a draw: the same in every run."""
         return jax.vmap(partial(jax.random.fold_in, jax.random.key(self.seed)))(jnp.arange(self.draws))
 
 
@@ -164,7 +165,7 @@ class _Inputs:
     """What every case of a run is measured against."""
 
     eval_split: EvalSplit
-    lists: jax.Array  # (blocks, block, length): the clean recommendations
+    lists: Int[Array, "blocks block length"]  # the clean recommendations
     ks: tuple[int, ...]
     names: tuple[str, ...]
     clean: dict[str, np.ndarray]
@@ -198,13 +199,13 @@ def _cases(
     fixed: tuple[tuple[int, ...], tuple[str, ...]],
     model: Recommender,
     eval_split: EvalSplit,
-    lists: jax.Array,
+    lists: Int[Array, "blocks block length"],
     given: Any,
     cases: Any,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[dict[str, Float[Array, "cases blocks block"]], dict[str, Shaped[Array, "cases blocks block"]]]:
     """One case after the other: the memory is that of one draw's vectors."""
 
-    def case(values: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def case(values: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         # A copy made in here: variables of the outer program cannot be changed in the loop's.
         users, items = change.embed(jax.tree.map(lambda x: x, model), given, values)
         found, new_lists = _metrics(fixed, eval_split, lists, users, items)
@@ -212,16 +213,17 @@ def _cases(
             return found, {}
         return found, _marks(fixed[0], eval_split, choose(values, len(items))[0], new_lists)
 
-    return jax.lax.map(case, cases)
+    results: tuple[dict[str, Array], dict[str, Array]] = jax.lax.map(case, cases)
+    return results
 
 
 def _metrics(
     fixed: tuple[tuple[int, ...], tuple[str, ...]],
     eval_split: EvalSplit,
-    lists: jax.Array,
-    users: jax.Array,
-    items: jax.Array,
-) -> tuple[dict[str, jax.Array], jax.Array]:
+    lists: Int[Array, "blocks block length"],
+    users: Float[Array, "users dim"],
+    items: Float[Array, "items dim"],
+) -> tuple[dict[str, Float[Array, "blocks block"]], Int[Array, "blocks block length"]]:
     """The metrics asked for, overlaps included, and the new lists."""
     ks, names = fixed
     metrics, new_lists = user_metrics_and_lists(eval_split, users, items, lists.shape[-1])
@@ -231,7 +233,9 @@ def _metrics(
     return {name: metrics[name] for name in names}, new_lists
 
 
-def _marks(ks: tuple[int, ...], eval_split: EvalSplit, chosen: jax.Array, lists: jax.Array) -> dict[str, jax.Array]:
+def _marks(
+    ks: tuple[int, ...], eval_split: EvalSplit, chosen: Bool[Array, " items"], lists: Int[Array, "blocks block length"]
+) -> dict[str, Shaped[Array, "blocks block"]]:
     """Whether a user has a changed positive, and the share of changed items in the user's lists."""
     rows, items = eval_split.positives
     blocks = jnp.arange(rows.shape[0])[:, None]

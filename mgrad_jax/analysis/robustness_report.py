@@ -82,7 +82,8 @@ def line(responses: Mapping[int, Response], seeds: Sequence[int], metric: str, x
 
 def _area(ratios: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Trapezoids along the first axis, divided by the width; of a single place its own ratio."""
-    return np.trapezoid(ratios, x, axis=0) / (x[-1] - x[0]) if len(x) > 1 else ratios[0]
+    area: np.ndarray = np.trapezoid(ratios, x, axis=0) / (x[-1] - x[0]) if len(x) > 1 else ratios[0]
+    return area
 
 
 def _ends(samples: np.ndarray) -> tuple[float, float]:

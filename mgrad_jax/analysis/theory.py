@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from mgrad_jax.mirror import mirrored
 
@@ -259,12 +260,12 @@ def moved(params: Params, direction: Params, step: Any) -> Params:
     return jax.tree.map(lambda p, d: (p + step * d).astype(p.dtype), params, direction)
 
 
-def inner(a: Params, b: Params) -> jax.Array:
+def inner(a: Params, b: Params) -> Float[Array, ""]:
     """The inner product of two trees."""
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros([]))
 
 
-def norm(tree: Params) -> jax.Array:
+def norm(tree: Params) -> Float[Array, ""]:
     """The Euclidean norm of a tree."""
     return jnp.sqrt(inner(tree, tree))

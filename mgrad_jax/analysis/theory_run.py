@@ -22,7 +22,7 @@ from mgrad_jax.ascent import check_own_ascent
 from mgrad_jax.data import Interactions, load_interactions
 from mgrad_jax.evaluation.ranking import make_eval_split
 from mgrad_jax.mirror import pass_schedule
-from mgrad_jax.models import Recommender
+from mgrad_jax.models import Recommender, Variables
 from mgrad_jax.models.adversarial import adversarial
 from mgrad_jax.optimizers import make_optimizer
 from mgrad_jax.training.config import RunConfig
@@ -32,7 +32,7 @@ from mgrad_jax.training.run import load_run
 
 # Along a run at most so many of its kept epochs are measured.
 MOST_PLACES = 12
-_Evaluate: TypeAlias = Callable[[nnx.State, Fixed], tuple[jax.Array, nnx.State]]
+_Evaluate: TypeAlias = Callable[[Variables, Fixed], tuple[jax.Array, Variables]]
 WORST_CASE = (0.0, 0.01, 0.05, 0.1)
 
 
@@ -190,7 +190,7 @@ def _batches(model: Recommender, data: Interactions, size: int, fixed: Fixed, se
 
 
 def _weight(
-    epoch: int, evaluate: _Evaluate, params: nnx.State, batches: Sequence[Fixed], eta: float, settings: TheorySettings
+    epoch: int, evaluate: _Evaluate, params: Variables, batches: Sequence[Fixed], eta: float, settings: TheorySettings
 ) -> Weight:
     loss, g = evaluate(params, batches[-1])
     v = theory.second_moment(evaluate(params, batch)[1] for batch in batches)
@@ -202,7 +202,7 @@ def _weight(
 def _residual(
     loss: ModelLoss,
     fixed: Fixed,
-    params: nnx.State,
+    params: Variables,
     config: RunConfig,
     data: Interactions,
     settings: TheorySettings,
@@ -226,16 +226,16 @@ def _in_float64(model: Recommender, config: RunConfig, data: Interactions) -> Re
 
 
 def _half_steps(
-    evaluate: _Evaluate, params: nnx.State, batches: Sequence[Fixed], eta: float, settings: TheorySettings
+    evaluate: _Evaluate, params: Variables, batches: Sequence[Fixed], eta: float, settings: TheorySettings
 ) -> list[Step]:
     """Of every optimizer, with the second half-step its own or the ascent, from zero and from running state."""
     *earlier, last = batches
     alphas = settings.alpha1, settings.alpha2
 
-    def of_batch(params: nnx.State, batch: Fixed) -> nnx.State:
+    def of_batch(params: Variables, batch: Fixed) -> Variables:
         return evaluate(params, batch)[1]
 
-    def gradient(params: nnx.State) -> nnx.State:
+    def gradient(params: Variables) -> Variables:
         return of_batch(params, last)
 
     found = []
@@ -256,7 +256,7 @@ def _compiled(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformation(optimizer.init, lambda g, state, params=None: update(g, state, params))
 
 
-def _has_ascent(optimizer: optax.GradientTransformation, params: nnx.State) -> bool:
+def _has_ascent(optimizer: optax.GradientTransformation, params: Variables) -> bool:
     """Whether an optimizer has an ascent of its own that is not just what it does anyway."""
     try:
         check_own_ascent(optimizer, params)

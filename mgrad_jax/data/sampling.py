@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,9 @@ class UserHistory:
         max_degree: most items of one user; static.
     """
 
-    indptr: Int[Any, " users_plus_1"]
-    ranks: Int[Any, " pairs"]
-    candidates: Int[Any, " candidates"]
+    indptr: Int[Array, " users_plus_1"]
+    ranks: Int[Array, " pairs"]
+    candidates: Int[Array, " candidates"]
     max_degree: int
 
     row_starts = Formerly("indptr")

@@ -78,7 +78,8 @@ def _cover(rng: np.random.Generator, items: np.ndarray, n_items: int) -> np.ndar
 
 def _group_features(rng: np.random.Generator, groups: np.ndarray, dim: int, noise: float) -> np.ndarray:
     centres = rng.normal(size=(groups.max() + 1, dim))
-    return (centres[groups] + noise * rng.normal(size=(len(groups), dim))).astype(np.float32)
+    features: np.ndarray = centres[groups] + noise * rng.normal(size=(len(groups), dim))
+    return features.astype(np.float32)
 
 
 def synthetic_interactions(

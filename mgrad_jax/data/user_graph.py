@@ -113,7 +113,8 @@ def _members(neighbours: np.ndarray, shared: np.ndarray, n_users: int) -> np.nda
     # Padding gets numbers of its own.
     names = np.sort(np.where(shared > 0, neighbours, n_users + np.arange(neighbours.shape[1])), axis=1)
     valid = (neighbours >= 0) & (neighbours < n_users) & ((shared == 0) | (neighbours != own))
-    return valid.all(axis=1) & (np.diff(names, axis=1) > 0).all(axis=1)
+    members: np.ndarray = valid.all(axis=1) & (np.diff(names, axis=1) > 0).all(axis=1)
+    return members
 
 
 class _NumbersOnly(pickle.Unpickler):

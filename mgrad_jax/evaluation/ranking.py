@@ -85,8 +85,8 @@ class EvalSplit:
         n_blocks: how many blocks hold users; static. Others fill up what several devices share.
     """
 
-    users: Int[Any, "blocks block"]
-    positive_counts: Int[Any, "blocks block"]
+    users: Int[Array, "blocks block"]
+    positive_counts: Int[Array, "blocks block"]
     positives: BlockedPairs
     training: BlockedPairs
     ks: tuple[int, ...]
@@ -175,7 +175,10 @@ def split_over_devices(eval_split: EvalSplit, mesh: Mesh) -> EvalSplit:
 
 
 def _by_block(
-    function: Callable[[_AnyBlock, Array, Array], _Result], blocks: _AnyBlock, user_vectors: Array, item_vectors: Array
+    function: Callable[[_AnyBlock, Array, Array], _Result],
+    blocks: _AnyBlock,
+    user_vectors: Float[Array, "users dim"],
+    item_vectors: Float[Array, "items dim"],
 ) -> _Result:
     """Results (blocks, ...) of `function(block, vectors of its users, item vectors)`, block after block.
 
@@ -183,10 +186,12 @@ def _by_block(
     """
     mesh = mesh_in_force()
     if mesh is None or blocks.users.shape[0] % mesh.size:
-        return jax.lax.map(lambda block: function(block, user_vectors[block.users], item_vectors), blocks)
+        results: _Result = jax.lax.map(lambda block: function(block, user_vectors[block.users], item_vectors), blocks)
+        return results
 
     def own(blocks: _AnyBlock, vectors: Array, item_vectors: Array) -> _Result:
-        return jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
+        results: _Result = jax.lax.map(lambda part: function(part[0], part[1], item_vectors), (blocks, vectors))
+        return results
 
     # By columns, of which rows are taken without any exchange; then these rows go where their blocks are.
     vectors = jax.lax.with_sharding_constraint(user_vectors, COLUMNS)[blocks.users]
@@ -272,7 +277,9 @@ def metrics_of_scores(
 
 
 @partial(jax.jit, static_argnames="ks")
-def _block_metrics(block: _Block, scores: Array, ks: tuple[int, ...]) -> dict[str, Array]:
+def _block_metrics(
+    block: _Block, scores: Float[Array, "block items"], ks: tuple[int, ...]
+) -> dict[str, Float[Array, " block"]]:
     return ranking_metrics(_hits(block, _masked(scores, block.training), ks), block.positive_counts, ks)
 
 
@@ -333,12 +340,16 @@ def _hits(block: _Block, scores: Float[Array, "block items"], ks: Sequence[int])
     return jnp.zeros((len(users), max(ks)), bool).at[positives.rows, ranks].set(True, mode="drop")
 
 
-def _scores(block: _Block, vectors: Array, item_vectors: Array) -> Float[Array, "block items"]:
+def _scores(
+    block: _Block, vectors: Float[Array, "block dim"], item_vectors: Float[Array, "items dim"]
+) -> Float[Array, "block items"]:
     """Scores of one block with the training items at minus infinity."""
     return _masked(_products(vectors, item_vectors), block.training)
 
 
-def _products(vectors: Array, item_vectors: Array) -> Array:
+def _products(
+    vectors: Float[Array, "block dim"], item_vectors: Float[Array, "items dim"]
+) -> Float[Array, "block items"]:
     # Full precision: the reduced one that GPUs take by default makes ties and reorders the list.
     return jnp.matmul(vectors, item_vectors.T, precision="highest")
 

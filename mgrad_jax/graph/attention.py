@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mgrad_jax.devices import mesh_in_force
-from mgrad_jax.graph.multilinear import Arguments, Multilinear
+from mgrad_jax.graph.multilinear import Arguments, Multilinear, Others
 from mgrad_jax.graph.propagation import dots, product
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
@@ -33,7 +33,7 @@ def edge_dot(graph: SparseGraph, x: Float[Array, "nodes dim"]) -> Float[Array, "
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _edge_dot(shape: tuple[int, int], structure: tuple[Any, ...], x: Array) -> Array:
+def _edge_dot(shape: tuple[int, int], structure: tuple[Any, ...], x: Float[Array, "nodes dim"]) -> Float[Array, " nnz"]:
     return _both_directions(mesh_in_force(), structure, x, x)
 
 
@@ -46,7 +46,9 @@ def _edge_dot_jvp(
     return _edge_dot(shape, structure, x), moved
 
 
-def _both_directions(mesh: Any, structure: tuple[Any, ...], users: Array, items: Array) -> Array:
+def _both_directions(
+    mesh: Any, structure: tuple[Any, ...], users: Float[Array, "nodes dim"], items: Float[Array, "nodes dim"]
+) -> Float[Array, " nnz"]:
     """<users[u], items[i]> of every edge (u, i), for both of its entries."""
     indices, indptr, transpose = structure
     half = indices.shape[0] // 2
@@ -60,7 +62,7 @@ def _both_ways(arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple
 
 
 def _pull_either(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: tuple[int, int], mesh: Any
+    results: list[Array], arguments: Others, structure: tuple[Any, ...], *, shape: tuple[int, int], mesh: Any
 ) -> tuple[Array]:
     # An entry and its mirror image pull at the same two rows, so that their sum does in one product.
     (other,) = next(argument for argument in arguments if argument is not None)
@@ -77,7 +79,7 @@ def edge_softmax(graph: SparseGraph, logits: Float[Array, " nnz"]) -> Float[Arra
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _edge_softmax(n_rows: int, rows: Array, logits: Array) -> Array:
+def _edge_softmax(n_rows: int, rows: Int[Array, " nnz"], logits: Float[Array, " nnz"]) -> Float[Array, " nnz"]:
     top = jax.ops.segment_max(logits, rows, n_rows, indices_are_sorted=True)
     weights = jnp.exp(logits - top[rows])
     return weights / (_row_sums(n_rows, rows, weights)[rows] + 1e-16)
@@ -90,7 +92,7 @@ def _edge_softmax_jvp(n_rows: int, rows: Array, primals: tuple[Array], tangents:
     return attention, moved
 
 
-def _row_sums(n_rows: int, rows: Array, values: Array) -> Array:
+def _row_sums(n_rows: int, rows: Int[Array, " nnz"], values: Float[Array, " nnz"]) -> Float[Array, " rows"]:
     return jax.ops.segment_sum(values, rows, n_rows, indices_are_sorted=True)
 
 
@@ -110,7 +112,7 @@ def _derivative_along_attention(moved: Any, arguments: Arguments, rows: Array, *
     return (moved[0] * tangent - moved[0] * shared - attention * shared_moved,)
 
 
-def _transposed_derivative(results: list[Array], arguments: Arguments, rows: Array, *, n_rows: int) -> Any:
+def _transposed_derivative(results: list[Array], arguments: Others, rows: Array, *, n_rows: int) -> Any:
     return _softmax_derivative((arguments[0], tuple(results)), rows, n_rows=n_rows)
 
 
@@ -118,7 +120,7 @@ def _of_own_row(arguments: Arguments, rows: Array, *, n_rows: int) -> tuple[Arra
     return (_row_sums(n_rows, rows, arguments[0][0])[rows],)
 
 
-def _transposed_sum(results: list[Array], arguments: Arguments, rows: Array, *, n_rows: int) -> Any:
+def _transposed_sum(results: list[Array], arguments: Others, rows: Array, *, n_rows: int) -> Any:
     return _sum_of_row((tuple(results),), rows, n_rows=n_rows)
 
 

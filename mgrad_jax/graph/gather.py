@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mgrad_jax.graph.kernels import gpu_product, multiply
-from mgrad_jax.graph.multilinear import Arguments, Multilinear
+from mgrad_jax.graph.multilinear import Arguments, Multilinear, Others
 
 
 def gather_rows(table: Float[Array, "rows dim"], ids: Int[Array, " n"]) -> Float[Array, "n dim"]:
@@ -43,11 +43,11 @@ def _added(arguments: Arguments, ids: Array, *, n_rows: int, kernel: str) -> tup
     return (multiply(kernel, (n_rows, ids.shape[0]), ones, order, starts, rows),)
 
 
-def _pull_table(results: list[Array], arguments: Arguments, ids: Array, *, n_rows: int) -> tuple[Array, ...]:
+def _pull_table(results: list[Array], arguments: Others, ids: Array, *, n_rows: int) -> tuple[Array, ...]:
     return _add((tuple(results),), ids, n_rows=n_rows, kernel=gpu_product.value)
 
 
-def _pull_rows(results: list[Array], arguments: Arguments, ids: Array, *, n_rows: int, kernel: Any) -> Any:
+def _pull_rows(results: list[Array], arguments: Others, ids: Array, *, n_rows: int, kernel: Any) -> Any:
     return _gather((tuple(results),), ids, n_rows=n_rows)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from mgrad_jax.devices import BLOCKS, WHOLE, everywhere, loaded, mesh_in_force, over_devices
 from mgrad_jax.errors import UserError
@@ -22,7 +22,7 @@ RING_BYTES = 1 << 30
 BLOCK = 1024
 
 
-def knn_indices(features: np.ndarray | Array, k: int, block: int = BLOCK) -> Int[Array, "n k"]:
+def knn_indices(features: Float[np.ndarray | Array, "n dim"], k: int, block: int = BLOCK) -> Int[Array, "n k"]:
     """The k nearest rows of every row by cosine similarity, itself included; ties go to the lower index.
 
     Exact, on the device, in blocks of rows: no (n, n) array in memory. Where a mesh is set (`jax.set_mesh`), each of
@@ -45,20 +45,22 @@ def knn_indices(features: np.ndarray | Array, k: int, block: int = BLOCK) -> Int
     n = table.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
-    if (mesh := mesh_in_force()) is not None:
-        if _goes_round(table.nbytes, mesh.size):
-            rows = ring.by_tiles(table, block)
-            _check_directions(ring.norms(rows)[:n])
-            return ring.nearest(rows, n, k, block)
-        table = _everywhere(table)
-    norms = jnp.linalg.norm(table, axis=1, keepdims=True)
-    _check_directions(norms[:, 0])
-    return _knn(table / norms, k, min(block, n))
+    mesh = mesh_in_force()
+    if mesh is not None and _goes_round(table.nbytes, mesh.size):
+        rows = ring.by_tiles(table, block)
+        _check_directions(ring.norms(rows)[:n])
+        nearest: Array = ring.nearest(rows, n, k, block)
+    else:
+        table = table if mesh is None else _everywhere(table)
+        norms = jnp.linalg.norm(table, axis=1, keepdims=True)
+        _check_directions(norms[:, 0])
+        nearest = _knn(table / norms, k, min(block, n))
+    return nearest
 
 
 def knn_bytes(n: int, dim: int, dtype: Any, devices: int) -> int:
     """What each of so many devices has, about, while the nearest rows of an (n, dim) table are found."""
-    size = jnp.dtype(dtype).itemsize
+    size: int = jnp.dtype(dtype).itemsize
     if _goes_round(n * dim * size, devices):
         rows = -(-n // (BLOCK * devices)) * BLOCK
         return (rows + 3 * BLOCK) * dim * size  # its rows, and of tiles one's own, the visitor and the next
@@ -73,14 +75,14 @@ def _goes_round(n_bytes: int, devices: int) -> bool:
 _everywhere = jax.jit(everywhere)
 
 
-def _check_directions(norms: Array) -> None:
+def _check_directions(norms: Float[Array, " n"]) -> None:
     bad = np.flatnonzero(~np.asarray((norms > 0) & jnp.isfinite(norms)))
     if len(bad):
         raise UserError(f"feature row {bad[0]} is all zero or not finite, so it has no nearest items; fill it.")
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _knn(table: Array, k: int, block: int) -> Array:
+def _knn(table: Float[Array, "n dim"], k: int, block: int) -> Int[Array, "n k"]:
     n = table.shape[0]
     starts = jnp.arange(0, n, block)
 
@@ -95,11 +97,14 @@ def _knn(table: Array, k: int, block: int) -> Array:
     return jnp.concatenate([found[:-1].reshape(-1, k), found[-1, block - tail :]]).astype(jnp.int32)
 
 
-def _over_blocks(function: Callable[[Array, Array], Array], starts: Array, table: Array) -> Array:
+def _over_blocks(
+    function: Callable[[Array, Array], Array], starts: Int[Array, " blocks"], table: Float[Array, "n dim"]
+) -> Int[Array, "blocks block k"]:
     """Results (blocks, ...) of `function(table, start)`, block after block; of several devices, each does its own."""
 
     def own(starts: Array, table: Array) -> Array:
-        return jax.lax.map(partial(function, table), starts)
+        results: Array = jax.lax.map(partial(function, table), starts)
+        return results
 
     if (mesh := mesh_in_force()) is None:
         return own(starts, table)
@@ -108,7 +113,7 @@ def _over_blocks(function: Callable[[Array, Array], Array], starts: Array, table
     return everywhere(found)[: starts.shape[0]]
 
 
-def knn_graph(features: np.ndarray | Array, k: int, dtype: Any = jnp.float32) -> SparseGraph:
+def knn_graph(features: Float[np.ndarray | Array, "n dim"], k: int, dtype: Any = jnp.float32) -> SparseGraph:
     """The directed graph of `knn_indices`, both ends normalised by the row degree k: every entry is 1 / (k + 1e-7)."""
     if shapes_only.value:
         n_items = features.shape[0]

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from mgrad_jax.graph.sparse import row_ids
 
@@ -34,7 +34,14 @@ Product = Callable[[tuple[int, int], Array, Array, Array, Array], Array]
 gpu_product = jax.make_user_context("segment")
 
 
-def multiply(kernel: str, shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
+def multiply(
+    kernel: str,
+    shape: tuple[int, int],
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " rows_plus_1"],
+    x: Float[Array, "cols dim"],
+) -> Float[Array, "rows dim"]:
     """The product of a matrix of this shape with a dense one, (n_rows, dim), on CUDA by this kernel.
 
     Raises:
@@ -43,16 +50,18 @@ def multiply(kernel: str, shape: tuple[int, int], values: Array, indices: Array,
     if kernel not in PRODUCTS:
         raise ValueError(f"gpu_product is {kernel!r}; choose one of {', '.join(PRODUCTS)}.")
     others = {} if kernel == "segment" else {"cuda": partial(PRODUCTS[kernel], shape)}
-    return jax.lax.platform_dependent(
+    product: Array = jax.lax.platform_dependent(
         values, indices, indptr, x, cpu=partial(_bcsr, shape), default=partial(segment, shape), **others
     )
+    return product
 
 
 def _bcsr(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     # The kernel knows float32 and float64; half precision is summed in float32, which is better anyway.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     graph = sparse.BCSR((values.astype(wide), indices, indptr), shape=shape)
-    return (graph @ x.astype(wide)).astype(x.dtype)
+    product: Array = graph @ x.astype(wide)
+    return product.astype(x.dtype)
 
 
 def segment(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
@@ -64,18 +73,19 @@ def segment(shape: tuple[int, int], values: Array, indices: Array, indptr: Array
 def cusparse(shape: tuple[int, int], values: Array, indices: Array, indptr: Array, x: Array) -> Array:
     """JAX's own compressed rows; half precision in float32, as on a CPU."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (sparse.CSR((values.astype(wide), indices, indptr), shape=shape) @ x.astype(wide)).astype(x.dtype)
+    product: Array = sparse.CSR((values.astype(wide), indices, indptr), shape=shape) @ x.astype(wide)
+    return product.astype(x.dtype)
 
 
 def rows(
     shape: tuple[int, int],
-    values: Array,
-    indices: Array,
-    indptr: Array,
-    x: Array,
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " rows_plus_1"],
+    x: Float[Array, "cols dim"],
     *,
     interpret: bool = False,
-) -> Array:
+) -> Float[Array, "rows dim"]:
     """A program for every row and block of columns.
 
     The hardware hands out programs as others finish, so rows of different lengths balance as long as none takes longer
@@ -91,14 +101,14 @@ def rows(
 
 def split_rows(
     shape: tuple[int, int],
-    values: Array,
-    indices: Array,
-    indptr: Array,
-    x: Array,
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " rows_plus_1"],
+    x: Float[Array, "cols dim"],
     *,
     piece: int = PIECE,
     interpret: bool = False,
-) -> Array:
+) -> Float[Array, "rows dim"]:
     """`rows` for graphs of which some rows are very long: pieces of `piece` entries, then the pieces of every row."""
     n_rows, nnz = shape[0], indices.shape[0]
     if nnz <= piece:
@@ -125,7 +135,7 @@ def _sums(starts: Array, ends: Array, values: Array, indices: Array, x: Array, i
         return jnp.zeros(total.shape, total.dtype)
     width = min(_WIDTH, pl.next_power_of_2(dim))
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
+    sums: Array = pl.pallas_call(
         partial(_row_kernel, dim=dim, width=width),
         grid=(n_rows, pl.cdiv(dim, width)),
         in_specs=[whole] * 5,
@@ -135,6 +145,7 @@ def _sums(starts: Array, ends: Array, values: Array, indices: Array, x: Array, i
         compiler_params=triton.CompilerParams(num_warps=2),
         name="sparse_rows",
     )(starts, ends, values, indices, x)
+    return sums
 
 
 def _row_kernel(starts: Any, ends: Any, values: Any, indices: Any, x: Any, y: Any, *, dim: int, width: int) -> None:

@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 Arguments = Sequence[tuple[Array, ...]]
+Others = Sequence[Any]  # the same where a cotangent is asked for, with None in the place of that argument
 
 
 class Multilinear:

@@ -25,7 +25,7 @@ from mgrad_jax.devices import (
     turned_to_columns,
 )
 from mgrad_jax.graph.kernels import gpu_product, multiply
-from mgrad_jax.graph.multilinear import Arguments, Multilinear
+from mgrad_jax.graph.multilinear import Arguments, Multilinear, Others
 from mgrad_jax.graph.sparse import SparseGraph, row_ids, structure_of
 
 
@@ -48,8 +48,12 @@ def propagate(graph: SparseGraph, x: Float[Array, "cols dim"]) -> Float[Array, "
 
 
 def product(
-    shape: tuple[int, int], values: Array, structure: tuple[Any, ...], x: Array, symmetric: bool | None = None
-) -> Array:
+    shape: tuple[int, int],
+    values: Float[Array, " nnz"],
+    structure: tuple[Any, ...],
+    x: Float[Array, "cols dim"],
+    symmetric: bool | None = None,
+) -> Float[Array, "rows dim"]:
     """`propagate` with other values; `symmetric`: whether they equal their mirror images, if no transpose is stored."""
     static = _static(shape, structure, symmetric=symmetric)
     return _product(((values,), (x,)), structure, **static)[0]
@@ -169,12 +173,12 @@ def _by_columns(
 def _halves(
     sizes: tuple[int, int],
     by_kernel: Callable[..., Array],
-    values: Array,
-    indices: Array,
-    indptr: Array,
-    users: Array,
-    items: Array,
-) -> tuple[Array, Array]:
+    values: Float[Array, " nnz"],
+    indices: Int[Array, " nnz"],
+    indptr: Int[Array, " nodes_plus_1"],
+    users: Float[Array, "users dim"],
+    items: Float[Array, "items dim"],
+) -> tuple[Float[Array, "users dim"], Float[Array, "items dim"]]:
     """Both products of one step; half of the entries lie in the rows of users."""
     n_users, n_items = sizes
     half = indices.shape[0] // 2
@@ -197,13 +201,13 @@ def _parted(y: Array, sizes: list[int]) -> tuple[Array, ...]:
     return (y,) if len(sizes) == 1 else (y[: sizes[0]], y[sizes[0] :])
 
 
-def _pull_values(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], **static: Any) -> Any:
+def _pull_values(results: list[Array], arguments: Others, structure: tuple[Any, ...], **static: Any) -> Any:
     pulls, vectors = jnp.concatenate(results), jnp.concatenate(arguments[1])
     pair = (vectors, pulls) if static["transposed"] else (pulls, vectors)
     return (entry_dots(static["shape"], structure, *pair),)
 
 
-def _pull_vectors(results: list[Array], arguments: Arguments, structure: tuple[Any, ...], **static: Any) -> Any:
+def _pull_vectors(results: list[Array], arguments: Others, structure: tuple[Any, ...], **static: Any) -> Any:
     transposed = {**static, "transposed": not static["transposed"]}
     return _product((arguments[0], tuple(results)), structure, **transposed)
 
@@ -231,7 +235,7 @@ def _batch(operands: Any, axes: Any, *, tree: Any, static: tuple[Any, ...]) -> t
     return list(results), [0] * n_vectors
 
 
-def _columns(x: Array, axis: int | None, size: int) -> Array:
+def _columns(x: Array, axis: int | None, size: int) -> Float[Array, "nodes wide"]:
     """All members' vectors of a node in one row."""
     members = jnp.broadcast_to(x[:, None], (x.shape[0], size, x.shape[1])) if axis is None else jnp.moveaxis(x, axis, 1)
     return members.reshape(members.shape[0], -1)
@@ -243,7 +247,9 @@ _product = Multilinear("graph_product", _compute, {0: _pull_values, 1: _pull_vec
 # The derivative of a product by the matrix's values: linear in the vectors on either side.
 
 
-def entry_dots(shape: tuple[int, int], structure: tuple[Any, ...], a: Array, b: Array) -> Float[Array, " nnz"]:
+def entry_dots(
+    shape: tuple[int, int], structure: tuple[Any, ...], a: Float[Array, "rows dim"], b: Float[Array, "cols dim"]
+) -> Float[Array, " nnz"]:
     """<a[row], b[column]> of every entry (a sampled dense-dense product, SDDMM); a (n_rows, dim), b (n_cols, dim)."""
     return _entry_dots(((a,), (b,)), structure, shape=shape, mesh=mesh_in_force())[0]
 
@@ -256,13 +262,13 @@ def _dots_of_entries(
 
 
 def _pull_rows(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any, mesh: Any
+    results: list[Array], arguments: Others, structure: tuple[Any, ...], *, shape: Any, mesh: Any
 ) -> tuple[Array]:
     return (product(shape, results[0], structure, arguments[1][0], symmetric=False),)
 
 
 def _pull_columns(
-    results: list[Array], arguments: Arguments, structure: tuple[Any, ...], *, shape: Any, mesh: Any
+    results: list[Array], arguments: Others, structure: tuple[Any, ...], *, shape: Any, mesh: Any
 ) -> tuple[Array, ...]:
     static = _static(shape, structure, symmetric=False)
     return _product(((results[0],), arguments[0]), structure, **{**static, "transposed": True})
@@ -271,13 +277,20 @@ def _pull_columns(
 _entry_dots = Multilinear("graph_entry_dots", _dots_of_entries, {0: _pull_rows, 1: _pull_columns})
 
 
-def dots(mesh: Any, indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array, b: Array) -> Float[Array, " n"]:
+def dots(
+    mesh: Any,
+    indices: Int[Array, " n"],
+    rows: Int[Array, " n"],
+    a: Float[Array, "rows dim"],
+    b: Float[Array, "cols dim"],
+) -> Float[Array, " n"]:
     """<a[row], b[column]> of some entries; of their own columns on several devices, which then send n numbers each."""
     if mesh is None:
         return _dots(indices, rows, a, b)
 
     def own(indices: Array, rows: Array, a: Array, b: Array) -> Array:
-        return jax.lax.psum(_dots(indices, rows, a, b), AXIS)
+        sums: Array = jax.lax.psum(_dots(indices, rows, a, b), AXIS)
+        return sums
 
     wide = padded_columns(a, mesh.size), padded_columns(b, mesh.size)
     return over_devices(mesh, own, (WHOLE, WHOLE, COLUMNS, COLUMNS), WHOLE, indices, rows, *wide)
@@ -285,10 +298,11 @@ def dots(mesh: Any, indices: Int[Array, " n"], rows: Int[Array, " n"], a: Array,
 
 def _dots(indices: Array, rows: Array, a: Array, b: Array) -> Array:
     products = a[rows] * b[indices]
-    return jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
+    sums: Array = jax.lax.platform_dependent(products, cpu=_sum_by_halves, default=lambda x: jnp.sum(x, axis=-1))
+    return sums
 
 
-def _sum_by_halves(x: Array) -> Array:
+def _sum_by_halves(x: Float[Array, "*places dim"]) -> Float[Array, "*places"]:
     # On a CPU a sum fused with the gather of its rows adds number by number; halves added to halves take a twentieth.
     width, rest = x.shape[-1], jnp.zeros(x.shape[:-1], x.dtype)
     while width > 1:

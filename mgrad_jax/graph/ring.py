@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from mgrad_jax.devices import AXIS, COLUMNS, ROWS, everywhere, held, mesh_in_force, over_devices
 
-# Similarities and indices of the nearest so far, (..., k) each, nearest first.
-_Found = tuple[Array, Array]
+# Similarities and indices of the nearest so far, nearest first.
+_Found = tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]
 
 
 @partial(jax.jit, static_argnums=1)
@@ -29,9 +29,11 @@ def by_tiles(table: Float[Array, "n dim"], tile: int) -> Float[Array, "whole_til
         def exchanged(number: Array) -> Array:
             starts = (jnp.arange(mesh.size) * each + number) * tile
             rows = columns.at[starts[:, None] + jnp.arange(tile)[None]].get(mode="fill", fill_value=0)
-            return jax.lax.all_to_all(rows, AXIS, 0, 2, tiled=True)[0]
+            received: Array = jax.lax.all_to_all(rows, AXIS, 0, 2, tiled=True)
+            return received[0]
 
-        return jax.lax.map(exchanged, jnp.arange(each)).reshape(-1, dim)
+        tiles: Array = jax.lax.map(exchanged, jnp.arange(each))
+        return tiles.reshape(-1, dim)
 
     return over_devices(mesh, own, (COLUMNS,), ROWS, table)
 
@@ -39,7 +41,8 @@ def by_tiles(table: Float[Array, "n dim"], tile: int) -> Float[Array, "whole_til
 @jax.jit
 def norms(rows: Float[Array, "n dim"]) -> Float[Array, " n"]:
     """The norm of every row, on every device."""
-    return everywhere(jnp.linalg.norm(rows, axis=1))
+    found: Array = jnp.linalg.norm(rows, axis=1)
+    return everywhere(found)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -81,7 +84,9 @@ def nearest(rows: Float[Array, "whole_tiles dim"], n: int, k: int, tile: int) ->
     return everywhere(over_devices(mesh, own, (ROWS,), ROWS, rows))[:n]
 
 
-def _nearer(found: _Found, tile: Array, visitor: Array, ids: Array, n: int) -> _Found:
+def _nearer(
+    found: _Found, tile: Float[Array, "tile dim"], visitor: Float[Array, "other dim"], ids: Int[Array, " other"], n: int
+) -> _Found:
     """The nearest of those found and of a visiting tile, whose rows have these indices."""
     similarity = jnp.matmul(_directions(tile), visitor.T, precision=jax.lax.Precision.HIGHEST)
     similarity = jnp.where(ids[None] < n, similarity, -jnp.inf)
@@ -93,6 +98,6 @@ def _nearer(found: _Found, tile: Array, visitor: Array, ids: Array, n: int) -> _
     return -descending[:, :k], nearest[:, :k]
 
 
-def _directions(rows: Array) -> Array:
+def _directions(rows: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
     norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
     return rows / jnp.where(norms > 0, norms, 1)  # those that fill up the last tiles stay zero

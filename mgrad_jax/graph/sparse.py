@@ -61,15 +61,17 @@ class SparseGraph:
 
     def rows(self) -> Int[Array, " nnz"]:
         """The row of every entry."""
-        return row_ids(self.indptr, self.nnz)
+        rows: Array = row_ids(self.indptr, self.nnz)
+        return rows
 
     def todense(self) -> Float[Array, "rows cols"]:
         """The dense matrix, (n_rows, n_cols); for tests and small graphs."""
-        return _dense(self)
+        dense: Array = _dense(self)
+        return dense
 
 
 @jax.jit
-def _dense(graph: SparseGraph) -> Array:
+def _dense(graph: SparseGraph) -> Float[Array, "rows cols"]:
     return jnp.zeros(graph.shape, graph.data.dtype).at[graph.rows(), graph.indices].add(graph.data)
 
 
@@ -193,7 +195,7 @@ def rows_on_host(graph: SparseGraph) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=1)
-def row_ids(indptr: Array, nnz: int) -> Int[Array, " nnz"]:
+def row_ids(indptr: Int[Array, " rows_plus_1"], nnz: int) -> Int[Array, " nnz"]:
     """The row of every entry, (nnz,)."""
     n_rows = indptr.shape[0] - 1
     return jnp.repeat(jnp.arange(n_rows, dtype=jnp.int32), jnp.diff(indptr), total_repeat_length=nnz)

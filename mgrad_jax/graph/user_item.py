@@ -137,7 +137,9 @@ def keep_edges(edges: BipartiteEdges, kept: Bool[Array, " edges"], n_keep: int) 
 
 
 @partial(jax.jit, static_argnums=2)  # one program, also where a model is made operation by operation
-def _entries_of(edges: BipartiteEdges, kept: Array, n_keep: int) -> tuple[Array, Array, Array]:
+def _entries_of(
+    edges: BipartiteEdges, kept: Bool[Array, " edges"], n_keep: int
+) -> tuple[Int[Array, " entries"], Int[Array, " entries"], Int[Array, " nodes_plus_1"]]:
     """Row and column of every entry of the edges that are kept, and where the rows begin."""
     keep = kept[edges.edge_ids]
     (places,) = jnp.nonzero(keep, size=2 * n_keep)

@@ -136,7 +136,8 @@ def _blocks(users: np.ndarray, weights: np.ndarray, n_users: int) -> Iterator[sl
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The numbers of all ranges, one after another."""
-    return np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    numbers: np.ndarray = np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    return numbers
 
 
 def _most_shared(codes: np.ndarray, id_bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from mgrad_jax.errors import UserError
 from mgrad_jax.evaluation.ranking import EvalSplit, full_sort_metrics, make_eval_split, split_over_devices
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import check_loop, pass_schedule
+from mgrad_jax.models import Variables
 from mgrad_jax.training.epoch import EpochLog, EpochPlan, SplitModel, TrainingData, TrainState, run_epoch, training_data
 from mgrad_jax.training.settings import FitSettings
 from mgrad_jax.training.side_by_side import by_device, put, spread, stack, take
@@ -49,8 +50,8 @@ class Inputs(NamedTuple):
 class Scoring(NamedTuple):
     """The variables evaluation reads."""
 
-    params: nnx.State
-    epoch_state: nnx.State
+    params: Variables
+    epoch_state: Variables
 
 
 class Scores(NamedTuple):
@@ -94,7 +95,8 @@ def first_state(parts: SplitModel, tx: optax.GradientTransformation) -> TrainSta
 
     A copy: it is donated to each epoch, and must take neither the model's own arrays nor the constants' with it.
     """
-    return jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+    state: TrainState = jax.tree.map(jnp.copy, TrainState(parts.params, tx.init(parts.params), parts.epoch_state))
+    return state
 
 
 def scoring(state: TrainState) -> Scoring:
@@ -206,7 +208,9 @@ class Engine:
             if each == 1:
                 return self._evaluate(scoring, own, best, shared, eval_splits)
             # One lane after another: scores of all lanes at once would not fit, and gain nothing.
-            return jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, eval_splits), (scoring, own, best))
+            lanes = scoring, own, best
+            scores: Scores = jax.lax.map(lambda x: self._evaluate(x[0], x[1], x[2], shared, eval_splits), lanes)
+            return scores
 
         def over_lanes(program: Callable[..., Any]) -> Callable[..., Any]:
             return program if self.mesh is None else by_device(program, self.mesh, each)
@@ -257,9 +261,10 @@ class Engine:
             )
         return Scores(valid, test, jnp.isfinite(users.sum() + items.sum()))
 
-    def _constants(self, own: Own, shared: Sequence[jax.Array | None]) -> nnx.State:
+    def _constants(self, own: Own, shared: Sequence[jax.Array | None]) -> Variables:
         mine = iter(own.constants)
-        return jax.tree.unflatten(self._structure, [next(mine) if x is None else x for x in shared])
+        constants: Variables = jax.tree.unflatten(self._structure, [next(mine) if x is None else x for x in shared])
+        return constants
 
 
 class Lanes:

@@ -25,7 +25,7 @@ from mgrad_jax.data.sampling import UserHistory, sample_negatives, shuffle, user
 from mgrad_jax.devices import Layout, everywhere, hold_of
 from mgrad_jax.iterates import evaluation_params
 from mgrad_jax.mirror import restart_epoch, update_with
-from mgrad_jax.models import EpochState, Recommender
+from mgrad_jax.models import EpochState, Recommender, Variables
 from mgrad_jax.training.decay import next_epoch
 
 
@@ -39,10 +39,10 @@ class TrainState(NamedTuple):
         stale_params: those one evaluates before the epoch's last update (only with `evaluate="stale"`, else None).
     """
 
-    params: nnx.State
+    params: Variables
     opt_state: optax.OptState
-    epoch_state: nnx.State
-    stale_params: nnx.State | None = None
+    epoch_state: Variables
+    stale_params: Variables | None = None
 
 
 class TrainingData(NamedTuple):
@@ -85,10 +85,10 @@ class EpochPlan:
 class SplitModel(NamedTuple):
     """A model taken apart for jit: what is static, what is trained, what is redrawn and what is constant."""
 
-    graphdef: nnx.GraphDef
-    params: nnx.State
-    epoch_state: nnx.State
-    constants: nnx.State
+    graphdef: nnx.GraphDef[Recommender]
+    params: Variables
+    epoch_state: Variables
+    constants: Variables
 
 
 def split_model(model: Recommender) -> SplitModel:
@@ -102,11 +102,11 @@ def training_data(data: Interactions) -> TrainingData:
 
 
 def run_epoch(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Recommender],
     tx: optax.GradientTransformation,
     plan: EpochPlan,
     state: TrainState,
-    constants: nnx.State,
+    constants: Variables,
     train: TrainingData,
     key: Array,
 ) -> tuple[TrainState, EpochLog]:
@@ -175,16 +175,16 @@ def _segments(samples: Batch, plan: EpochPlan) -> list[tuple[Batch, np.ndarray, 
 
 
 def train_pass(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Recommender],
     tx: optax.GradientTransformation,
-    epoch_state: nnx.State,
-    constants: nnx.State,
+    epoch_state: Variables,
+    constants: Variables,
     pass_key: Array,
     batches: Batch,
-    carry: tuple[nnx.State, optax.OptState],
+    carry: tuple[Variables, optax.OptState],
     position: tuple[Int[Array, ""], Int[Array, ""]],
-    hold: Callable[[nnx.State], nnx.State] = lambda params: params,
-) -> tuple[tuple[nnx.State, optax.OptState], EpochLog]:
+    hold: Callable[[Variables], Variables] = lambda params: params,
+) -> tuple[tuple[Variables, optax.OptState], EpochLog]:
     """One gradient and one update.
 
     Forms that need more gradients get `grad_fn(params, pass_index)`, that of the same batch, and
@@ -196,21 +196,23 @@ def train_pass(
     batch = jax.tree.map(lambda x: x[index], batches)
     key = jax.random.fold_in(pass_key, number)
 
-    def loss_fn(params: nnx.State, key: Array = key, batch: Batch = batch) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(params: Variables, key: Array = key, batch: Batch = batch) -> tuple[Array, dict[str, Array]]:
         # Held here, the gradient is held as well, and the update then sends nothing.
         return nnx.merge(graphdef, hold(params), epoch_state, constants).loss(batch, key)
 
-    def grad_fn(params: nnx.State, pass_index: Any) -> nnx.State:
+    def grad_fn(params: Variables, pass_index: Any) -> Variables:
         # 2**30 keeps these keys apart from the pass numbers.
-        return jax.grad(loss_fn, has_aux=True)(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
+        gradient: Variables = jax.grad(loss_fn, has_aux=True)(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
+        return gradient
 
-    def sample_grad_fn(params: nnx.State, index: Any) -> nnx.State:
+    def sample_grad_fn(params: Variables, index: Any) -> Variables:
         sample = jax.tree.map(lambda x: x.reshape(-1)[index][None], batches)
         # A second fold: an index may be as large as the numbers that tell the other keys apart.
         sample_key = jax.random.fold_in(jax.random.fold_in(key, 2**30 - 1), index)
-        return jax.grad(loss_fn, has_aux=True)(params, sample_key, sample)[0]
+        gradient: Variables = jax.grad(loss_fn, has_aux=True)(params, sample_key, sample)[0]
+        return gradient
 
-    def value_fn(params: nnx.State) -> Array:
+    def value_fn(params: Variables) -> Array:
         return loss_fn(params)[0]
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)

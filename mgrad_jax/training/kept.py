@@ -10,13 +10,14 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import remove_leftovers, unreadable, written_whole
-from mgrad_jax.models import Recommender
+from mgrad_jax.models import Recommender, Variables
 from mgrad_jax.processes import by_first, on_host
 from mgrad_jax.training.config import RunConfig
 
@@ -37,7 +38,7 @@ class KeptParams:
     def __init__(self, directory: Path, every: int | None, run: str) -> None:
         self.directory, self._every, self._run = directory / "kept", every, run
 
-    def save(self, epoch: int, params: nnx.State) -> None:
+    def save(self, epoch: int, params: Variables) -> None:
         """Keep the parameters after an epoch if it is one of those; the file has reached the disk when this returns.
 
         Raises:
@@ -83,7 +84,7 @@ class KeptParams:
             variable.set_value(array)
         nnx.update(model, params)
 
-    def least_bytes(self, config: RunConfig, params: nnx.State, epoch: int, best_epoch: int) -> int:
+    def least_bytes(self, config: RunConfig, params: Variables, epoch: int, best_epoch: int) -> int:
         """What the epochs will take that are certain to come: those until the patience ends without improvement.
 
         Of the parameters shapes suffice.
@@ -96,7 +97,7 @@ class KeptParams:
         return int(size * max(0, last // self._every - epoch // self._every))
 
 
-def named(params: nnx.State) -> dict[str, nnx.Variable]:
+def named(params: Variables) -> dict[str, nnx.Variable[Any]]:
     """Variables by dotted path."""
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
 

@@ -124,7 +124,8 @@ def available_bytes(devices: int = 1) -> float:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return devices * float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    return jax.process_count() * min(_free_memory(), _free_addresses(), _free_in_group())
+    processes: int = jax.process_count()
+    return processes * min(_free_memory(), _free_addresses(), _free_in_group())
 
 
 def in_words(size: float) -> str:
@@ -141,7 +142,8 @@ def in_words(size: float) -> str:
 
 def _parameters(model: str, own: Mapping[str, Any], data: Interactions, widths: Mapping[str, int]) -> int:
     """How many numbers the model's tables and maps hold."""
-    users, items, dim = data.n_users, data.n_items, own["embedding_dim"]
+    users, items = data.n_users, data.n_items
+    dim: int = own["embedding_dim"]
     nodes, raw, modalities = users + items, sum(widths.values()), len(widths)
     if model == "vbpr":
         return (2 * users + items) * dim + (raw + 1) * dim
@@ -152,14 +154,15 @@ def _parameters(model: str, own: Mapping[str, Any], data: Interactions, widths: 
         maps = 4 * dim * (raw + modalities * (dim + 1)) + modalities * dim
         return modalities * users * (dim + 1) + maps + (items * modalities if model == "dualgnn" else 0)
     if model == "grcn":
-        latent = own["latent_embedding"]
+        latent: int = own["latent_embedding"]
         return nodes * (dim + modalities) + latent * (modalities * users + raw + modalities)
     if model == "mmgcn":
         # The tables are constants unless they are trained; they are there either way.
-        branches = {name: own["dim_latent"] if name == "image" else width for name, width in widths.items()}
+        latent = own["dim_latent"]
+        branches = {name: latent if name == "image" else width for name, width in widths.items()}
         wide = sum(width * width + 2 * width * dim + dim * dim + 2 * dim for width in branches.values())
         narrow = 2 * len(branches) * (4 * dim * dim + 2 * dim)
-        image = (widths["image"] + 1) * own["dim_latent"] if "image" in widths else 0
+        image = (widths["image"] + 1) * latent if "image" in widths else 0
         tables = nodes * dim + users * sum(branches.values())
         return wide + narrow + image + (tables if own["train_tables"] else 0)
     if model == "slmrec":
@@ -173,7 +176,7 @@ def _state_ratio(tx: optax.GradientTransformation) -> float:
     params = {"table": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
     # Scalars are nothing beside a table, and a table's state is at least one row long.
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.size >= 64)
+    size: int = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.size >= 64)
     return size / (_FLOAT * 64 * 64)
 
 

@@ -160,7 +160,8 @@ def _replay(optimizer: Any, interval: int, max_norm: Any) -> optax.GradientTrans
 
 def _one_a_pass(epoch: int, run: Mapping[str, Any]) -> int:
     """Mirror batches, every `interval`-th one, take two."""
-    return _one_a_batch(epoch, run) + math.ceil(run["batches"] / run["interval"])
+    mirrored: int = math.ceil(run["batches"] / run["interval"])
+    return _one_a_batch(epoch, run) + mirrored
 
 
 def _two_a_batch(epoch: int, run: Mapping[str, Any]) -> int:

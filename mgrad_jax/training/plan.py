@@ -205,4 +205,4 @@ def _memory(program: jax.stages.Compiled) -> Memory:
 def _bytes_of(x: jax.ShapeDtypeStruct) -> int:
     """Of an array on each device."""
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return int(np.prod(shape)) * x.dtype.itemsize
+    return int(np.prod(shape) * x.dtype.itemsize)

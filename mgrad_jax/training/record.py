@@ -119,4 +119,6 @@ def _is_number(value: Any) -> bool:
 
 def nothing_left(record: Mapping[str, Any], config: RunConfig) -> bool:
     """Whether a run with this result has reached its end under these settings."""
-    return record["epochs_run"] >= config.epochs or record["epochs_run"] - record["best_epoch"] > config.patience
+    epochs: int = record["epochs_run"]
+    best: int = record["best_epoch"]
+    return epochs >= config.epochs or epochs - best > config.patience

@@ -69,7 +69,8 @@ class LoadedRun(NamedTuple):
         """
         hold = hold_of(self.layout)
         with as_configured(self.config), in_force(self.layout):
-            return jax.jit(lambda model: hold(model).embed())(self.model)
+            vectors: tuple[jax.Array, jax.Array] = jax.jit(lambda model: hold(model).embed())(self.model)
+            return vectors
 
 
 def train_run(

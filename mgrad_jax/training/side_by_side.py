@@ -7,7 +7,7 @@ lanes are left behind do some of the others move to another device.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -52,7 +52,7 @@ def stack(members: Iterable[_Tree], width: int, mesh: Mesh | None) -> _Tree:
     if mesh is None:
         return next(members) if width == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     each = width // mesh.size
-    parts = [
+    parts: list[_Tree] = [
         _stack([jax.device_put(member, device) for member in itertools.islice(members, each)])
         for device in mesh.devices.flat
     ]
@@ -62,7 +62,8 @@ def stack(members: Iterable[_Tree], width: int, mesh: Mesh | None) -> _Tree:
 def put(stacked: _Tree, member: _Tree, lane: int, mesh: Mesh | None) -> _Tree:
     """The lanes with another member in one of them, or that alone where there is no other lane."""
     if mesh is None:
-        return _put(stacked, member, lane)
+        replaced: _Tree = _put(stacked, member, lane)
+        return replaced
     parts = _parts(stacked, mesh)
     device, place = divmod(lane, _length(parts[0]))
     parts[device] = _put(parts[device], jax.device_put(member, mesh.devices.flat[device]), place)
@@ -73,10 +74,12 @@ def take(stacked: _Tree, lanes: Sequence[int], mesh: Mesh | None) -> _Tree:
     """Some of the lanes, as many for every device."""
     if mesh is None:
         index = np.asarray(lanes) if len(lanes) > 1 else lanes[0]
-        return jax.tree.map(lambda x: x[index], stacked)
+        taken: _Tree = jax.tree.map(lambda x: x[index], stacked)
+        return taken
     parts = _parts(stacked, mesh)
     places = (divmod(lane, _length(parts[0])) for lane in lanes)
-    return stack((_take(parts[device], place) for device, place in places), len(lanes), mesh)
+    members: Iterator[_Tree] = (_take(parts[device], place) for device, place in places)
+    return stack(members, len(lanes), mesh)
 
 
 def _parts(stacked: _Tree, mesh: Mesh) -> list[_Tree]:
@@ -93,7 +96,8 @@ def _join(parts: Sequence[_Tree], mesh: Mesh) -> _Tree:
         shape = (len(shards) * shards[0].shape[0], *shards[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, BLOCKS), shards)
 
-    return jax.tree.map(joined, *parts)
+    whole: _Tree = jax.tree.map(joined, *parts)
+    return whole
 
 
 def _length(part: Any) -> int:

@@ -295,9 +295,10 @@ def test_a_stopped_target_is_seen_by_values_and_not_by_products() -> None:
     assert 4 * error < hidden
 
 
-def test_narrow_tables_are_moved_in_the_models_own_type() -> None:
-    model = nnx.Linear(2, 3, dtype=jnp.float32, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    params = parameters(model)  # type: ignore[arg-type]
+def test_narrow_tables_are_moved_in_the_models_own_type(data: Interactions) -> None:
+    model = models.create("vbpr", data, embedding_dim=3)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model, nnx.Param)))
+    params = parameters(model)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    assert model.kernel[...].dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("bfloat16")}
     assert norm(params) == pytest.approx(math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(params))), rel=1e-6)

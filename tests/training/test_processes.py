@@ -8,16 +8,17 @@ import shlex
 import shutil
 import signal
 import socket
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from two_processes import Ended, address, start_two
 
 from mgrad_jax import devices, models, processes
@@ -270,7 +271,8 @@ def test_one_process_needs_no_options_and_no_others() -> None:
 
 
 def test_devices_are_shared_by_processes_evenly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device(NamedTuple):
+    @dataclass(frozen=True)
+    class Device:
         id: int
         process_index: int
         platform: str = "cpu"
@@ -278,8 +280,8 @@ def test_devices_are_shared_by_processes_evenly_or_not_at_all(monkeypatch: pytes
     there = [Device(number, number // 5) for number in range(8)]
     monkeypatch.setattr(jax, "devices", lambda platform=None: there)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "make_mesh", lambda shape, names, axis_types, devices: [device.id for device in devices])
-    assert devices.mesh(4) == [0, 1, 5, 6]
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, names, axis_types, devices: Mesh(np.array(devices), names))
+    assert [device.id for device in devices.mesh(4).devices.flat] == [0, 1, 5, 6]
     with pytest.raises(UserError, match="7 devices cannot be shared evenly by 2 processes"):
         devices.mesh(7)
     with pytest.raises(UserError, match="process 1 has 3 devices and was to give 4"):

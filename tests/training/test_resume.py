@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -103,7 +104,8 @@ def test_killed_twice_and_resumed(unbroken: Path, tmp_path: Path) -> None:
     assert result(out) == result(unbroken)
     best, expected = load_run(out), load_run(unbroken)
     assert best.epoch == expected.epoch
-    assert (best.model.scores([0, 5]) == expected.model.scores([0, 5])).all()
+    users = np.array([0, 5])
+    assert (best.model.scores(users) == expected.model.scores(users)).all()
 
 
 def test_stopping_between_epochs_and_resuming(unbroken: Path, stopped: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_best_checkpoint_that_is_lost_is_trained_again(
         train_run(config(run), resume=True)
     assert any("is trained again at the end" in str(warning.message) for warning in caught)
     assert content(run) == content(finished)
-    assert (load_run(run).model.scores([0]) == expected.model.scores([0])).all()
+    assert (load_run(run).model.scores(np.array([0])) == expected.model.scores(np.array([0]))).all()
 
 
 def test_a_damaged_latest_checkpoint_may_be_deleted_once_the_best_was_read(finished: Path, run: Path) -> None:
