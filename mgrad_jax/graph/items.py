@@ -45,17 +45,17 @@ def knn_indices(features: Float[np.ndarray | Array, "n dim"], k: int, block: int
     n = table.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"knn_k is {k}; it must be between 1 and the number of items, {n}.")
-    mesh = mesh_in_force()
-    if mesh is not None and _goes_round(table.nbytes, mesh.size):
-        rows = ring.by_tiles(table, block)
-        _check_directions(ring.norms(rows)[:n])
-        nearest: Array = ring.nearest(rows, n, k, block)
-    else:
-        table = table if mesh is None else _everywhere(table)
-        norms = jnp.linalg.norm(table, axis=1, keepdims=True)
-        _check_directions(norms[:, 0])
-        nearest = _knn(table / norms, k, min(block, n))
-    return nearest
+    if (mesh := mesh_in_force()) is not None:
+        if _goes_round(table.nbytes, mesh.size):
+            rows = ring.by_tiles(table, block)
+            _check_directions(ring.norms(rows)[:n])
+            nearest: Array = ring.nearest(rows, n, k, block)
+            return nearest
+        table = _everywhere(table)
+    norms = jnp.linalg.norm(table, axis=1, keepdims=True)
+    _check_directions(norms[:, 0])
+    found: Array = _knn(table / norms, k, min(block, n))
+    return found
 
 
 def knn_bytes(n: int, dim: int, dtype: Any, devices: int) -> int:
