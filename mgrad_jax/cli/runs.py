@@ -101,7 +101,6 @@ class _Evaluated(NamedTuple):
     title: str
     notes: list[str]
     data: Interactions
-    source: str
     values: Mapping[Literal["valid", "test"], tuple[np.ndarray, dict[str, np.ndarray]]]
     scores: Callable[[np.ndarray], np.ndarray]
 
@@ -131,7 +130,7 @@ def _evaluated_run(run: Path, data: str | None, devices: int | Literal["all"]) -
             return scores_of(*vectors)(users)
 
     title, notes = f"{loaded.config.model} on {loaded.data.name}", [f"best epoch {loaded.epoch}", *notes, str(run)]
-    return _Evaluated(title, notes, loaded.data, loaded.config.data, values, scores)
+    return _Evaluated(title, notes, loaded.data, values, scores)
 
 
 def _evaluated_baseline(name: str, data: str | None) -> _Evaluated:
@@ -149,7 +148,7 @@ def _evaluated_baseline(name: str, data: str | None) -> _Evaluated:
         for split in _SPLITS
     }
     notes = ["no training", *filter(None, [baseline.setting])]
-    return _Evaluated(f"{name} on {interactions.name}", notes, interactions, data, values, baseline.scores)
+    return _Evaluated(f"{name} on {interactions.name}", notes, interactions, values, baseline.scores)
 
 
 def _write_users(
@@ -161,14 +160,13 @@ def _write_users(
     """Each user's test metrics; those on candidates beside them, empty where a user has none."""
     import pandas as pd
 
+    from mgrad_jax.data.id_maps import in_raw_ids, raw_ids
+
     users, metrics = evaluated.values["test"]
     table = pd.DataFrame({"user": users, **metrics})
     if sampled is not None:
         table = table.merge(pd.DataFrame({"user": sampled[0], **sampled[1]}), "outer", "user").sort_values("user")
-    names = None if internal_ids else _raw_ids(evaluated.source, evaluated.data, "user")
-    if names is not None:
-        table["user"] = names[table["user"]]
-    _write_table(table, file)
+    _write_table(table if internal_ids else in_raw_ids(table, raw_ids(evaluated.data)), file)
 
 
 def recommend(
@@ -193,30 +191,22 @@ def recommend(
     number = devices_of(devices)
     use_compilation_cache()
     import numpy as np
-    import pandas as pd
 
+    from mgrad_jax.data.id_maps import in_raw_ids, raw_ids
     from mgrad_jax.devices import in_force
-    from mgrad_jax.evaluation.ranking import top_items
+    from mgrad_jax.evaluation.recommendation import recommend as lists_of
 
     loaded, notes = _open(run, data, number)
+    names = {} if internal_ids else raw_ids(loaded.data)
     n_users = loaded.data.n_users
-    names = {
-        kind: None if internal_ids else _raw_ids(loaded.config.data, loaded.data, kind) for kind in ("user", "item")
-    }
-    chosen = np.arange(n_users) if users is None else read_users(users, n_users, names["user"])
+    chosen = np.arange(n_users) if users is None else read_users(users, n_users, names.get("user"))
     with in_force(loaded.layout):
-        items, scores = top_items(*loaded.vectors(), loaded.data.train, chosen, top_k)
-    columns = {"user": np.repeat(chosen, items.shape[1]), "item": items.ravel()}
-    for kind, raw in names.items():
-        columns[kind] = columns[kind] if raw is None else raw[columns[kind]]
-    ranks = np.tile(np.arange(1, items.shape[1] + 1), len(chosen))
-    table = pd.DataFrame({"user": columns["user"], "rank": ranks, "item": columns["item"], "score": scores.ravel()})
-    # A user with fewer new items than asked for gets a shorter list.
-    is_item = np.isfinite(scores)
-    _write_table(table[is_item.ravel()], output)
+        table = lists_of(*loaded.vectors(), loaded.data, chosen, top_k)
+    counted = _count(np.bincount(table["user"], minlength=n_users)[chosen], top_k)
+    _write_table(in_raw_ids(table, names), output)
     for note in notes:
         print(note)
-    print(f"{output}: {_count(is_item.sum(axis=1), top_k)}{'' if names['user'] is None else ', in raw ids'}.")
+    print(f"{output}: {counted}{', in raw ids' if 'user' in names else ''}.")
 
 
 def _count(lengths: np.ndarray, top_k: int) -> str:
@@ -253,15 +243,6 @@ def _open(directory: Path, data: str | None, devices: int | Literal["all"]) -> t
         if differs(place.parent, result):
             notes.append("trained again, its metrics differ from those of the sweep")
     return load_run(place, data, over), notes
-
-
-def _raw_ids(source: str, data: Interactions, kind: str) -> np.ndarray | None:
-    """The users' own names of users or items by id, where the dataset at `source` has them."""
-    from mgrad_jax.data.id_maps import read_id_map
-
-    if source == "demo":
-        return None
-    return read_id_map(source, kind, data.n_users if kind == "user" else data.n_items)
 
 
 _HEADERS = ("user", "userid", "user_id")

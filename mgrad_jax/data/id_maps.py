@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mgrad_jax.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mgrad_jax.data.interactions import Interactions
 
 _HEADER = ["raw", "id"]
 
@@ -61,6 +67,23 @@ def read_id_map(directory: str | os.PathLike[str], kind: str, n: int | None = No
     if n is not None and len(names) != n:
         raise _damaged(file, f"it has {len(names)} {kind}s and the dataset {n}")
     return np.array(names, dtype=object)
+
+
+def raw_ids(data: Interactions) -> dict[str, np.ndarray]:
+    """The raw names of loaded data's users ("user") and items ("item"), of those that `prepare` left the maps of.
+
+    Raises:
+        UserError: as `read_id_map`.
+    """
+    if data.source in ("demo", "memory"):  # no directory, whatever else has the name
+        return {}
+    found = {kind: read_id_map(data.source, kind, n) for kind, n in (("user", data.n_users), ("item", data.n_items))}
+    return {kind: names for kind, names in found.items() if names is not None}
+
+
+def in_raw_ids(table: pd.DataFrame, names: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """A table with names from `raw_ids` in place of the ids in its columns "user" and "item"."""
+    return table.assign(**{kind: known[table[kind]] for kind, known in names.items() if kind in table})
 
 
 def _damaged(file: Path, reason: str) -> UserError:

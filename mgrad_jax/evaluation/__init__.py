@@ -1,1 +1,5 @@
-"""Evaluation: metrics and full-sort ranking, on the device."""
+"""Evaluation: metrics and full-sort ranking, on the device; lists of what to recommend."""
+
+from mgrad_jax.evaluation.recommendation import recommend
+
+__all__ = ["recommend"]
