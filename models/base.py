@@ -21,10 +21,7 @@ from mgrad_jax.devices import drawn, loaded
 from mgrad_jax.errors import UserError
 from mgrad_jax.models.hyper_parameters import check, hyper
 
-renamed(
-    __name__,
-    {"Frozen": "Constant", "Scalar": "TracedHyperParameter", "hold_features": "cast_features"},
-)
+renamed(__name__, {"Frozen": "Constant", "Scalar": "TracedHyperParameter", "hold_features": "cast_features"})
 
 # What `nnx.split` takes out of a model: variables by their paths.
 Variables: TypeAlias = nnx.State[Any, Any]

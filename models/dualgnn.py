@@ -15,13 +15,7 @@ from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.user_graph import build_user_graph, cache_directory
 from mgrad_jax.devices import held_by_rows, turned_to_columns
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import (
-    UserGraph,
-    mix_neighbours,
-    normalized_bipartite,
-    sample_user_graph,
-    sum_of_layers,
-)
+from mgrad_jax.graph import UserGraph, mix_neighbours, normalized_bipartite, sample_user_graph, sum_of_layers
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, linear, map_names, xavier_normal
 from mgrad_jax.models.hyper_parameters import hyper
@@ -192,10 +186,7 @@ class DualGNN(UserGraphRecommender):
         "IEEE Transactions on Multimedia 2021"
     )
     config_class: ClassVar[type[ModelConfig]] = DualGNNConfig
-    published_names: ClassVar[Mapping[str, str]] = {
-        **UserGraphRecommender.published_names,
-        "item_weights": "weight_i",
-    }
+    published_names: ClassVar[Mapping[str, str]] = {**UserGraphRecommender.published_names, "item_weights": "weight_i"}
 
     config: DualGNNConfig
 

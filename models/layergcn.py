@@ -13,13 +13,7 @@ from jaxtyping import Array, Float
 from mgrad_jax.data import Batch, Interactions
 from mgrad_jax.data.interactions import distinct_pairs
 from mgrad_jax.errors import UserError
-from mgrad_jax.graph import (
-    SparseGraph,
-    bipartite_edges,
-    normalized_bipartite,
-    propagate_bipartite,
-    prune_edges,
-)
+from mgrad_jax.graph import SparseGraph, bipartite_edges, normalized_bipartite, propagate_bipartite, prune_edges
 from mgrad_jax.graph.sparse import shapes_only
 from mgrad_jax.models import losses
 from mgrad_jax.models.base import Constant, EpochState, ModelConfig, Recommender, xavier_uniform
@@ -67,10 +61,7 @@ class LayerGCN(Recommender):
     config_class: ClassVar[type[ModelConfig]] = LayerGCNConfig
     item_tables: ClassVar[tuple[str, ...]] = ("item_embedding",)
     penalties: ClassVar[tuple[str, ...]] = ("regulariser",)
-    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "dropout": (0.0, 0.1, 0.2),
-        "reg_weight": (1e-2, 1e-3, 1e-4, 1e-5),
-    }
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"dropout": (0.0, 0.1, 0.2), "reg_weight": (1e-2, 1e-3, 1e-4, 1e-5)}
     published_names: ClassVar[Mapping[str, str]] = {
         "user_embedding": "user_embeddings",
         "item_embedding": "item_embeddings",

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import HyperParameters
 from mgrad_jax.cli.console import print_table
-from mgrad_jax.cli.options import Part, names, numbers, pairs, scalar, takes_settings
+from mgrad_jax.cli.options import HyperParameters, Part, names, numbers, pairs, scalar, takes_settings
 from mgrad_jax.cli.training import told
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.methods import METHODS

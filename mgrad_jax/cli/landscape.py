@@ -7,10 +7,9 @@ from dataclasses import asdict
 from mgrad_jax.analysis.settings import LandscapeSettings
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import FinishedRuns, MovedData, NewDirectory
 from mgrad_jax.cli.compare import print_tables
 from mgrad_jax.cli.console import run_progress
-from mgrad_jax.cli.options import takes_settings
+from mgrad_jax.cli.options import FinishedRuns, MovedData, NewDirectory, takes_settings
 from mgrad_jax.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""The options of commands, made of declared settings; `key=value` arguments."""
+"""The options of commands: those that several declare alike, those made of declared settings; `key=value` arguments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, get_origin, get_type_hints
 
 import typer
@@ -28,6 +29,34 @@ METHOD_ALIASES = {
     "replay": typer.Option("--replay", help="--method replay."),
     "flat_minima": typer.Option("--flat-minima", hidden=True, help=f"--method, one of {', '.join(_FLAT_MINIMA)}."),
 }
+
+# What several commands declare.
+FinishedRuns = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs, or of a study of `compare`.")
+]
+NewDirectory = Annotated[Path, typer.Option(help="Directory to write; it must not exist.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, or refused, and write nothing.")]
+MovedData = Annotated[str | None, typer.Option(help="Where the runs' data lie now, if they were moved.")]
+HyperParameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A hyper-parameter of every model that has it, or of one: freedom.dropout=0.9.",
+    ),
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="N",
+        help="Devices to train on: a number, or all; 1 by default, and all where several processes train.",
+    ),
+]
+SharedBy = Annotated[
+    str | None,
+    typer.Option("--devices", metavar="N", help="Devices that share the run's tables: a number, or all; 1 by default."),
+]
 
 
 class Part(NamedTuple):
@@ -206,3 +235,14 @@ def scalar(text: str) -> Any:
         return _TRUTH_VALUES[text.lower()]
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if is_quoted else text
+
+
+def devices_of(option: str | None, by_default: int | Literal["all"] = 1) -> int | Literal["all"]:
+    """How many devices `--devices` asks for.
+
+    Raises:
+        UserError: it is neither a number nor "all".
+    """
+    from mgrad_jax.devices import parse_devices
+
+    return by_default if option is None else parse_devices(option)

@@ -16,10 +16,9 @@ import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import HyperParameters
 from mgrad_jax.cli.compare import duration, print_tables, seeds_of, train_outcome
 from mgrad_jax.cli.console import print_table
-from mgrad_jax.cli.options import names, pairs
+from mgrad_jax.cli.options import HyperParameters, names, pairs
 from mgrad_jax.cli.training import how_to_go_on
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.settings import dataset_name

@@ -11,10 +11,9 @@ import typer
 from mgrad_jax.analysis.settings import RobustnessSettings
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import FinishedRuns, MovedData, NewDirectory
 from mgrad_jax.cli.compare import print_tables
 from mgrad_jax.cli.console import run_progress
-from mgrad_jax.cli.options import names, takes_settings
+from mgrad_jax.cli.options import FinishedRuns, MovedData, NewDirectory, names, takes_settings
 from mgrad_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import typer
 
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import SharedBy, devices_of
 from mgrad_jax.cli.console import print_metrics, print_table
+from mgrad_jax.cli.options import SharedBy, devices_of
 from mgrad_jax.cli.train import train_and_tell
 from mgrad_jax.errors import UserError, shown
 from mgrad_jax.files import written_whole

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import DevicesOption, DryRun, devices_of
 from mgrad_jax.cli.console import plus_minus, print_table
-from mgrad_jax.cli.options import scalar, takes_settings
+from mgrad_jax.cli.options import DevicesOption, DryRun, devices_of, scalar, takes_settings
 from mgrad_jax.cli.training import told
 from mgrad_jax.errors import UserError
 from mgrad_jax.training.settings import Settings

@@ -12,10 +12,9 @@ import typer
 from mgrad_jax.analysis.settings import TheorySettings
 from mgrad_jax.cli import stopping
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import NewDirectory
 from mgrad_jax.cli.compare import print_tables
 from mgrad_jax.cli.console import progress
-from mgrad_jax.cli.options import names, pairs, takes_settings
+from mgrad_jax.cli.options import NewDirectory, names, pairs, takes_settings
 from mgrad_jax.errors import UserError
 
 if TYPE_CHECKING:

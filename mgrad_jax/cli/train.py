@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mgrad_jax.cli.cache import use_compilation_cache
-from mgrad_jax.cli.common import DevicesOption, DryRun, devices_of
 from mgrad_jax.cli.console import print_metrics
 from mgrad_jax.cli.distributed import Crew, joined
-from mgrad_jax.cli.options import takes_settings
+from mgrad_jax.cli.options import DevicesOption, DryRun, devices_of, takes_settings
 from mgrad_jax.cli.training import told
 from mgrad_jax.training.settings import RunSettings
 

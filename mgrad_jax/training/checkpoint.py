@@ -48,14 +48,7 @@ from mgrad_jax.training.checkpoint_directory import (
     unfinished,
 )
 from mgrad_jax.training.entries import entries_digest, is_entries_digest, spans_processes
-from mgrad_jax.training.stored_state import (
-    SIDECAR,
-    read_leaves,
-    read_parts,
-    read_sidecar,
-    seal,
-    write_leaves,
-)
+from mgrad_jax.training.stored_state import SIDECAR, read_leaves, read_parts, read_sidecar, seal, write_leaves
 
 # What a power loss may cost besides the epoch under way.
 _SECONDS_WITHOUT_DISK = 1.0

@@ -200,33 +200,23 @@ def train_pass(
         # Held here, the gradient is held as well, and the update then sends nothing.
         return nnx.merge(graphdef, hold(params), epoch_state, constants).loss(batch, key)
 
+    gradient: Callable[..., tuple[Variables, Any]] = jax.grad(loss_fn, has_aux=True)
+
     def grad_fn(params: Variables, pass_index: Any) -> Variables:
         # 2**30 keeps these keys apart from the pass numbers.
-        gradient: Variables = jax.grad(loss_fn, has_aux=True)(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
-        return gradient
+        return gradient(params, jax.random.fold_in(key, 2**30 + pass_index))[0]
 
     def sample_grad_fn(params: Variables, index: Any) -> Variables:
         sample = jax.tree.map(lambda x: x.reshape(-1)[index][None], batches)
         # A second fold: an index may be as large as the numbers that tell the other keys apart.
         sample_key = jax.random.fold_in(jax.random.fold_in(key, 2**30 - 1), index)
-        gradient: Variables = jax.grad(loss_fn, has_aux=True)(params, sample_key, sample)[0]
-        return gradient
+        return gradient(params, sample_key, sample)[0]
 
     def value_fn(params: Variables) -> Array:
         return loss_fn(params)[0]
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = update_with(
-        tx.update,
-        grads,
-        opt_state,
-        params,
-        value=loss,
-        grad=grads,
-        value_fn=value_fn,
-        obj_fn=value_fn,
-        grad_fn=grad_fn,
-        sample_grad_fn=sample_grad_fn,
-        n_samples=batches.users.size,
-    )
+    offered = {"value": loss, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
+    offered |= {"grad_fn": grad_fn, "sample_grad_fn": sample_grad_fn, "n_samples": batches.users.size}
+    updates, opt_state = update_with(tx.update, grads, opt_state, params, **offered)
     return (optax.apply_updates(params, updates), opt_state), EpochLog(loss, parts)

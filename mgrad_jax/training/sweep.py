@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -76,18 +77,9 @@ class _Group:
     def _begin(self, parts: SplitModel, *, mesh: Mesh | None = None, layout: Layout | None = None) -> None:
         """Have an engine made with the first member's model."""
         first = self.members[0]
-        state = self._first_state(first, parts)
-        self.engine = Engine(
-            parts,
-            state,
-            self.data,
-            lambda numbers: self._transformation(first, numbers),
-            first,
-            is_own=self._is_own,
-            select_by=first.metric,
-            layout=layout,
-            mesh=mesh,
-        )
+        state, make_tx = self._first_state(first, parts), partial(self._transformation, first)
+        chosen: dict[str, Any] = {"is_own": self._is_own, "select_by": first.metric, "layout": layout, "mesh": mesh}
+        self.engine = Engine(parts, state, self.data, make_tx, first, **chosen)
         self._loaded = {0: (self.engine.placed(state), self._own(first, parts))}
         self._shapes = jax.eval_shape(lambda: self._loaded[0])
 
