@@ -432,6 +432,13 @@ def test_raw_ids_in_and_out(prepared: tuple[Path, Path], tmp_path: Path, capfd: 
     assert_one_sentence(main(command), capfd.readouterr(), "'2' is not a raw id of the dataset's user_map.tsv (with")
 
 
+def test_metrics_of_users_need_no_names_of_items(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    data, per_user = shutil.copytree(prepared[0], tmp_path / "data"), tmp_path / "users.csv"
+    (data / "item_map.tsv").write_text("damaged")
+    assert main(["evaluate", str(prepared[1]), "--data", str(data), "--per-user", str(per_user)]) == 0
+    assert pd.read_csv(per_user)["user"].tolist() == ["bob", "cleo"]
+
+
 def test_where_a_table_cannot_go(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "directory.csv").mkdir()
     (tmp_path / "file").write_text("")

@@ -166,7 +166,7 @@ def _write_users(
     table = pd.DataFrame({"user": users, **metrics})
     if sampled is not None:
         table = table.merge(pd.DataFrame({"user": sampled[0], **sampled[1]}), "outer", "user").sort_values("user")
-    _write_table(table if internal_ids else in_raw_ids(table, raw_ids(evaluated.data)), file)
+    _write_table(table if internal_ids else in_raw_ids(table, raw_ids(evaluated.data, ["user"])), file)
 
 
 def recommend(

@@ -69,15 +69,20 @@ def read_id_map(directory: str | os.PathLike[str], kind: str, n: int | None = No
     return np.array(names, dtype=object)
 
 
-def raw_ids(data: Interactions) -> dict[str, np.ndarray]:
+def raw_ids(data: Interactions, kinds: Sequence[str] = ("user", "item")) -> dict[str, np.ndarray]:
     """The raw names of loaded data's users ("user") and items ("item"), of those that `prepare` left the maps of.
+
+    Args:
+        data: whose `source` is the directory.
+        kinds: which maps to read.
 
     Raises:
         UserError: as `read_id_map`.
     """
-    if data.source in ("demo", "memory"):  # no directory, whatever else has the name
+    if data.source == "demo":  # which is no directory, whatever else has the name
         return {}
-    found = {kind: read_id_map(data.source, kind, n) for kind, n in (("user", data.n_users), ("item", data.n_items))}
+    sizes = {"user": data.n_users, "item": data.n_items}
+    found = {kind: read_id_map(data.source, kind, sizes[kind]) for kind in kinds}
     return {kind: names for kind, names in found.items() if names is not None}
 
 

@@ -63,12 +63,13 @@ def test_raw_names_take_the_place_of_ids_where_they_are_known(tmp_path) -> None:
     assert in_raw_ids(table[["user"]], raw_ids(data))["user"].tolist() == ["x", "y"]
 
 
-@pytest.mark.parametrize("source", ["demo", "memory"])
-def test_a_directory_called_as_what_has_none_is_not_read(source: str, tmp_path, monkeypatch) -> None:
+def test_a_directory_of_the_name_of_the_demo_data_is_not_read_and_of_any_other_name_is(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / source).mkdir()
-    write_id_map(tmp_path / source / "item_map.tsv", ["a", "b", "c", "d"])
-    assert raw_ids(data_of(source)) == {}
+    for source in ("demo", "memory"):
+        (tmp_path / source).mkdir()
+        write_id_map(tmp_path / source / "item_map.tsv", ["a", "b", "c", "d"])
+    assert raw_ids(data_of("demo")) == {}
+    assert raw_ids(data_of("memory"))["item"].tolist() == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(
