@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -79,14 +80,14 @@ class BM3(Recommender):
     def __init__(self, data: Interactions, config: BM3Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         super().__init__(data, config, rngs=rngs, dtype=dtype)
         dim = config.embedding_dim
-        as_published: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "kernel_init": xavier_normal}
+        projection = functools.partial(linear, rngs=rngs, dtype=dtype, kernel_init=xavier_normal)
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, dim), dtype))
         self.item_id_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        self.predictor = linear(dim, dim, **as_published)
+        self.predictor = projection(dim, dim)
         for modality in self.modalities:
             table = self.feature(data, modality)
             setattr(self, f"{modality}_embedding", nnx.Param(table))
-            setattr(self, f"{modality}_trs", linear(table.shape[1], dim, **as_published))
+            setattr(self, f"{modality}_trs", projection(table.shape[1], dim))
         self.graph = Constant(normalized_bipartite(*self.training_pairs(data), dtype=dtype))
 
     def loss(self, batch: Batch, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

@@ -52,9 +52,14 @@ class DRAGON(UserGraphRecommender):
     config_class: ClassVar[type[ModelConfig]] = DRAGONConfig
     compares_items: ClassVar[bool] = True
     ignored_names: ClassVar[tuple[str, ...]] = (
-        *(*UserGraphRecommender.ignored_names, "weight_i"),
-        *("image_embedding.weight", "image_trs.weight", "image_trs.bias"),
-        *("text_embedding.weight", "text_trs.weight", "text_trs.bias"),
+        *UserGraphRecommender.ignored_names,
+        "weight_i",
+        "image_embedding.weight",
+        "image_trs.weight",
+        "image_trs.bias",
+        "text_embedding.weight",
+        "text_trs.weight",
+        "text_trs.bias",
     )
     feature_graphs: ClassVar[tuple[str, ...]] = ("item_graph",)
 

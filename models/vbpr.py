@@ -60,8 +60,9 @@ class VBPR(Recommender):
         self.item_features = Constant(table)
         self.user_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_users, 2 * dim), dtype))
         self.item_embedding = nnx.Param(xavier_uniform(rngs.params(), (data.n_items, dim), dtype))
-        init: dict[str, Any] = {"kernel_init": xavier_normal, "bias_init": nnx.initializers.zeros}
-        self.item_linear = linear(table.shape[1], dim, rngs=rngs, dtype=dtype, **init)
+        self.item_linear = linear(
+            table.shape[1], dim, rngs=rngs, dtype=dtype, kernel_init=xavier_normal, bias_init=nnx.initializers.zeros
+        )
 
     @property
     def feature_paths(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def show_run(config: RunConfig, resume: bool) -> None:
     place = _place(config.directory, "run", is_begun, resume)
     data = load_interactions(config.data)
     rows = {**_settings(config.to_dict()), **_of_data(config, data), **_of_model(config, data), "directory": place}
-    print_table(f"{config.summary}: nothing was trained", ["setting", "value"], [*map(list, rows.items())])
+    _print(config.summary, rows)
 
 
 def show_sweep(config: SweepConfig, resume: bool, slots: int | None) -> None:
@@ -45,7 +45,7 @@ def show_sweep(config: SweepConfig, resume: bool, slots: int | None) -> None:
             rows |= _of_model(members[first], data, f" of member {first:04d}")
     rows["members"] = f"{len(members)}, in {len(groups)} program{'' if len(groups) == 1 else 's'}"
     rows["directory"] = place
-    print_table(f"{config.base.model} sweep: nothing was trained", ["setting", "value"], [*map(list, rows.items())])
+    _print(f"{config.base.model} sweep", rows)
 
 
 def _place(directory: Path, what: str, is_begun: Callable[[Path], bool], resume: bool) -> str:
@@ -98,3 +98,7 @@ def _of_model(config: RunConfig, data: Interactions, heading: str = "") -> dict[
         f"parameters{heading}": f"{n_params:,}",
         f"memory{heading}": f"about {needed}, of {in_words(available_bytes())}",
     }
+
+
+def _print(what: str, rows: dict[str, str]) -> None:
+    print_table(f"{what}: nothing was trained", ["setting", "value"], [[key, value] for key, value in rows.items()])

@@ -48,7 +48,7 @@ def _rows(plan: Plan) -> list[list[str]]:
         (plan.per_evaluation, "sent in an evaluation"),
     ):
         rows[what] = f"{in_words(traffic.sent)} in {traffic.collectives:,} collectives"
-    return [*map(list, rows.items())]
+    return [[what, value] for what, value in rows.items()]
 
 
 def _mesh(devices: int | Literal["all"]) -> Mesh:

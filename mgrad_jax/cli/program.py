@@ -20,11 +20,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    *(train.train, sweep.sweep, runs.evaluate, runs.recommend, compare.compare, robustness.robustness),
-    *(landscape.landscape, theory.theory, reproduce.reproduce, data.prepare, data.info),
-):
-    app.command(cls=Command)(command)
+app.command(cls=Command)(train.train)
+app.command(cls=Command)(sweep.sweep)
+app.command(cls=Command)(runs.evaluate)
+app.command(cls=Command)(runs.recommend)
+app.command(cls=Command)(compare.compare)
+app.command(cls=Command)(robustness.robustness)
+app.command(cls=Command)(landscape.landscape)
+app.command(cls=Command)(theory.theory)
+app.command(cls=Command)(reproduce.reproduce)
+app.command(cls=Command)(data.prepare)
+app.command(cls=Command)(data.info)
 app.command("models", cls=Command)(data.list_models)
 
 

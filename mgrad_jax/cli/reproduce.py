@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -56,7 +56,7 @@ def reproduce(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out, or extend it.")] = False,
 ) -> None:
     """Repeat a table or figure of the paper: train, analyse, and put its values beside ours."""
-    from mgrad_jax.analysis.presets import PRESETS, Training, find_preset
+    from mgrad_jax.analysis.presets import PRESETS, Asked, find_preset
 
     if name is None:
         rows = [[key, ", ".join(p.models), p.question] for key, p in PRESETS.items()]
@@ -66,13 +66,14 @@ def reproduce(
     if not data:
         raise UserError(f"--data is missing; the paper's {name} is of {' and '.join(preset.data)}.")
     place = out or Path("reproduce") / name
-    wanted = {
-        "settings": {key: n for key, n in (("epochs", epochs), ("patience", patience)) if n is not None},
-        "hyper_parameters": pairs("--set", hyper or ()),
-        "models": preset.models if models is None else names("--models", models),
-        "seeds": preset.seeds if seeds is None else seeds_of(seeds, preset.seeds[0]),
-        "dry": dry_run,
-    }
+    wanted = partial(
+        Asked,
+        models=preset.models if models is None else names("--models", models),
+        seeds=preset.seeds if seeds is None else seeds_of(seeds, preset.seeds[0]),
+        settings={key: n for key, n in (("epochs", epochs), ("patience", patience)) if n is not None},
+        hyper_parameters=pairs("--set", hyper or ()),
+        dry=dry_run,
+    )
     asked = _asked(data, place, wanted)
     if dry_run:
         _print_plan(name, preset, asked)
@@ -83,25 +84,20 @@ def reproduce(
     try:
         for one in asked.values():
             for step in preset.steps(one):
-                if isinstance(step, Training):
-                    _train(step)
-                else:
-                    _call(step, one, partial(run_command, context))
+                _do(step, one, context)
     except stopping.Stopped:
         raise stopping.Stopped(how_to_go_on("stopped", place, ASKED_FILE)) from None
     _conclude(name, preset, place, asked)
 
 
-def _asked(data: Sequence[str], place: Path, wanted: dict[str, Any]) -> dict[str, Asked]:
-    """What is wanted of each dataset, by the dataset's name."""
-    from mgrad_jax.analysis.presets import Asked
-
+def _asked(data: Sequence[str], place: Path, wanted: Callable[[str, Path], Asked]) -> dict[str, Asked]:
+    """What is wanted of each dataset and its directory, by the dataset's name."""
     found: dict[str, Asked] = {}
     for one in data:
         key = dataset_name(one)
         if key in found:
             raise UserError(f"--data names two datasets called {key}, which would share a directory; rename one.")
-        found[key] = Asked(one, place / key, **wanted)
+        found[key] = wanted(one, place / key)
     return found
 
 
@@ -134,6 +130,15 @@ def _begin(name: str, place: Path, asked: dict[str, Asked], resume: bool) -> Non
         "hyper_parameters": dict(first.hyper_parameters),
     }
     write_whole(place / ASKED_FILE, yaml.safe_dump(content, sort_keys=False))
+
+
+def _do(step: Training | Call, asked: Asked, context: typer.Context) -> None:
+    from mgrad_jax.analysis.presets import Training
+
+    if isinstance(step, Training):
+        _train(step)
+    else:
+        _call(step, asked, partial(run_command, context))
 
 
 def _train(step: Training) -> None:

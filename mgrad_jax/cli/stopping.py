@@ -134,8 +134,9 @@ def _second_watch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nothing_lost() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` again where Python could only report it: in the garbage collector's callbacks (JAX has
-    one), finalizers and weak references.
+    """Raise `KeyboardInterrupt` again where Python can only report it.
+
+    That is in callbacks of the garbage collector, of which JAX has one, in finalizers and of weak references.
     """
     standing, report = _standing, sys.unraisablehook
 

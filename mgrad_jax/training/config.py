@@ -138,7 +138,8 @@ class RunConfig(RunSettings):
         Raises:
             UserError: the data lack what the model needs, or a device has not the memory that it takes.
         """
-        parts, settings = self.memory(data, training=training), {**self.values, **dataclasses.asdict(self.model_config)}
+        parts = self.memory(data, training=training)
+        settings = {**dataclasses.asdict(self.model_config), "batch_size": self.batch_size, "ks": self.ks}
         if not training:
             parts = {"parameters": parts["parameters"]._replace(size=parts["parameters"].size // 2)}
         # The memory is each process's own; what the data lack, all of them find.

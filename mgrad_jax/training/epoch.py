@@ -133,7 +133,9 @@ def run_epoch(
         return hold(carry), log
 
     carry = hold((state.params, restart_epoch(state.opt_state)))
-    stale, logs, segments = None, [], _segments(samples, plan)
+    segments = _segments(samples, plan)
+    stale = None
+    logs = []
     for number, (batches, indices, numbers) in enumerate(segments, start=1):
         if plan.keep_stale and number == len(segments):
             stale = evaluation_params(carry[1], carry[0])
@@ -216,7 +218,17 @@ def train_pass(
         return loss_fn(params)[0]
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    offered = {"value": loss, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
-    offered |= {"grad_fn": grad_fn, "sample_grad_fn": sample_grad_fn, "n_samples": batches.users.size}
-    updates, opt_state = update_with(tx.update, grads, opt_state, params, **offered)
+    updates, opt_state = update_with(
+        tx.update,
+        grads,
+        opt_state,
+        params,
+        value=loss,
+        grad=grads,
+        value_fn=value_fn,
+        obj_fn=value_fn,
+        grad_fn=grad_fn,
+        sample_grad_fn=sample_grad_fn,
+        n_samples=batches.users.size,
+    )
     return (optax.apply_updates(params, updates), opt_state), EpochLog(loss, parts)

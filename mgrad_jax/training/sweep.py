@@ -77,9 +77,18 @@ class _Group:
     def _begin(self, parts: SplitModel, *, mesh: Mesh | None = None, layout: Layout | None = None) -> None:
         """Have an engine made with the first member's model."""
         first = self.members[0]
-        state, make_tx = self._first_state(first, parts), partial(self._transformation, first)
-        chosen: dict[str, Any] = {"is_own": self._is_own, "select_by": first.metric, "layout": layout, "mesh": mesh}
-        self.engine = Engine(parts, state, self.data, make_tx, first, **chosen)
+        state = self._first_state(first, parts)
+        self.engine = Engine(
+            parts,
+            state,
+            self.data,
+            partial(self._transformation, first),
+            first,
+            is_own=self._is_own,
+            select_by=first.metric,
+            layout=layout,
+            mesh=mesh,
+        )
         self._loaded = {0: (self.engine.placed(state), self._own(first, parts))}
         self._shapes = jax.eval_shape(lambda: self._loaded[0])
 
@@ -304,9 +313,12 @@ class _GroupRun:
 
     def _refill(self, lane: int) -> None:
         """Give a free lane to the next waiting member; without one it idles."""
-        slot = self.slots[lane] = _Slot(self.waiting.pop(0)) if self.waiting else None
-        if slot is not None:
-            self.lanes.put(lane, self.group.load(slot.index))
+        if not self.waiting:
+            self.slots[lane] = None
+            return
+        slot = _Slot(self.waiting.pop(0))
+        self.slots[lane] = slot
+        self.lanes.put(lane, self.group.load(slot.index))
 
     def _shrink(self) -> None:
         """Leave idle lanes behind once they are half of all; of several devices each keeps equally many."""

@@ -108,7 +108,8 @@ def draw_heatmap(summary: pd.DataFrame, path: Path, config: SweepConfig) -> None
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            color, weight = "black" if value > middle else "white", "bold" if value == np.nanmax(values) else "normal"
+            color = "black" if value > middle else "white"
+            weight = "bold" if value == np.nanmax(values) else "normal"
             axes.text(column, row, f"{value:.4f}", ha="center", va="center", color=color, fontweight=weight)
     axes.set(xlabel="alpha1", ylabel="alpha2", title=f"{config.base.model}, validation {config.base.metric}")
     axes.set_xticks(range(values.shape[1]), [f"{x:g}" for x in table.columns])
