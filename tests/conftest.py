@@ -36,6 +36,9 @@ install_import_hook([f"mgrad_jax.{name}" for name in CHECKED], "type_checks.func
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Nobody reads which line an operation of a compiled program is from, and finding out took a thirtieth of the time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 # As many as the tests of several devices need, on one processor; whoever asks for none uses the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
