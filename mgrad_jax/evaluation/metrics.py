@@ -30,7 +30,8 @@ def ranking_metrics(
         ks: cut-offs, none larger than the number of ranks.
 
     Returns:
-        `{"recall@5": (users,), ...}`, names in the order of `METRICS`, in JAX's default float type.
+        A value per user by names such as "recall@5", in the order of `METRICS`; shape (users,), JAX's default float
+        type.
 
     Raises:
         ValueError: a cut-off below 1 or beyond the ranks.

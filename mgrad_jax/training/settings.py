@@ -2,12 +2,10 @@
 
 A new setting is a field here and the place where it is used. What it is besides is said by marks:
 
-| mark | the setting |
-|---|---|
-| `axis` | may vary in a grid |
-| `traced` | is a number that the program of a sweep takes as an argument, one for every member |
-| `outside` | is nothing that a compiled program depends on, so that members which differ in it share one |
-| `free` | does not change the numbers of an epoch, so that a run may be resumed with another value |
+- `axis`: it may vary in a grid;
+- `traced`: it is a number that the program of a sweep takes as an argument, one for every member;
+- `outside`: no compiled program depends on it, so that members which differ in it share one;
+- `free`: it does not change the numbers of an epoch, so that a run may be resumed with another value.
 
 Where and how a training runs (`--resume`, devices) is no setting: it is not kept with the run, nor compared.
 """
