@@ -255,7 +255,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "lfm2k, equal updates": partial(equal, "lfm2k", "freedom"),
         "lfm2k, grcn at equal updates": partial(equal, "lfm2k-grcn", "grcn"),
         "lfm2k, changes": partial(kept, "lfm2k-noise", "lfm2k-swap", "lfm2k-grcn-swap"),
-        "tiktok, five seeds": partial(compared, "tiktok"),
+        "tiktok, five seeds": partial(compared, "tiktok", "tiktok-grcn"),
         "tiktok, changes": partial(kept, "tiktok-noise", "tiktok-swap"),
         "tiktok, bm3's flatness": partial(
             flatness, "tiktok-bm3-landscape", "best epoch", ("trace", "smoothed rise 0.25", "worst rise")
