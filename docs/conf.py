@@ -15,7 +15,7 @@ autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 myst_heading_anchors = 4
 
-_LEAVES_THIS_FOLDER = re.compile(r"\[([^\]]*)\]\(\.\./[^)]*\)")
+_LEAVES_THIS_FOLDER = re.compile(r"(?<!!)\[([^\]]*)\]\(\.\./[^)]*\)")
 _BAR = re.compile(r"(`[^`]*`)|\|")
 
 

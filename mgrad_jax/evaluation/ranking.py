@@ -231,7 +231,7 @@ def full_sort_metrics(
         user_vectors, item_vectors: the score of a pair is their dot product. A score that is NaN ranks last.
 
     Returns:
-        `{"recall@5": (), ...}`, not rounded.
+        A value of shape () by names such as "recall@5", not rounded.
     """
 
     def of_block(block: _Block, vectors: Array, item_vectors: Array) -> dict[str, Array]:
@@ -255,7 +255,8 @@ def per_user_metrics(
         user_vectors, item_vectors: the score of a pair is their dot product.
 
     Returns:
-        The evaluated users' ids (n,), ascending, and `{"recall@5": (n,), ...}` in the same order, on the host.
+        The evaluated users' ids (n,), ascending, and their values (n,) in the same order by names such as "recall@5",
+        on the host.
     """
     return by_user(eval_split, jax.device_get(_user_metrics(eval_split, user_vectors, item_vectors)))
 
