@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 from command_lines import assert_one_sentence, overriding
+from small_dataset import ROWS, write
 
 from mgrad_jax.cli import main
 
@@ -198,19 +199,6 @@ def test_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
-INTER = "userID\titemID\tx_label\n"
-ROWS = [(0, 0, 0), (0, 1, 0), (0, 2, 1), (1, 1, 0), (1, 2, 0), (1, 3, 2), (2, 3, 0), (2, 0, 1), (2, 1, 2)]
-
-
-def write(directory: Path, rows: list[tuple[Any, ...]] | None = None, header: str = INTER) -> Path:
-    """A small dataset of three users and four items, without a flaw."""
-    directory.mkdir(exist_ok=True)
-    lines = ["\t".join(map(str, row)) for row in (ROWS if rows is None else rows)]
-    (directory / f"{directory.name}.inter").write_text(header + "\n".join(lines) + "\n")
-    for modality in ("image", "text"):
-        np.save(directory / f"{modality}_feat.npy", np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32))
-    return directory
-
 
 def spoil_nan(directory: Path) -> None:
     table = np.load(directory / "image_feat.npy")
@@ -382,19 +370,6 @@ def test_damaged_checkpoint(run: Path, tmp_path: Path, capfd: pytest.CaptureFixt
 # --- evaluate and recommend -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A dataset of three users and four items with maps from raw ids, and a run on it."""
-    from mgrad_jax.data.id_maps import id_map_file, write_id_map
-
-    place = tmp_path_factory.mktemp("prepared")
-    data, out = write(place / "data"), place / "run"
-    write_id_map(id_map_file(data, "user"), ["ann", "bob", "cleo"])
-    write_id_map(id_map_file(data, "item"), [f"B{i}" for i in range(4)])
-    assert main(["train", *MODEL, "--data", str(data), "--epochs", "1", "--out", str(out)]) == 0
-    return data, out
-
-
 def test_recommend_counts_what_it_wrote(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output, users = tmp_path / "lists.csv", tmp_path / "users.txt"
     command = ["recommend", str(run), "--output", str(output)]
@@ -403,40 +378,6 @@ def test_recommend_counts_what_it_wrote(run: Path, tmp_path: Path, capfd: pytest
     users.write_text("5\n")
     assert main([*command, "--top-k", "1000", "--users", str(users)]) == 0
     assert capfd.readouterr().out == f"{output}: 1 user, 388 items each, fewer than the 1000 asked for.\n"
-
-
-def test_recommend_says_how_long_the_lists_are(
-    prepared: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "lists.csv"
-    assert main(["recommend", str(prepared[1]), "--output", str(output)]) == 0
-    rows = len(pd.read_csv(output))
-    assert capfd.readouterr().out == f"{output}: 3 users, {rows} items, 2 to 3 each, in raw ids.\n"
-
-
-def test_raw_ids_in_and_out(prepared: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    output, users, per_user = tmp_path / "lists.csv", tmp_path / "users.txt", tmp_path / "users.csv"
-    users.write_text("cleo\nann\n")
-    command = ["recommend", str(prepared[1]), "--output", str(output), "--top-k", "2", "--users", str(users)]
-    assert main(command) == 0
-    table = pd.read_csv(output)
-    assert table["user"].tolist() == ["cleo", "cleo", "ann", "ann"]
-    users.write_text("2\n0\n")
-    assert main([*command, "--internal-ids"]) == 0
-    internal = pd.read_csv(output)
-    assert internal["user"].tolist() == [2, 2, 0, 0]
-    assert table["item"].tolist() == [f"B{item}" for item in internal["item"]]
-    assert main(["evaluate", str(prepared[1]), "--per-user", str(per_user)]) == 0
-    assert pd.read_csv(per_user)["user"].tolist() == ["bob", "cleo"]
-    capfd.readouterr()
-    assert_one_sentence(main(command), capfd.readouterr(), "'2' is not a raw id of the dataset's user_map.tsv (with")
-
-
-def test_metrics_of_users_need_no_names_of_items(prepared: tuple[Path, Path], tmp_path: Path) -> None:
-    data, per_user = shutil.copytree(prepared[0], tmp_path / "data"), tmp_path / "users.csv"
-    (data / "item_map.tsv").write_text("damaged")
-    assert main(["evaluate", str(prepared[1]), "--data", str(data), "--per-user", str(per_user)]) == 0
-    assert pd.read_csv(per_user)["user"].tolist() == ["bob", "cleo"]
 
 
 def test_where_a_table_cannot_go(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
